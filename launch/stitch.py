@@ -1,0 +1,14 @@
+"""Stitch a value model: `python launch/stitch.py recipe=stitch_clip [key=value ...]`. Search, distil from scratch, measure, save."""
+
+from rlstitch import cli
+
+
+def run(arguments: list[str]) -> None:
+    from rlstitch.stitch import recipe as stitch
+
+    name, given = cli.recipe_and_overrides(arguments)
+    stitch.run(stitch.checked(given, name))
+
+
+if __name__ == "__main__":
+    cli.main(run)

@@ -1,0 +1,97 @@
+"""DRaFT-K and DRaFT-LV (eqs. 63-64): maximise the oracle through the last K steps before the stop, with a regulariser against the frozen base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlstitch import losses, sampling, schedule
+from rlstitch.policy import REFERENCE, Policy
+from rlstitch.types import Batch, Latent, Oracle, Rollout, UserError, noise_like
+
+
+class Draft:
+    """Loss: -total(oracle(z_stop)) + regulariser * mean over the K steps of |v - v_base|^2.
+
+    grad_steps: K, the last steps before the stop that carry gradient. regulariser: the paper's lambda, 0 for none.
+    variance_reduction: DRaFT-LV; the stopped latent is noised back to the last step's level this many more times and each is denoised once with gradient (K = 1).
+    """
+
+    needs_gradient = True
+
+    def __init__(self, backbone: Any, policy: Policy, oracle: Oracle, grid: Tensor, *, guidance: float = 1.0, activation_checkpointing: bool = False, grad_steps: int = 1, regulariser: float = 0.01, variance_reduction: int = 0):
+        self.backbone, self.policy, self.oracle, self.grid = backbone, policy, oracle, grid
+        self.guidance, self.checkpointing = guidance, activation_checkpointing
+        self.grad_steps, self.regulariser, self.variance_reduction = grad_steps, regulariser, variance_reduction
+
+    @staticmethod
+    def faults(options: dict[str, Any], stops: range) -> list[str]:
+        """What a recipe may get wrong about this algorithm, found before anything loads."""
+        k, lv = options.get("grad_steps", 1), options.get("variance_reduction", 0)
+        out = []
+        if k < 1 or k > stops.start:
+            out.append(f"'algorithm.grad_steps' must be within 1..{stops.start} (the earliest stop), not {k}")
+        if options.get("regulariser", 0.01) < 0:
+            out.append(f"'algorithm.regulariser' must not be negative, not {options['regulariser']}")
+        if lv < 0 or (lv and k != 1):
+            out.append(f"'algorithm.variance_reduction' is {lv}: DRaFT-LV needs grad_steps=1 and a count of 0 or more")
+        return out
+
+    def rollout(self, batch: Batch, stop: int) -> Rollout:
+        """z_stop with the graph of its last K steps; the states and velocities of those steps are kept for the regulariser."""
+        if batch.text is None:
+            raise UserError("DRaFT needs the batch's encoded prompts")
+        rollout = Rollout(batch, Latent(torch.empty(0), torch.empty(0)))
+        velocity = self.backbone.bind(batch.text, self.guidance)
+        velocity = sampling.checkpointed(velocity) if self.checkpointing else velocity
+
+        def recorded(z: Tensor, sigma: Tensor) -> Tensor:
+            v = velocity(z, sigma)
+            if torch.is_grad_enabled():
+                rollout.states.append((z.detach(), sigma))
+                rollout.velocities.append(v)
+            return v
+
+        start = noise_like(self.backbone.latent_shape, batch.seeds, device=self.backbone.device)
+        rollout.latent = sampling.sample(recorded, start, self.grid, stop=stop, num_grad_steps=self.grad_steps)
+        if self.variance_reduction:
+            rollout.latent = self._renoised(rollout, recorded, stop)
+        return rollout
+
+    def _renoised(self, rollout: Rollout, velocity: Any, stop: int) -> Latent:
+        """DRaFT-LV: further one-step samples around the same stopped latent, stacked behind the first; scores are averaged by `losses`.
+
+        The level is noised along the bridge from the stop's sigma to the last step's, which is plain noising where the stop is the end.
+        """
+        high, low, z = float(self.grid[stop - 1]), float(self.grid[stop]), rollout.latent.z
+        out = [z]
+        for k in range(self.variance_reduction):
+            noise = noise_like(self.backbone.latent_shape, rollout.batch.seeds, stream=k + 1, device=z.device)
+            noised, _ = schedule.bridge(z.detach(), low, high, noise)
+            out.append(sampling.euler(noised, velocity(noised, torch.full((len(z),), high, device=z.device)), high, low))
+        return Latent(torch.cat(out), rollout.latent.sigma.repeat(1 + self.variance_reduction))
+
+    def score(self, rollout: Rollout) -> Tensor:
+        """Oracle scores [B, K] of the stopped latents, averaged over DRaFT-LV's copies."""
+        copies = 1 + self.variance_reduction
+        batch, b = rollout.batch, len(rollout.batch)
+        wide = batch if copies == 1 else Batch(batch.prompts * copies, batch.group.repeat(copies), batch.seeds.repeat(copies), batch.facts * copies, batch.text[torch.arange(b).repeat(copies)])
+        return self.oracle(rollout.latent, wide).view(copies, b, -1).mean(0)
+
+    def losses(self, rollout: Rollout) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        reward = self.oracle.total(rollout.scores)
+        loss, metrics = -reward.mean(), {}
+        if self.regulariser > 0:
+            with torch.no_grad(), self.policy.use(REFERENCE):
+                velocity = self.backbone.bind(rollout.batch.text, self.guidance)
+                reference = [velocity(z, sigma) for z, sigma in rollout.states]
+            deviation = torch.stack([losses.output_regulariser(v, r).mean() for v, r in zip(rollout.velocities, reference)]).mean()
+            loss = loss + self.regulariser * deviation
+            metrics["deviation"] = deviation.detach()
+        yield loss, {"loss": loss.detach(), "reward": reward.mean().detach(), **metrics}
+
+    def end_step(self, step: int) -> None:
+        """DRaFT keeps no second policy."""

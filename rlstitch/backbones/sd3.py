@@ -1,0 +1,223 @@
+"""Stable Diffusion 3 and 3.5 (MM-DiT) behind rlstitch's seams, over diffusers' classes. It never loops over time.
+
+Loads any SD3/SD3.5 pipeline directory: dual attention or not, qk-norm or none, any patch size, with and without T5. 1000 sigma appears only here.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+from torch import Tensor, nn
+
+from rlstitch.files import hash_tensors, quick_fingerprint, read_tensors, require, write_tensors
+from rlstitch.types import Conditioning, UserError
+
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+
+
+@dataclass
+class Activations:
+    """The denoiser after its first `block` blocks: image tokens [B, N, W], text tokens [B, L, W], modulation [B, W], the latent's height and width."""
+
+    image: Tensor
+    text: Tensor | None
+    modulation: Tensor
+    block: int
+    size: tuple[int, int]
+
+    @property
+    def grid(self) -> Tensor:
+        """The image stream as a map [B, W, h, w] of patches."""
+        b, _, w = self.image.shape
+        return self.image.transpose(1, 2).reshape(b, w, *self.size)
+
+
+def enter(model: nn.Module, z: Tensor, sigma: Tensor, text: Conditioning) -> Activations:
+    """Patch, time and text embeddings: the activations before block 1. `model` is an SD3Transformer2DModel or a Prefix."""
+    size = (z.shape[-2] // model.patch_size, z.shape[-1] // model.patch_size)
+    image = model.pos_embed(z).contiguous()
+    return Activations(image, model.context_embedder(text.tokens), model.time_text_embed(1000 * sigma, text.pooled), 0, size)
+
+
+def advance(blocks: Sequence[nn.Module], state: Activations, to: int) -> Activations:
+    """Run blocks state.block .. to - 1 (so that `to` blocks have run)."""
+    image, text = state.image, state.text
+    for block in blocks[state.block : to]:
+        text, image = block(hidden_states=image, encoder_hidden_states=text, temb=state.modulation, joint_attention_kwargs=None)
+    return Activations(image, text, state.modulation, to, state.size)
+
+
+class Prefix(nn.Module):
+    """The embeddings and first `blocks` blocks of a transformer, frozen, without any LoRA in them. It shares the base's tensors, or owns copies."""
+
+    def __init__(self, transformer: SD3Transformer2DModel, blocks: int, *, share: bool = True):
+        super().__init__()
+        if any("lora_" in name for name, _ in transformer.named_parameters()):
+            raise AssertionError("take the value model's prefix before LoRA is added to the transformer")
+        memo = {id(t): t for t in (*transformer.parameters(), *transformer.buffers())} if share else {}
+
+        def clone(module: nn.Module) -> nn.Module:
+            return copy.deepcopy(module, memo)
+
+        self.patch_size, self.width = transformer.config.patch_size, transformer.inner_dim
+        self.pos_embed, self.time_text_embed = clone(transformer.pos_embed), clone(transformer.time_text_embed)
+        self.context_embedder = clone(transformer.context_embedder)
+        self.blocks = nn.ModuleList(clone(block) for block in transformer.transformer_blocks[:blocks])
+        self.requires_grad_(False).eval()
+
+    def fingerprint(self) -> str:
+        return hash_tensors({n: t for n, t in self.named_parameters()})
+
+    def forward(self, z: Tensor, sigma: Tensor, text: Conditioning) -> Activations:
+        return advance(self.blocks, enter(self, z, sigma, text), len(self.blocks))
+
+
+class SD3Backbone:
+    """An SD3 pipeline directory. `transformer` and `vae` are loaded at once and frozen; text encoders only while prompts are encoded.
+
+    path: directory or `shapes:NAME`; dtype: of the frozen weights; max_sequence_length: T5 tokens (zeros where there is no T5; 0 adds none);
+    image_size: side in pixels (default: the transformer's own); cache: folder of encoded prompts, None for none.
+    """
+
+    def __init__(self, path: str, *, dtype: str = "float32", max_sequence_length: int = 256, image_size: int | None = None, device: str = "cpu", cache: str | None = None):
+        self.path, self.device, self.dtype = require(path, "the model directory"), torch.device(device), getattr(torch, dtype)
+        for part in ("transformer", "vae"):
+            require(self.path / part, f"the {part} of model '{path}'")
+        self.transformer = self._load(SD3Transformer2DModel, "transformer")
+        self.vae = self._load(AutoencoderKL, "vae")
+        self.max_sequence_length, self.cache = max_sequence_length, None if cache is None else Path(cache)
+        self.num_blocks, self.width = len(self.transformer.transformer_blocks), self.transformer.inner_dim
+        self.transformer.patch_size = self.transformer.config.patch_size
+        self.scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        side = image_size or self.transformer.config.sample_size * self.scale_factor
+        if side % (self.scale_factor * self.transformer.config.patch_size):
+            raise UserError(f"image_size {side} does not divide into patches of {self.scale_factor * self.transformer.config.patch_size} pixels")
+        self.image_size = side
+        self.latent_shape = (self.transformer.config.in_channels, side // self.scale_factor, side // self.scale_factor)
+        self._null: Conditioning | None = None
+
+    lora_targets = LORA_TARGETS
+
+    @staticmethod
+    def parameter_counts(path: str, rank: int) -> dict[str, int]:
+        """Parameters of transformer, autoencoder and LoRA, from the configurations alone (call it under accelerate's init_empty_weights)."""
+        folder = require(path, "the model directory")
+        transformer = SD3Transformer2DModel.from_config(SD3Transformer2DModel.load_config(folder / "transformer"))
+        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae"))
+        linears = [m for n, m in transformer.named_modules() if isinstance(m, nn.Linear) and n.endswith(LORA_TARGETS)]
+        return {
+            "transformer": sum(p.numel() for p in transformer.parameters()),
+            "vae": sum(p.numel() for p in vae.parameters()),
+            "lora": sum(rank * (m.in_features + m.out_features) for m in linears),
+        }
+
+    def _load(self, cls, part: str):
+        try:
+            model = cls.from_pretrained(self.path / part, torch_dtype=self.dtype)
+        except Exception as error:  # diffusers raises many kinds for a missing or damaged file
+            raise UserError(f"the {part} of {self.path} cannot be loaded: {error}") from error
+        return model.to(self.device).requires_grad_(False).eval()
+
+    # ------------------------------------------------------------------------------------------------ text
+
+    @property
+    def null(self) -> Conditioning:
+        """The encoding [1, ...] of the empty prompt: guidance's unconditional branch and the text of every value model."""
+        if self._null is None:
+            self._null = self.encode_prompts([""])
+        return self._null
+
+    def text_fingerprint(self) -> str:
+        prints = quick_fingerprint(self.path, ("text_encoder*/*.safetensors", "text_encoder*/config.json", "tokenizer*/*"))
+        return hashlib.sha256(f"{prints}:{self.max_sequence_length}:{self.dtype}".encode()).hexdigest()[:20]
+
+    def encode_prompts(self, prompts: Sequence[str], *, batch_size: int = 64) -> Conditioning:
+        """Text of N prompts, from the cache where it is there. The encoders are loaded once for all that are missing and freed again."""
+        folder = None if self.cache is None else self.cache / self.text_fingerprint()
+        files = {p: None if folder is None else folder / f"{hashlib.sha256(p.encode()).hexdigest()[:32]}.safetensors" for p in prompts}
+        known = {p: Conditioning(**read_tensors(f)) for p, f in files.items() if f is not None and f.exists()}
+        missing = [p for p in files if p not in known]
+        if missing:
+            pipeline = self._text_pipeline()
+            for start in range(0, len(missing), batch_size):
+                part = missing[start : start + batch_size]
+                with torch.no_grad():
+                    tokens, _, pooled, _ = pipeline.encode_prompt(part, None, None, do_classifier_free_guidance=False, device=self.device, max_sequence_length=self.max_sequence_length)
+                for prompt, t, p in zip(part, tokens.cpu(), pooled.cpu()):
+                    known[prompt] = Conditioning(t.clone(), p.clone())
+                    if files[prompt] is not None:
+                        write_tensors(files[prompt], {"tokens": t, "pooled": p})
+            del pipeline
+            gc.collect()
+        rows = [known[p] for p in prompts]
+        return Conditioning(torch.stack([r.tokens for r in rows]), torch.stack([r.pooled for r in rows])).to(self.device)
+
+    def _text_pipeline(self) -> StableDiffusion3Pipeline:
+        index = json.loads(require(self.path / "model_index.json", "the pipeline's index").read_text())
+        without = {name: None for name in ("text_encoder_3", "tokenizer_3") if index.get(name, [None])[0] is None}
+        pipeline = StableDiffusion3Pipeline.from_pretrained(self.path, transformer=None, vae=None, torch_dtype=self.dtype, **without)
+        pipeline.transformer = self.transformer  # for its joint_attention_dim, where there is no T5
+        return pipeline.to(self.device)
+
+    # ------------------------------------------------------------------------------------------------ denoiser
+
+    def velocity(self, z: Tensor, sigma: Tensor, text: Conditioning, *, guidance: float = 1.0) -> Tensor:
+        """v [B, C, H, W] float32 at z, sigma [B]; classifier-free guidance v_null + w (v - v_null), both branches in one batch, gradient through both."""
+        if guidance == 1.0:
+            return self._forward(z, sigma, text)
+        null = self.null.expand(len(z))
+        both = Conditioning(torch.cat([null.tokens, text.tokens]), torch.cat([null.pooled, text.pooled]))
+        v_null, v = self._forward(torch.cat([z, z]), torch.cat([sigma, sigma]), both).chunk(2)
+        return v_null + guidance * (v - v_null)
+
+    def bind(self, text: Conditioning, guidance: float = 1.0):
+        """velocity(z, sigma) with the prompt and the guidance bound in."""
+        return lambda z, sigma: self.velocity(z, sigma, text, guidance=guidance)
+
+    def _forward(self, z: Tensor, sigma: Tensor, text: Conditioning) -> Tensor:
+        output = self.transformer(hidden_states=z.to(self.dtype), encoder_hidden_states=text.tokens, pooled_projections=text.pooled, timestep=1000 * sigma, return_dict=False)
+        return output[0].float()
+
+    def prefix(self, z: Tensor, sigma: Tensor, blocks: int, text: Conditioning | None = None) -> Activations:
+        """Run only the first `blocks` blocks (text None: the null text). `resume` finishes them into a velocity."""
+        text = self.null.expand(len(z)) if text is None else text
+        state = enter(self.transformer, z.to(self.dtype), sigma, text)
+        return advance(self.transformer.transformer_blocks, state, blocks)
+
+    def walk(self, z: Tensor, sigma: Tensor) -> Iterator[Activations]:
+        """Activations under the null text after block 1, 2, ... to the last, each block run once."""
+        state = enter(self.transformer, z.to(self.dtype), sigma, self.null.expand(len(z)))
+        for i in range(1, self.num_blocks + 1):
+            state = advance(self.transformer.transformer_blocks, state, i)
+            yield state
+
+    def resume(self, state: Activations) -> Tensor:
+        """The full velocity [B, C, H, W] from a prefix's activations, without running its blocks again."""
+        model, (h, w) = self.transformer, state.size
+        state = advance(model.transformer_blocks, state, self.num_blocks)
+        out = model.proj_out(model.norm_out(state.image, state.modulation))
+        p, c = model.config.patch_size, model.out_channels
+        return out.view(len(out), h, w, p, p, c).permute(0, 5, 1, 3, 2, 4).reshape(len(out), c, h * p, w * p).float()
+
+    def make_prefix(self, blocks: int, *, share: bool = True) -> Prefix:
+        return Prefix(self.transformer, blocks, share=share)
+
+    # ------------------------------------------------------------------------------------------------ autoencoder
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1] -> latents after shift and scale (the posterior's mode)."""
+        mode = self.vae.encode((2 * images - 1).to(self.dtype)).latent_dist.mode().float()
+        return (mode - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents -> images [B, 3, H, W] in [0, 1], differentiable inside the range."""
+        raw = z / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
+        return (self.vae.decode(raw.to(self.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)

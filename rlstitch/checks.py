@@ -1,0 +1,123 @@
+"""Everything about a recipe that can be wrong and be found before a weight is loaded: parts, pairings, files, geometry."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rlstitch import config as cfg
+from rlstitch import schedule
+from rlstitch.config import RunConfig
+from rlstitch.distributed import world_size
+from rlstitch.data import PromptSet, read_prompts, resolve_geometry
+from rlstitch.files import require, vae_fingerprint
+from rlstitch.stitch.model import read_card
+from rlstitch.types import UserError
+
+
+def _catch(faults: list[str], where: str, action, *args):
+    try:
+        return action(*args)
+    except (UserError, ValueError) as error:
+        faults.append(f"'{where}': {error}")
+        return None
+
+
+def recipe_faults(config: RunConfig) -> list[str]:
+    """All faults of a structurally sound config, in the recipe's order."""
+    faults: list[str] = []
+    faults += cfg.check_part("model", config.model)
+    for name, node in config.rewards.items():
+        faults += cfg.check_part(f"rewards.{name}", node)
+    for where in ("algorithm", "oracle", "stop"):
+        extra = {"algorithm": (), "oracle": ("weights",), "stop": ()}[where]
+        faults += [f for f in cfg.check_part(where, getattr(config, where), extra=extra) if not _given(f)]
+    if "path" in config.model:
+        _catch(faults, "model.path", require, config.model["path"], "the model directory")
+    prompts = _catch(faults, "data.prompts", read_prompts, config.data.prompts)
+    _catch(faults, "evaluation.prompts", read_prompts, config.evaluation.prompts)
+    for name in config.evaluation.rewards:
+        if name not in config.rewards:
+            faults.append(f"'evaluation.rewards' names '{name}', which is not under 'rewards'{cfg.nearest(name, config.rewards)}")
+    _geometry(config, prompts, faults)
+    if config.resume not in ("auto", "never"):
+        _catch(faults, "resume", require, config.resume, "the checkpoint to resume from")
+    cards = _cards(config, faults)
+    if not any(f.startswith(("'oracle", "unknown key 'oracle", "'stop", "unknown key 'stop", "'sampler", "'algorithm", "unknown key 'algorithm")) for f in faults):
+        _pairings(config, cards, faults)
+    return faults
+
+
+def _given(fault: str) -> bool:
+    """Whether check_part misses a parameter that the trainer itself hands in."""
+    return any(f"'algorithm.{name}' is missing" in fault for name in ("oracle", "grid"))
+
+
+def _geometry(config: RunConfig, prompts: PromptSet | None, faults: list[str]) -> None:
+    batch = config.batch
+    _catch(faults, "batch", resolve_geometry, batch.prompts_per_update, batch.images_per_prompt, batch.micro_batch, world_size(), None if prompts is None else len(prompts))
+
+
+def _cards(config: RunConfig, faults: list[str]) -> dict[str, dict[str, Any]]:
+    """Cards of the value models in use; each must read this model's latents."""
+    cards = {}
+    used = config.oracle.get("weights", {}) if str(config.oracle.get("_target_", "")).endswith(".Stitched") else {}
+    for name in used:
+        if name not in config.values:
+            faults.append(f"'oracle.weights' names '{name}', which is not under 'values'{cfg.nearest(name, config.values)}")
+            continue
+        card = _catch(faults, f"values.{name}", read_card, config.values[name])
+        if card is None:
+            continue
+        cards[name] = card
+        if name not in config.rewards:
+            faults.append(f"value model '{name}' needs its pixel reward: add '{name}' under 'rewards'")
+        try:
+            if vae_fingerprint(config.model.get("path", "")) != card["vae_sha256"]:
+                faults.append(f"'values.{name}': {config.values[name]} reads latents of another autoencoder than model {config.model['path']}: stitch one for this model with launch/stitch.py")
+        except UserError:
+            continue  # the missing model is reported already
+    return cards
+
+
+def _pairings(config: RunConfig, cards: dict[str, dict[str, Any]], faults: list[str]) -> None:
+    """Oracle against stop, oracle against algorithm, algorithm against stop."""
+    steps = config.sampler.num_steps
+    grid = schedule.sigmas(steps, config.sampler.shift, config.sampler.spacing).tolist()
+    stops = cfg.build(config.stop).steps(steps)
+    if not len(stops) or stops.start < 1 or stops.stop - 1 > steps:
+        faults.append(f"'stop' halts after {stops.start}..{stops.stop - 1} steps, but the grid has {steps}: keep it within 1..{steps}")
+        return
+    oracle, algorithm = cfg.load_class(config.oracle["_target_"]), cfg.load_class(config.algorithm["_target_"])
+    weights = config.oracle.get("weights", {})
+    if not isinstance(weights, dict) or not weights:
+        faults.append("'oracle.weights' must give at least one reward and its weight, e.g. {clip: 1.0}")
+        return
+    if cards:
+        low, high = max(c["sigma_range"][0] for c in cards.values()), min(c["sigma_range"][1] for c in cards.values())
+    else:
+        low, high = getattr(oracle, "sigma_range", (0.0, 1.0))
+    outside = [k for k in stops if not low - 1e-6 <= grid[k] <= high + 1e-6]
+    if outside:
+        k = outside[0]
+        faults.append(f"'stop' may halt after {k} steps at sigma {grid[k]:.3f}, but {config.oracle['_target_']} answers only for sigma in [{low:g}, {high:g}]: " + ("use rlstitch.stops.End" if high == 0 else "choose other steps"))
+    blind = [n for n in weights if n in config.rewards and not cards and not cfg.load_class(config.rewards[n]["_target_"]).differentiable]
+    missing = [n for n in weights if n not in config.rewards and not cards]
+    faults += [f"'oracle.weights' names '{n}', which is not under 'rewards'{cfg.nearest(n, config.rewards)}" for n in missing]
+    if algorithm.needs_gradient and (blind or getattr(oracle, "differentiable", True) is False):
+        what = ", ".join(blind) or config.oracle["_target_"]
+        faults.append(f"'algorithm' {config.algorithm['_target_']} needs gradients, and {what} has none: use a differentiable reward, or a StitchVM of a surrogate of it")
+    faults += algorithm.faults({k: v for k, v in config.algorithm.items() if k != "_target_"}, stops)
+
+
+def checked(given: dict[str, Any], name: str) -> RunConfig:
+    """The typed config, or one UserError that lists every fault."""
+    config, faults = cfg.structure(given)
+    if not faults:
+        faults = recipe_faults(config)
+    else:
+        faults += [f for f in recipe_faults(config) if f not in faults]
+    if faults:
+        raise cfg.report(list(dict.fromkeys(faults)), name)
+    if not config.name:
+        config.name = name.rsplit("/", 1)[-1].removesuffix(".yaml")
+    return config

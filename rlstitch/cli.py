@@ -1,0 +1,42 @@
+"""What the scripts under launch/ share: recipe and overrides in, exit status out. A user's mistake ends in one message, not a traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from rlstitch.types import UserError
+
+
+def recipe_and_overrides(arguments: list[str], default: str | None = None) -> tuple[str, dict[str, Any]]:
+    """`recipe=NAME key=value ...` -> the recipe's name and the composed dict with overrides merged in."""
+    from rlstitch import config as cfg
+
+    chosen = [a for a in arguments if a.startswith("recipe=")]
+    if len(chosen) > 1 or not (chosen or default):
+        raise UserError("name one recipe, as recipe=NAME")
+    name = chosen[0].removeprefix("recipe=") if chosen else str(default)
+    given = cfg.compose(name)
+    return name, cfg._merge(given, cfg.parse_overrides([a for a in arguments if not a.startswith("recipe=")]))
+
+
+def main(run: Callable[[list[str]], None]) -> None:
+    """Run a launcher: UserError -> its message and status 2; a signal -> 128 + its number."""
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from rlstitch.trainer import Interrupted
+
+    try:
+        run(sys.argv[1:])
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"rlstitch: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except Interrupted as stop:
+        print("rlstitch: stopped on a signal; a checkpoint was written, the same command resumes", file=sys.stderr, flush=True)
+        sys.exit(stop.code)

@@ -1,0 +1,321 @@
+"""Recipes: YAML composed from pieces, a typed schema, overrides, and every fault found at once.
+
+Parts that vary (model, rewards, algorithm, oracle, stop) name their class by dotted path (`_target_`), so there is no registry to keep.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import typing
+from dataclasses import dataclass, field, fields, is_dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from rlstitch.types import UserError
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+@dataclass
+class SamplerConfig:
+    num_steps: int = 10
+    shift: float = 3.0
+    spacing: str = "plain"
+    guidance: float = 1.0
+    activation_checkpointing: bool = False
+
+
+@dataclass
+class DataConfig:
+    prompts: str = "shapes:train.jsonl"
+    truncate: bool = False
+
+
+@dataclass
+class BatchConfig:
+    prompts_per_update: int = 64
+    images_per_prompt: int = 1
+    micro_batch: int = 32
+
+
+@dataclass
+class LoraSettings:
+    rank: int = 32
+    alpha: float = 64.0
+
+
+@dataclass
+class OptimiserConfig:
+    lr: float = 5e-5
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    clip_norm: float = 1.0
+    warmup: int = 0
+
+
+@dataclass
+class DistributedConfig:
+    zero_stage: int = 0
+    precision: str = "fp32"
+
+
+@dataclass
+class EvaluationConfig:
+    prompts: str = "shapes:held_out.jsonl"
+    max_prompts: int = 0
+    every: int = 0
+    every_prompts: int = 64
+    num_steps: int = 40
+    shift: float = 3.0
+    spacing: str = "diffusers"
+    guidance: float = 1.0
+    batch_size: int = 64
+    seed: int = 1234
+    rewards: list[str] = field(default_factory=list)
+    grid: int = 16
+
+
+@dataclass
+class LoggingConfig:
+    wandb: str = "auto"
+    project: str = "rlstitch"
+    progress: bool = True
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = 20
+    keep: int = 2
+
+
+@dataclass
+class RunConfig:
+    """A whole run. `use` lists pieces merged before the recipe itself; `resume` is auto, never or a checkpoint folder."""
+
+    name: str = ""
+    seed: int = 0
+    updates: int = 50
+    out: str = "runs"
+    resume: str = "auto"
+    check: bool = False
+    ema_decay: float = 0.9
+    max_bad_steps: int = 5
+    threads: int = 0
+    model: dict[str, Any] = field(default_factory=dict)
+    rewards: dict[str, Any] = field(default_factory=dict)
+    values: dict[str, str] = field(default_factory=dict)
+    algorithm: dict[str, Any] = field(default_factory=dict)
+    oracle: dict[str, Any] = field(default_factory=dict)
+    stop: dict[str, Any] = field(default_factory=dict)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+CHOICES = {
+    "sampler.spacing": ("plain", "diffusers"),
+    "evaluation.spacing": ("plain", "diffusers"),
+    "distributed.precision": ("fp32", "bf16", "fp16"),
+    "distributed.zero_stage": (0, 1, 2, 3),
+    "logging.wandb": ("auto", "offline", "online", "off"),
+}
+POSITIVE = ("updates", "sampler.num_steps", "sampler.shift", "batch.prompts_per_update", "batch.images_per_prompt", "batch.micro_batch", "lora.rank", "optimiser.lr", "evaluation.num_steps", "evaluation.batch_size", "checkpoint.keep", "checkpoint.every")
+INJECTED = ("self", "backbone", "rewards", "values", "policy", "velocity")  # given by the trainer, not by the recipe
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+
+
+def nearest(word: str, among: typing.Iterable[str]) -> str:
+    """' (did you mean X?)' or the list of what there is."""
+    among = sorted(among)
+    close = difflib.get_close_matches(word, among, n=1, cutoff=0.6)
+    return f" (did you mean '{close[0]}'?)" if close else f" (there are: {', '.join(among)})" if among else ""
+
+
+def find_recipe(name: str, folder: Path | None = None) -> Path:
+    """A recipe by name under recipes/, or by path."""
+    folder = folder or RECIPES
+    for path in (folder / f"{name}.yaml", Path(name)):
+        if path.is_file():
+            return path
+    names = [str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml")]
+    raise UserError(f"no recipe '{name}'{nearest(name, names)}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from error
+    except Exception as error:  # YAML errors of several libraries, all of which say where
+        raise UserError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold keys and values, not {type(content).__name__}")
+    return content
+
+
+def compose(name: str, folder: Path | None = None) -> dict[str, Any]:
+    """The recipe merged over the pieces it names under `use`, in order. Parts with another `_target_` replace each other instead of mixing."""
+    content = _read(find_recipe(name, folder))
+    merged: dict[str, Any] = {}
+    for piece in content.pop("use", []):
+        merged = _merge(merged, compose(piece, folder))
+    return _merge(merged, content)
+
+
+def _merge(base: dict, over: dict) -> dict:
+    if "_target_" in over and over["_target_"] != base.get("_target_", over["_target_"]):
+        return dict(over)
+    out = dict(base)
+    for key, value in over.items():
+        out[key] = _merge(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
+    return out
+
+
+def parse_overrides(arguments: list[str]) -> dict[str, Any]:
+    """key=value arguments (dots go deeper) as nested dicts, values read as YAML."""
+    bad = [a for a in arguments if "=" not in a or a.startswith("-")]
+    if bad:
+        raise UserError(f"cannot read {', '.join(repr(b) for b in bad)}: write overrides as key=value, e.g. optimiser.lr=1e-4")
+    try:
+        return typing.cast(dict, OmegaConf.to_container(OmegaConf.from_dotlist(arguments)))
+    except Exception as error:
+        raise UserError(f"cannot read the overrides {arguments}: {error}") from error
+
+
+# ---------------------------------------------------------------------------------------------------- checking
+
+
+def _leaves(schema: Any, given: dict, prefix: str, faults: list[str], accepted: list[tuple[str, Any]]) -> None:
+    known = {f.name: f for f in fields(schema)}
+    for key, value in given.items():
+        path = f"{prefix}{key}"
+        if key not in known:
+            faults.append(f"unknown key '{path}'{nearest(str(key), known)}")
+        elif is_dataclass(getattr(schema, key)):
+            if isinstance(value, dict):
+                _leaves(getattr(schema, key), value, path + ".", faults, accepted)
+            else:
+                faults.append(f"'{path}' must be a group of keys, not {value!r}")
+        else:
+            accepted.append((path, value))
+
+
+def structure(given: dict[str, Any]) -> tuple[RunConfig, list[str]]:
+    """The typed config and every fault of keys, types, choices and ranges."""
+    faults: list[str] = []
+    accepted: list[tuple[str, Any]] = []
+    _leaves(RunConfig(), given, "", faults, accepted)
+    config = OmegaConf.structured(RunConfig)
+    for path, value in accepted:
+        value = "off" if path == "logging.wandb" and value is False else value  # YAML reads a bare off as false
+        try:
+            OmegaConf.update(config, path, value, merge=False)
+        except OmegaConfBaseException as error:
+            faults.append(f"'{path}': {str(error).splitlines()[0]}")
+    for path, choices in CHOICES.items():
+        if (value := OmegaConf.select(config, path)) not in choices:
+            faults.append(f"'{path}' must be one of {', '.join(map(str, choices))}, not {value!r}")
+    for path in POSITIVE:
+        if OmegaConf.select(config, path) <= 0:
+            faults.append(f"'{path}' must be positive, not {OmegaConf.select(config, path)}")
+    if not 0 <= config.ema_decay < 1:
+        faults.append(f"'ema_decay' must be in [0, 1), not {config.ema_decay}")
+    return typing.cast(RunConfig, OmegaConf.to_object(config)), faults
+
+
+def load_class(target: Any) -> Any:
+    module, _, name = str(target).rpartition(".")
+    if not module:
+        raise UserError(f"'_target_: {target}' is not a dotted path such as rlstitch.oracles.Stitched")
+    try:
+        found = import_module(module)
+    except ImportError as error:
+        raise UserError(f"'_target_: {target}' cannot be imported ({error})") from error
+    if not hasattr(found, name):
+        names = [n for n, v in vars(found).items() if inspect.isclass(v) or inspect.isfunction(v)]
+        raise UserError(f"'_target_: {target}': {module} has no '{name}'{nearest(name, names)}")
+    return getattr(found, name)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin = typing.get_origin(hint)
+    if hint is inspect.Parameter.empty or hint is Any:
+        return True
+    if origin is typing.Literal:
+        return value in typing.get_args(hint)
+    if origin is typing.Union or type(hint).__name__ == "UnionType":
+        return any(_fits(value, h) for h in typing.get_args(hint))
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is type(None):
+        return value is None
+    if hint in (str, bool):
+        return isinstance(value, hint)
+    return True
+
+
+def check_part(where: str, node: dict[str, Any], *, extra: tuple[str, ...] = ()) -> list[str]:
+    """Faults of one `_target_` node against the signature it names; `extra` keys are read by the trainer itself."""
+    if "_target_" not in node:
+        return [f"'{where}' needs a '_target_' (the class to build)"]
+    try:
+        signature = inspect.signature(cls := load_class(node["_target_"]))
+    except UserError as error:
+        return [f"'{where}': {error}"]
+    hints = typing.get_type_hints(cls.__init__ if inspect.isclass(cls) else cls)
+    settable = {n: p for n, p in signature.parameters.items() if n not in INJECTED}
+    faults = []
+    for key, value in node.items():
+        if key == "_target_" or key in extra:
+            continue
+        if key not in settable:
+            faults.append(f"unknown key '{where}.{key}'{nearest(key, [*settable, *extra])}")
+        elif not _fits(value, hints.get(key, Any)):
+            faults.append(f"'{where}.{key}' must be {getattr(hints[key], '__name__', hints[key])}, not {value!r}")
+    missing = [n for n, p in settable.items() if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and n not in node]
+    return faults + [f"'{where}.{name}' is missing: {node['_target_']} needs it" for name in missing]
+
+
+def build(node: dict[str, Any], **injected: Any) -> Any:
+    """Build a `_target_` node; of `injected` it gets what its signature asks for."""
+    cls = load_class(node["_target_"])
+    wanted = inspect.signature(cls).parameters
+    return cls(**{k: v for k, v in node.items() if k != "_target_"}, **{k: v for k, v in injected.items() if k in wanted and k not in node})
+
+
+def report(faults: list[str], recipe: str) -> UserError:
+    return UserError(f"recipe '{recipe}' has {len(faults)} fault{'s' * (len(faults) > 1)}:\n" + "\n".join(f"  - {fault}" for fault in faults))
+
+
+def hardware() -> str:
+    """One line that names the machine a figure was measured on."""
+    import platform
+
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def to_yaml(config: RunConfig) -> str:
+    return OmegaConf.to_yaml(OmegaConf.structured(config))

@@ -1,0 +1,125 @@
+"""Prompts, and how a global batch is cut for ranks and accumulation. Nothing here depends on the number of ranks but the cut."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlstitch.files import require
+from rlstitch.types import Batch, Conditioning, UserError
+
+MAX_FILE_BYTES = 64 << 20
+
+
+@dataclass
+class PromptSet:
+    """N prompts with the rows they came from and, once encoded, the denoiser's text."""
+
+    prompts: list[str]
+    rows: list[dict[str, Any]]
+    text: Conditioning | None = field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def batch(self, index: list[int], seeds: Tensor) -> Batch:
+        text = None if self.text is None else self.text[torch.tensor(index, device=self.text.tokens.device)]
+        return Batch([self.prompts[i] for i in index], torch.tensor(index), seeds, [self.rows[i] for i in index], text)
+
+
+def read_prompts(path: str) -> PromptSet:
+    """A .jsonl file (key `prompt`, other keys are kept as facts) or a text file with a prompt a line. Raises UserError with the line at fault."""
+    file = require(path, "the prompt file")
+    if (size := file.stat().st_size) > MAX_FILE_BYTES:
+        raise UserError(f"{path} has {size >> 20} MiB; a prompt file may have {MAX_FILE_BYTES >> 20}. Is it the right file?")
+    raw = file.read_bytes()
+    try:
+        lines = raw.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise UserError(f"{path} is not UTF-8 text: byte 0x{raw[error.start]:02x} in line {line}. Save it as UTF-8.") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        if file.suffix == ".jsonl":
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}, line {number}: not JSON ({error})") from error
+            if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
+                raise UserError(f"{path}, line {number}: needs a non-empty string under 'prompt'")
+        else:
+            row = {"prompt": line.strip()}
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{path} holds no prompt")
+    return PromptSet([row["prompt"] for row in rows], rows)
+
+
+@dataclass
+class Geometry:
+    """How a global batch is done: samples = prompts x images; each rank runs `accumulation` micro-batches of `micro_batch`."""
+
+    prompts: int
+    images: int
+    world: int
+    micro_batch: int
+    accumulation: int
+
+    @property
+    def samples(self) -> int:
+        return self.prompts * self.images
+
+    def __str__(self) -> str:
+        return f"{self.prompts} prompts x {self.images} image{'s' * (self.images > 1)} = {self.samples} samples an update, on {self.world} rank{'s' * (self.world > 1)}: {self.accumulation} micro-batch{'es' * (self.accumulation > 1)} of {self.micro_batch} each"
+
+
+def resolve_geometry(prompts: int, images: int, micro_batch: int, world: int, num_prompts: int | None = None) -> Geometry:
+    """The same global batch on any number of ranks, by accumulation; micro_batch is an upper limit. Raises UserError with the nearest possible."""
+    if num_prompts is not None and prompts > num_prompts:
+        raise UserError(f"batch.prompts_per_update is {prompts} but the prompt set has {num_prompts}: lower it to {num_prompts} or fewer")
+    samples = prompts * images
+    if samples % world:
+        step = next(k for k in range(1, world + 1) if k * images % world == 0)
+        below, above = prompts // step * step, (prompts // step + 1) * step
+        near = " or ".join(str(p) for p in (below, above) if p)
+        raise UserError(f"{prompts} prompts x {images} images = {samples} samples cannot be shared by {world} ranks: set batch.prompts_per_update={near}")
+    share = samples // world
+    micro = max(m for m in range(1, min(micro_batch, share) + 1) if share % m == 0)
+    return Geometry(prompts, images, world, micro, share // micro)
+
+
+class UpdateStream:
+    """The prompts and noise seeds of update 0, 1, ...; a function of (seed, update) alone, so that resuming needs no state but the count."""
+
+    def __init__(self, prompts: PromptSet, geometry: Geometry, seed: int):
+        self.prompts, self.geometry, self.seed = prompts, geometry, seed
+
+    def indices(self, update: int) -> list[int]:
+        """Prompt indices [samples] of an update: epochs without replacement, images of a prompt side by side."""
+        n, per = len(self.prompts), self.geometry.prompts
+        out: list[int] = []
+        for place in range(update * per, (update + 1) * per):
+            epoch, offset = divmod(place, n)
+            if not out or offset == 0:
+                order = list(range(n))
+                random.Random(self.seed * 1_000_003 + epoch).shuffle(order)
+            out += [order[offset]] * self.geometry.images
+        return out
+
+    def micro_batches(self, update: int, rank: int) -> Iterator[Batch]:
+        """This rank's share of an update, micro-batch by micro-batch."""
+        g = self.geometry
+        index = self.indices(update)
+        seeds = torch.arange(g.samples) + (self.seed * 1_000_003 + update) * 1_000_000
+        start = rank * g.accumulation * g.micro_batch
+        for k in range(g.accumulation):
+            part = slice(start + k * g.micro_batch, start + (k + 1) * g.micro_batch)
+            yield self.prompts.batch(index[part], seeds[part])

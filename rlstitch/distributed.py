@@ -1,0 +1,183 @@
+"""Accelerate and DeepSpeed behind one small engine: backward, step, gather. Started by plain `torchrun`, or by nothing at all.
+
+zero_stage 0 trains without DeepSpeed: the LoRA gradients, a few megabytes, are averaged over ranks in one all-reduce. Stages 1 to 3 are DeepSpeed's.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DeepSpeedPlugin
+from torch import Tensor, nn
+
+_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+def world_size() -> int:
+    """Ranks that torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+class Engine:
+    """One rank's view of the run. Loss is averaged over ranks and micro-batches; a step with NaN or Inf leaves the weights untouched."""
+
+    def __init__(self, *, zero_stage: int, precision: str, accumulation: int, micro_batch: int, clip_norm: float):
+        self.zero_stage, self.precision, self.accumulation, self.clip_norm = zero_stage, precision, accumulation, clip_norm
+        cuda = torch.cuda.is_available()
+        world = world_size()
+        launched = "WORLD_SIZE" in os.environ or bool(zero_stage)
+        handlers = [InitProcessGroupKwargs(backend="gloo")] if launched and not cuda else []
+        plugin = None
+        if zero_stage:
+            os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+            if not cuda:
+                os.environ["DS_ACCELERATOR"] = "cpu"
+            for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}.items():
+                os.environ.setdefault(key, value)
+            plugin = DeepSpeedPlugin(
+                hf_ds_config={
+                    "zero_optimization": {"stage": zero_stage, "overlap_comm": False, "contiguous_gradients": False, "reduce_bucket_size": 50_000_000, "stage3_param_persistence_threshold": 0},
+                    "gradient_accumulation_steps": accumulation,
+                    "gradient_clipping": clip_norm,
+                    "train_micro_batch_size_per_gpu": micro_batch,
+                    "zero_allow_untested_optimizer": True,
+                    "zero_force_ds_cpu_optimizer": False,
+                    "steps_per_print": 10**9,
+                }
+            )
+        self.accelerator = Accelerator(mixed_precision="no" if zero_stage else _PRECISION[precision], deepspeed_plugin=plugin, kwargs_handlers=handlers, cpu=not cuda and not zero_stage)
+        expected = DistributedType.DEEPSPEED if zero_stage else None
+        if expected and self.accelerator.distributed_type is not expected:
+            raise RuntimeError(f"DeepSpeed was asked for but accelerate runs {self.accelerator.distributed_type}")
+        if self.accelerator.num_processes != world:
+            raise RuntimeError(f"torchrun started {world} ranks but accelerate sees {self.accelerator.num_processes}: the process group did not form")
+        self.rank, self.world, self.device = self.accelerator.process_index, world, self.accelerator.device
+        self.is_main = self.rank == 0
+        self._bad = False
+        self._micro = 0
+
+    def prepare(self, module: nn.Module, optimiser: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
+        self.parameters, self.module = parameters, module
+        self.optimiser = optimiser
+        if self.zero_stage:
+            self.deepspeed, _ = self.accelerator.prepare(module, optimiser)
+            self.optimiser = self.deepspeed.optimizer
+        elif self.precision == "fp16":
+            self.optimiser = self.accelerator.prepare(optimiser)
+
+    @contextmanager
+    def autocast(self):
+        """The recipe's precision for forward passes; weights that train stay float32."""
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        with torch.autocast(self.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+            yield
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.optimiser.param_groups:
+            group["lr"] = lr
+
+    # ------------------------------------------------------------------------------------------------ training
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward of one micro-batch's mean loss. A loss that is not finite on any rank spoils the whole update."""
+        finite = torch.isfinite(loss.detach()).float()
+        if self.world > 1:
+            dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+        if not bool(finite):
+            self._bad = True
+        self._micro += 1
+        if self.zero_stage:
+            if self._bad:  # the engine must still see every micro-batch, on all ranks alike
+                loss = sum((p * 0.0).sum() for p in self.parameters)
+            self.deepspeed.backward(loss)
+            if self._micro < self.accumulation:
+                self.deepspeed.step()
+        elif not self._bad:
+            self.accelerator.backward(loss / self.accumulation)
+
+    def step(self) -> float | None:
+        """One optimiser step; -> the gradient norm before clipping, or None where the update was skipped and the weights are as before."""
+        self._micro = 0
+        return self._deepspeed_step() if self.zero_stage else self._plain_step()
+
+    def _plain_step(self) -> float | None:
+        norm = None
+        if not self._bad:
+            if self.world > 1:
+                self._average_gradients()
+            if self.precision == "fp16":
+                self.accelerator.unscale_gradients(self.optimiser)
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+            if self.precision == "fp16" or torch.isfinite(norm):
+                self.optimiser.step()
+            norm = float(norm) if torch.isfinite(norm) else None
+        self._bad = False
+        self.optimiser.zero_grad(set_to_none=True)
+        return norm
+
+    def _deepspeed_step(self) -> float | None:
+        bad, self._bad = self._bad, False
+        if bad:  # gradients of the spoiled micro-batches are zero, and so is the step
+            rates = [group["lr"] for group in self.optimiser.param_groups]
+            self.set_lr(0.0)
+        self.deepspeed.step()
+        if bad:
+            for group, lr in zip(self.optimiser.param_groups, rates):
+                group["lr"] = lr
+            return None
+        return float(self.deepspeed.get_global_grad_norm())
+
+    def _average_gradients(self) -> None:
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
+        flat = torch.cat([g.flatten() for g in gradients])
+        dist.all_reduce(flat)
+        flat /= self.world
+        for p, part in zip(self.parameters, flat.split([g.numel() for g in gradients])):
+            p.grad = part.view_as(p)
+
+    # ------------------------------------------------------------------------------------------------ collectives
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """[n, ...] of every rank, the same n, -> [world n, ...] in rank order."""
+        if self.world == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.world)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is up on any rank."""
+        if self.world == 1:
+            return flag
+        tensor = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return bool(tensor)
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+
+    # ------------------------------------------------------------------------------------------------ state
+
+    def optimiser_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """This rank's optimiser state as tensors and numbers (zero_stage 0)."""
+        state = self.optimiser.state_dict()["state"]
+        tensors = {f"{index}.{key}": value for index, entry in state.items() for key, value in entry.items() if torch.is_tensor(value)}
+        return tensors, {}
+
+    def load_optimiser_state(self, tensors: dict[str, Tensor]) -> None:
+        state = self.optimiser.state_dict()
+        state["state"] = {}
+        for name, value in tensors.items():
+            index, _, key = name.partition(".")
+            state["state"].setdefault(int(index), {})[key] = value
+        self.optimiser.load_state_dict(state)

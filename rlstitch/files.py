@@ -1,0 +1,110 @@
+"""Files: names like `shapes:clip`, hashes, atomic writes. Everything on disk is safetensors, JSON, YAML or an image."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rlstitch.types import UserError
+
+SHAPES = Path(__file__).parent / "shapes" / "weights"
+
+
+def resolve(path: str | Path) -> Path:
+    """A folder or file; `shapes:NAME` is the one shipped with the package under that name."""
+    text = str(path)
+    return SHAPES / text.removeprefix("shapes:") if text.startswith("shapes:") else Path(text).expanduser()
+
+
+def require(path: str | Path, what: str) -> Path:
+    """The resolved path, or a UserError that says what is missing and what there is beside it."""
+    found = resolve(path)
+    if not found.exists():
+        parent = found.parent
+        beside = sorted(p.name for p in parent.iterdir() if not p.name.startswith(".")) if parent.is_dir() else []
+        raise UserError(f"{what} '{path}' is not there ({found}). " + (f"Beside it: {', '.join(beside[:12])}." if beside else f"The folder {parent} does not exist either."))
+    return found
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def hash_tensors(tensors: dict[str, Tensor]) -> str:
+    """Hash of names, shapes and values (as float32, so that a cast up from half precision hashes alike)."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().float().cpu().contiguous()
+        digest.update(f"{name}{list(value.shape)}".encode())
+        digest.update(value.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def quick_fingerprint(folder: Path, patterns: tuple[str, ...]) -> str:
+    """Fingerprint of possibly very large files: names, sizes, first and last MiB."""
+    digest = hashlib.sha256()
+    for pattern in patterns:
+        for path in sorted(folder.glob(pattern)):
+            size = path.stat().st_size
+            digest.update(f"{path.relative_to(folder)}:{size}".encode())
+            with path.open("rb") as file:
+                digest.update(file.read(1 << 20))
+                if size > 1 << 20:
+                    file.seek(-(1 << 20), os.SEEK_END)
+                    digest.update(file.read())
+    return digest.hexdigest()
+
+
+def vae_fingerprint(model: str | Path) -> str:
+    """Hash of a pipeline directory's autoencoder weights, read without loading it: latents are comparable only where it agrees."""
+    files = sorted((require(model, "the model directory") / "vae").glob("*.safetensors"))
+    if not files:
+        raise UserError(f"model '{model}' has no vae/*.safetensors")
+    return hashlib.sha256("".join(sha256(f) for f in files).encode()).hexdigest()
+
+
+def read_tensors(path: Path, expected_sha256: str | None = None) -> dict[str, Tensor]:
+    """Tensors of a safetensors file; UserError where it is corrupt or is not the file that was meant."""
+    if expected_sha256 is not None and (found := sha256(path)) != expected_sha256:
+        raise UserError(f"{path} is not the file that was saved: sha256 {found[:16]}... instead of {expected_sha256[:16]}.... Restore it or make it again.")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} cannot be read as safetensors ({error}); its sha256 is {sha256(path)[:16]}.... The file is corrupt: restore it or make it again.") from error
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write under a temporary name, flush to disk, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata=metadata)
+    _flush(temporary)
+    os.replace(temporary, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    _flush(temporary)
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

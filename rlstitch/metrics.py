@@ -1,0 +1,121 @@
+"""What a run writes while it works: metrics.jsonl, W&B, progress bars, sample grids, the clock of device-hours."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+PHASES = ("rollout", "oracle", "update", "eval")
+
+
+class Clock:
+    """Device-hours by phase, summed over ranks that work in step; it goes on from a checkpoint."""
+
+    def __init__(self, world: int, hours: dict[str, float] | None = None, stitching: float = 0.0):
+        self.world = world
+        self.hours = {phase: 0.0 for phase in PHASES} | (hours or {})
+        self.stitching = stitching  # the one-off cost of the value models in use, shown as an offset
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.hours[name] += (time.perf_counter() - started) * self.world / 3600
+
+    @property
+    def training(self) -> float:
+        return sum(self.hours[p] for p in ("rollout", "oracle", "update"))
+
+
+class Log:
+    """metrics.jsonl (one JSON object a line; rows after a resumed step are dropped first) and W&B, on the main rank only."""
+
+    def __init__(self, run: Path, *, active: bool, start_step: int, wandb_mode: str, project: str, config: dict[str, Any]):
+        self.path, self.active, self.wandb = run / "metrics.jsonl", active, None
+        if not active:
+            return
+        kept = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= start_step] if self.path.exists() else []
+        self.path.write_text("".join(line + "\n" for line in kept))
+        mode = ("online" if os.environ.get("WANDB_API_KEY") else "offline") if wandb_mode == "auto" else wandb_mode
+        if mode != "off":
+            import wandb
+
+            self.wandb = wandb.init(project=project, name=run.name, id=run.name.replace("/", "-"), resume="allow", dir=str(run), mode=mode, config=config, settings=wandb.Settings(silent=True))
+            self.wandb.define_metric("device_hours")
+            self.wandb.define_metric("*", step_metric="device_hours")
+
+    def write(self, row: dict[str, Any]) -> None:
+        if not self.active:
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self.wandb is not None:
+            self.wandb.log(_flat(row))
+
+    def image(self, name: str, path: Path, hours: float) -> None:
+        if self.active and self.wandb is not None:
+            import wandb
+
+            self.wandb.log({name: wandb.Image(str(path)), "device_hours": hours})
+
+    def close(self) -> None:
+        if self.active and self.wandb is not None:
+            self.wandb.finish()
+
+
+def _flat(row: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out = {}
+    for key, value in row.items():
+        out.update(_flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return out
+
+
+def read(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def grid(images: Tensor, captions: list[str], path: Path, *, columns: int = 4, side: int = 160) -> None:
+    """A PNG of pictures [N, 3, H, W] in [0, 1] with a caption under each, written under a temporary name and renamed."""
+    rows, line = -(-len(images) // columns), 12
+    height = side + 3 * line + 6
+    sheet = Image.new("RGB", (columns * (side + 8) + 8, rows * height + 8), "white")
+    draw = ImageDraw.Draw(sheet)
+    for k, (image, caption) in enumerate(zip(images, captions)):
+        x, y = 8 + k % columns * (side + 8), 8 + k // columns * height
+        pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+        sheet.paste(Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST), (x, y))
+        for n, text in enumerate(_wrap(caption, side // 6)[:3]):
+            draw.text((x, y + side + 2 + n * line), text, fill="black")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    sheet.save(temporary, format="PNG")
+    os.replace(temporary, path)
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        if len(lines[-1]) + len(word) + 1 > width and lines[-1]:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return lines
+
+
+def peak_memory_mb() -> float:
+    """Peak memory of this process: the accelerator's where there is one, else the resident set."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -1,0 +1,120 @@
+"""Oracles score latents: exactly at the end (Terminal), through a one-step guess (Tweedie), by finishing the rollout (MonteCarlo), or at once (Stitched)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from rlstitch import sampling, schedule
+from rlstitch.stitch.model import StitchedValueModel, values
+from rlstitch.types import Backbone, Batch, Latent, Oracle, Reward, UserError
+
+
+def _scores(rewards: Mapping[str, Reward], images: Tensor, batch: Batch) -> Tensor:
+    return torch.stack([reward.score(images, batch).float() for reward in rewards.values()], 1)
+
+
+class _Mixed:
+    """Names, weights and the weighted total that all oracles share. The total is on the rewards' raw scales unless the weights say otherwise."""
+
+    def __init__(self, weights: Mapping[str, float]):
+        if not weights:
+            raise UserError("an oracle needs at least one reward")
+        self.names, self.weights = list(weights), list(weights.values())
+
+    def total(self, scores: Tensor) -> Tensor:
+        """Weighted sum of the columns: [B, K] -> [B]."""
+        return scores @ torch.tensor(self.weights, dtype=scores.dtype, device=scores.device)
+
+
+class Terminal(_Mixed):
+    """r(D(z0)): pixel rewards of a finished latent; accepts sigma = 0 only."""
+
+    sigma_range = (0.0, 0.0)
+
+    def __init__(self, backbone: Backbone, rewards: Mapping[str, Reward], weights: Mapping[str, float]):
+        super().__init__(weights)
+        self.backbone, self.rewards = backbone, {name: rewards[name] for name in weights}
+        self.differentiable = all(r.differentiable for r in self.rewards.values())
+
+    def __call__(self, latent: Latent, batch: Batch) -> Tensor:
+        if bool((latent.sigma > 0).any()):
+            raise UserError(f"a terminal reward scores finished pictures (sigma = 0), not latents at sigma {latent.sigma.max().item():g}: use stop End, or a Stitched or Tweedie oracle")
+        return _scores(self.rewards, self.backbone.decode(latent.z), batch)
+
+
+class Tweedie(_Mixed):
+    """r(D(z - sigma v)): the posterior mean decoded and scored. prompt: condition v on the batch's prompt, or on the null text."""
+
+    sigma_range = (0.0, 1.0)
+
+    def __init__(self, backbone: Backbone, rewards: Mapping[str, Reward], weights: Mapping[str, float], *, prompt: bool = True):
+        super().__init__(weights)
+        self.backbone, self.rewards, self.prompt = backbone, {name: rewards[name] for name in weights}, prompt
+        self.differentiable = all(r.differentiable for r in self.rewards.values())
+
+    def __call__(self, latent: Latent, batch: Batch) -> Tensor:
+        text = batch.text if self.prompt else self.backbone.null.expand(len(latent.z))
+        if text is None:
+            raise UserError("a Tweedie oracle with prompt=true needs the batch's encoded prompts")
+        v = self.backbone.velocity(latent.z, latent.sigma, text)
+        return _scores(self.rewards, self.backbone.decode(schedule.posterior_mean(latent.z, v, latent.sigma)), batch)
+
+
+class MonteCarlo(_Mixed):
+    """Mean r over n completed rollouts from the latent, by a stochastic kernel: the reference that every value is compared with. No gradient."""
+
+    sigma_range = (0.0, 1.0)
+    differentiable = False
+
+    def __init__(self, backbone: Backbone, rewards: Mapping[str, Reward], weights: Mapping[str, float], *, rollouts: int = 4, num_steps: int = 10, shift: float = 3.0, seed: int = 0):
+        super().__init__(weights)
+        self.backbone, self.rewards, self.rollouts = backbone, {name: rewards[name] for name in weights}, rollouts
+        self.grid, self.seed = schedule.sigmas(num_steps, shift, "plain"), seed
+
+    @torch.no_grad()
+    def __call__(self, latent: Latent, batch: Batch) -> Tensor:
+        start = float(latent.sigma[0])
+        if bool((latent.sigma != start).any()):
+            raise UserError("a Monte-Carlo oracle completes a batch from one noise level; this batch mixes several")
+        if start == 0:
+            return _scores(self.rewards, self.backbone.decode(latent.z), batch)
+        grid = torch.cat([torch.tensor([start]), self.grid[self.grid < start]])
+        generator = torch.Generator().manual_seed(self.seed)
+        kernel = sampling.stochastic(sampling.linear_sde)
+        total = 0.0
+        for _ in range(self.rollouts):
+            done = sampling.sample(self.backbone.bind(batch.text), latent.z, grid, kernel=kernel, generator=generator)
+            total = total + _scores(self.rewards, self.backbone.decode(done.z), batch)
+        return total / self.rollouts
+
+
+class Stitched(_Mixed):
+    """V(z, sigma, prompt) of StitchVMs; those cut at the same block share one prefix."""
+
+    differentiable = True
+
+    def __init__(self, values: Mapping[str, StitchedValueModel], weights: Mapping[str, float]):
+        super().__init__(weights)
+        self.models = [values[name] for name in weights]
+        self.sigma_range = (max(m.sigma_range[0] for m in self.models), min(m.sigma_range[1] for m in self.models))
+
+    def __call__(self, latent: Latent, batch: Batch) -> Tensor:
+        return values(self.models, latent, batch)
+
+
+class Weighted(_Mixed):
+    """Several oracles side by side, e.g. a stitched and a Tweedie one; columns and totals are joined, each total times its weight."""
+
+    def __init__(self, oracles: Sequence[Oracle], weights: Sequence[float]):
+        if len(oracles) != len(weights):
+            raise UserError(f"{len(oracles)} oracles but {len(weights)} weights")
+        super().__init__({f"{i}.{name}": w * inner for i, (o, w) in enumerate(zip(oracles, weights)) for name, inner in zip(o.names, o.weights)})
+        self.oracles = list(oracles)
+        self.differentiable = all(o.differentiable for o in oracles)
+        self.sigma_range = (max(o.sigma_range[0] for o in oracles), min(o.sigma_range[1] for o in oracles))
+
+    def __call__(self, latent: Latent, batch: Batch) -> Tensor:
+        return torch.cat([oracle(latent, batch) for oracle in self.oracles], 1)

@@ -1,0 +1,129 @@
+"""The policy: LoRA sets on one frozen base. `current` trains, `ema` follows it, the reference is the base with adapters off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from rlstitch.types import UserError
+
+CURRENT, EMA, REFERENCE = "default", "ema", "reference"
+
+
+class Policy:
+    """LoRA of `rank` on the joint attention projections of a transformer (A ~ N(0, 1/rank), B = 0: at start it is the base bit for bit).
+
+    Only `use` switches adapters: PEFT's own set_adapter also flips requires_grad, which would silence training.
+    """
+
+    def __init__(self, transformer: nn.Module, *, rank: int, alpha: float, targets: Sequence[str], seed: int, ema_decay: float):
+        self.transformer, self.ema_decay = transformer, ema_decay
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights="gaussian")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            transformer.add_adapter(config, CURRENT)
+        transformer.add_adapter(config, EMA)
+        self.layers = [m for m in transformer.modules() if isinstance(m, LoraLayer)]
+        self._active = REFERENCE
+        for layer in self.layers:  # adapters in float32 whatever the base is in
+            for part in (layer.lora_A, layer.lora_B):
+                part.float()
+        for name, p in transformer.named_parameters():
+            p.requires_grad_(f".{CURRENT}." in name)
+        self._switch(CURRENT)
+        self._pairs = [(p, dict(transformer.named_parameters())[n.replace(f".{CURRENT}.", f".{EMA}.")]) for n, p in self.named_parameters()]
+        self.updates = 0
+        with torch.no_grad():
+            for current, ema in self._pairs:
+                ema.copy_(current)
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """The trained parameters."""
+        return [(n, p) for n, p in self.transformer.named_parameters() if f".{CURRENT}." in n]
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for _, p in self.named_parameters()]
+
+    @contextmanager
+    def use(self, name: str) -> Iterator[None]:
+        """Run the denoiser as `default` (current), `ema` or `reference` (the base, adapters off); gradients flags stay as they are."""
+        before = self._active
+        self._switch(name)
+        try:
+            yield
+        finally:
+            self._switch(before)
+
+    def _switch(self, name: str) -> None:
+        if name == self._active:
+            return
+        flags = [(p, p.requires_grad) for layer in self.layers for p in layer.parameters()]
+        for layer in self.layers:
+            if name == REFERENCE:
+                layer.enable_adapters(False)
+            else:
+                if self._active == REFERENCE:
+                    layer.enable_adapters(True)
+                layer.set_adapter(name)
+        for p, flag in flags:
+            p.requires_grad_(flag)
+        self._active = name
+
+    @torch.no_grad()
+    def update_ema(self) -> None:
+        """ema <- d ema + (1 - d) current with d = min(decay, (1 + s) / (10 + s)) after update s. Under ZeRO-3 it acts on each rank's own part."""
+        self.updates += 1
+        decay = min(self.ema_decay, (1 + self.updates) / (10 + self.updates))
+        for current, ema in self._pairs:
+            source, target = (getattr(p, "ds_tensor", p.data) for p in (current, ema))
+            target.lerp_(source.to(target.dtype), 1 - decay)
+
+    # ------------------------------------------------------------------------------------------------ files
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Whole parameters on every rank, also under ZeRO-3."""
+        partitioned = [p for pair in self._pairs for p in pair if hasattr(p, "ds_id")]
+        if not partitioned:
+            yield
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0):
+            yield
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Raw and EMA weights, apart: `raw.<name>` and `ema.<name>`. A collective under ZeRO-3."""
+        with self.gathered():
+            return {f"{kind}.{n}": pair[k].detach().float().cpu().clone() for (n, _), pair in zip(self.named_parameters(), self._pairs) for k, kind in enumerate(("raw", "ema"))}
+
+    @torch.no_grad()
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """Raises UserError where the LoRA is for another architecture or rank."""
+        names = [n for n, _ in self.named_parameters()]
+        wanted = {f"{kind}.{n}" for n in names for kind in ("raw", "ema")}
+        if wanted != set(tensors):
+            odd = sorted(wanted ^ set(tensors))
+            raise UserError(f"the saved LoRA does not fit this model: {len(odd)} tensors differ, e.g. {odd[0]}. It was trained on another architecture or with other targets.")
+        with self.gathered():
+            for n, pair in zip(names, self._pairs):
+                for p, kind in zip(pair, ("raw", "ema")):
+                    value = tensors[f"{kind}.{n}"]
+                    if value.shape != p.shape:
+                        raise UserError(f"the saved LoRA does not fit this model: {n} is {list(value.shape)} there and {list(p.shape)} here (another rank or width)")
+                    p.copy_(value)
+
+    def export(self, folder: Path, name: str = EMA) -> None:
+        """Write `pytorch_lora_weights.safetensors` that stock diffusers loads with pipe.load_lora_weights(folder)."""
+        with self.gathered():
+            layers = get_peft_model_state_dict(self.transformer, adapter_name=name)
+            settings = self.transformer.peft_config[name]
+            metadata = {"r": settings.r, "lora_alpha": settings.lora_alpha, "target_modules": sorted(settings.target_modules)}
+            StableDiffusion3Pipeline.save_lora_weights(folder, transformer_lora_layers={k: v.detach().float().contiguous() for k, v in layers.items()}, transformer_lora_adapter_metadata=metadata)

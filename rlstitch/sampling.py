@@ -1,0 +1,77 @@
+"""Step kernels and `sample()`, the one loop over time. A step goes from sigma to sigma_next < sigma; h = sigma - sigma_next > 0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from rlstitch import schedule
+from rlstitch.types import Latent, Velocity
+
+Kernel = Callable[..., Tensor]  # (z, v, sigma, sigma_next, generator=None) -> z_next
+
+
+def euler(z: Tensor, v: Tensor, sigma: float, sigma_next: float, generator: torch.Generator | None = None) -> Tensor:
+    """One step of the probability-flow ODE: z + (sigma_next - sigma) v."""
+    return z + (sigma_next - sigma) * v
+
+
+def square_diffusion(sigma: float, norm: float = 3.0) -> float:
+    """g(sigma) = norm sigma^2, the coefficient whose released norm is 3."""
+    return norm * sigma**2
+
+
+def linear_sde(z: Tensor, v: Tensor, sigma: float, sigma_next: float, g: Callable[[float], float] = square_diffusion) -> tuple[Tensor, float]:
+    """Mean and standard deviation of one Euler-Maruyama step of the SDE with the ODE's marginals and diffusion g: (mean [B, ...], std)."""
+    h, diffusion = sigma - sigma_next, g(sigma)
+    drift = -v.float() + 0.5 * diffusion**2 * schedule.score(z, v, sigma)
+    return z + h * drift, diffusion * h**0.5
+
+
+def stochastic(step: Callable[..., tuple[Tensor, float]], **options) -> Kernel:
+    """Turn a (mean, std) step into a kernel that draws from it."""
+
+    def kernel(z: Tensor, v: Tensor, sigma: float, sigma_next: float, generator: torch.Generator | None = None) -> Tensor:
+        mean, std = step(z, v, sigma, sigma_next, **options)
+        return mean + std * torch.randn(z.shape, generator=generator, device=generator.device if generator else z.device, dtype=z.dtype).to(z.device)
+
+    return kernel
+
+
+def checkpointed(velocity: Velocity) -> Velocity:
+    """The same velocity whose activations are recomputed in the backward pass."""
+    return lambda z, sigma: checkpoint(velocity, z, sigma, use_reentrant=False) if torch.is_grad_enabled() else velocity(z, sigma)
+
+
+def sample(
+    velocity: Velocity,
+    z: Tensor,
+    sigmas: Tensor,
+    *,
+    stop: int | None = None,
+    num_grad_steps: int = 0,
+    kernel: Kernel = euler,
+    generator: torch.Generator | None = None,
+) -> Latent:
+    """Walk z [B, C, H, W] down the grid for `stop` steps (None: to its end) and keep the gradient through the last `num_grad_steps` (DRaFT-K, eq. 63).
+
+    The latent that enters those steps is detached; the steps before run without gradient. Raises ValueError where stop or num_grad_steps do not fit.
+    """
+    last = len(sigmas) - 1
+    stop = last if stop is None else stop
+    if not 1 <= stop <= last:
+        raise ValueError(f"stop must be within 1..{last} on this grid, not {stop}")
+    if not 0 <= num_grad_steps <= stop:
+        raise ValueError(f"num_grad_steps must be within 0..{stop} (the number of steps taken), not {num_grad_steps}")
+    levels = sigmas.tolist()
+    for k in range(stop):
+        grad = k >= stop - num_grad_steps
+        if k == stop - num_grad_steps:
+            z = z.detach()
+        with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
+            v = velocity(z, torch.full((len(z),), levels[k], device=z.device))
+            z = kernel(z, v, levels[k], levels[k + 1], generator=generator)
+    return Latent(z, torch.full((len(z),), levels[stop], device=z.device))

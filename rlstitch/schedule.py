@@ -1,0 +1,71 @@
+"""Sigma grids, the straight path of eq. (1), and what follows from it in closed form. sigma = t: 0 clean, 1 noise."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+def _like(sigma: float | Tensor, z: Tensor) -> Tensor:
+    """sigma as a tensor that broadcasts over z [B, ...]."""
+    sigma = torch.as_tensor(sigma, dtype=torch.float32, device=z.device)
+    return sigma.view(-1, *[1] * (z.ndim - 1)) if sigma.ndim else sigma
+
+
+def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
+    """The timestep shift of SD3: s -> shift s / (1 + (shift - 1) s)."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def sigmas(num_steps: int, shift: float = 1.0, spacing: Literal["diffusers", "plain"] = "diffusers") -> Tensor:
+    """Sampling grid [num_steps + 1], float32, falling from 1 to 0.
+
+    `plain` shifts 1 - k/N. `diffusers` is FlowMatchEulerDiscreteScheduler's: the shift is applied to 1/1000 .. 1 at construction and again to N
+    equally spaced points between its ends, so that the last non-zero sigma hardly depends on N (0.0089 for shift 3). Raises ValueError on bad arguments.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, not {num_steps}")
+    if shift <= 0:
+        raise ValueError(f"shift must be positive, not {shift}")
+    if spacing == "plain":
+        grid = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+    elif spacing == "diffusers":
+        lowest = shift_sigma(torch.tensor(1 / 1000, dtype=torch.float64), shift)
+        grid = torch.cat([torch.linspace(1, float(lowest), num_steps, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)])
+    else:
+        raise ValueError(f"spacing must be 'diffusers' or 'plain', not {spacing!r}")
+    return shift_sigma(grid, shift).float()
+
+
+def interpolate(z0: Tensor, noise: Tensor, sigma: float | Tensor) -> Tensor:
+    """z_sigma = (1 - sigma) z0 + sigma noise, eq. (1); all [B, ...], sigma a float or [B]."""
+    sigma = _like(sigma, z0)
+    return (1 - sigma) * z0 + sigma * noise
+
+
+def posterior_mean(z: Tensor, v: Tensor, sigma: float | Tensor) -> Tensor:
+    """E[z0 | z] = z - sigma v (Tweedie)."""
+    return z - _like(sigma, z) * v
+
+
+def score(z: Tensor, v: Tensor, sigma: float | Tensor) -> Tensor:
+    """grad log p_sigma(z) = -(z + (1 - sigma) v) / sigma, in float32; sigma > 0."""
+    sigma = _like(sigma, z)
+    return -(z.float() + (1 - sigma) * v.float()) / sigma
+
+
+def bridge(z_tau: Tensor, tau: float | Tensor, sigma: float | Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """The noising bridge anchored at z_tau and its velocity target, eqs. (74)-(77); tau < sigma, floats or [B].
+
+    z_sigma = a z_tau + s noise with a = (1 - sigma) / (1 - tau), s^2 = sigma^2 - a^2 tau^2, and the target is the time derivative of that line.
+    Its mean given z_sigma is the marginal velocity; its variance grows without bound as sigma -> tau. tau = 0 is the plain path.
+    """
+    tau, sigma = _like(tau, z_tau), _like(sigma, z_tau)
+    if not bool((sigma > tau).all()):
+        raise ValueError("the bridge runs from tau up to sigma: every sigma must exceed its tau")
+    a = (1 - sigma) / (1 - tau)
+    s = ((sigma - a * tau) * (sigma + a * tau)).sqrt()
+    ds = (sigma + a * tau**2 / (1 - tau)) / s
+    return a * z_tau + s * noise, -z_tau / (1 - tau) + ds * noise

@@ -1,0 +1,136 @@
+"""What every part of the pretraining shares: seeds, the resumable training loop, cards."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from rlstitch.config import hardware
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def autocast():
+    return torch.autocast(device().type, dtype=torch.bfloat16)
+
+
+def warmup_cosine(step: int, total: int, warmup: int = 100, floor: float = 0.02) -> float:
+    """Learning-rate factor: linear warm-up, then a cosine down to `floor`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
+
+
+class Ema:
+    """Exponential moving average of the trainable parameters; the decay ramps up as min(decay, (1 + s) / (10 + s))."""
+
+    def __init__(self, model: nn.Module, decay: float = 0.999):
+        self.decay, self.step = decay, 0
+        self.shadow = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        self.step += 1
+        decay = min(self.decay, (1 + self.step) / (10 + self.step))
+        names = [name for name, _ in model.named_parameters()]
+        torch._foreach_lerp_([self.shadow[n] for n in names], [p.detach() for _, p in model.named_parameters()], 1 - decay)
+
+    @torch.no_grad()
+    def copy_to(self, model: nn.Module) -> None:
+        for name, p in model.named_parameters():
+            p.copy_(self.shadow[name])
+
+
+def fit(
+    name: str,
+    model: nn.Module,
+    loss_of: Callable[[int, torch.Generator], tuple[Tensor, dict[str, float]]],
+    *,
+    steps: int,
+    lr: float,
+    seed: int,
+    work: Path,
+    weight_decay: float = 0.0,
+    ema_decay: float | None = 0.999,
+    minutes: float | None = None,
+    log_every: int = 50,
+) -> dict[str, float]:
+    """Train `model` (all its parameters with requires_grad) and leave its EMA in it. Resumes from `work/<name>.state.pt`.
+
+    The learning rate follows a cosine over `steps`, or over `minutes` of training time where that is given and ends first.
+    """
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
+    ema = Ema(model, ema_decay) if ema_decay else None
+    step, spent, last = 0, 0.0, {}
+    state_file = work / f"{name}.state.pt"
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+        step, spent = state["step"], state["spent"]
+        if ema:
+            ema.shadow, ema.step = state["ema"], state["ema_step"]
+        print(f"{name}: resumed at step {step}", flush=True)
+    started = time.monotonic()
+
+    def elapsed() -> float:
+        return spent + time.monotonic() - started
+
+    def save() -> None:
+        state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "step": step, "spent": elapsed()}
+        if ema:
+            state |= {"ema": ema.shadow, "ema_step": ema.step}
+        torch.save(state, state_file.with_suffix(".tmp"))
+        os.replace(state_file.with_suffix(".tmp"), state_file)
+
+    model.train()
+    while step < steps and (minutes is None or elapsed() < 60 * minutes):
+        progress = step if minutes is None else max(step, int(steps * elapsed() / (60 * minutes)))
+        for group in optimiser.param_groups:
+            group["lr"] = lr * warmup_cosine(progress if step >= 100 else step, steps)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        loss, metrics = loss_of(step, generator)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(params, 1.0)
+        if not torch.isfinite(norm):
+            raise RuntimeError(f"{name}: gradient norm is {norm.item()} at step {step}")
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        step += 1
+        if ema:
+            ema.update(model)
+        if step % log_every == 0 or step == steps:
+            last = {key: float(value) for key, value in metrics.items()}
+            shown = "  ".join(f"{key} {value:.4f}" for key, value in last.items())
+            print(f"{name} {step}/{steps}  {elapsed():.0f} s  {shown}", flush=True)
+        if step % (10 * log_every) == 0:
+            save()
+    save()
+    if ema:
+        ema.copy_to(model)
+    model.eval()
+    return {"steps": step, "minutes": round(elapsed() / 60, 1), **{f"last_{k}": v for k, v in last.items()}}
+
+
+def batches(n: int, size: int) -> Iterator[slice]:
+    for start in range(0, n, size):
+        yield slice(start, min(start + size, n))
+
+
+def write_card(folder: Path, facts: dict) -> None:
+    """`card.json` beside the weights: what made them."""
+    facts = {"command": " ".join(["python", *sys.argv]), "hardware": hardware(), **facts}
+    temporary = folder / "card.json.tmp"
+    temporary.write_text(json.dumps(facts, indent=1) + "\n")
+    os.replace(temporary, folder / "card.json")

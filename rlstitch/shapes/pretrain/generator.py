@@ -1,0 +1,128 @@
+"""The miniature's generator: a genuine `StableDiffusion3Pipeline` whose MM-DiT and text encoders are trained together from scratch."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+from rlstitch.shapes import tokenizer as shapes_tokenizer
+from rlstitch.shapes.pretrain.common import autocast, batches, device, fit, write_card
+from rlstitch.shapes.pretrain.pool import make_pool
+
+SIZES = {"shapes": dict(num_layers=6, num_attention_heads=4), "shapes-large": dict(num_layers=8, num_attention_heads=6)}
+EMPTY_PROMPT_RATE = 0.1
+
+
+def build_transformer(size: str) -> SD3Transformer2DModel:
+    heads = SIZES[size]["num_attention_heads"]
+    model = SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=8,
+        out_channels=8,
+        attention_head_dim=32,
+        joint_attention_dim=128,
+        caption_projection_dim=32 * heads,
+        pooled_projection_dim=128,
+        pos_embed_max_size=16,
+        qk_norm="rms_norm",
+        **SIZES[size],
+    )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+            if name.endswith(("norm1.linear", "norm1_context.linear", "norm_out.linear", "proj_out")):
+                nn.init.zeros_(module.weight)
+    nn.init.xavier_uniform_(model.pos_embed.proj.weight.view(model.inner_dim, -1))
+    return model
+
+
+def text_encoder(tokenizer, width: int, layers: int) -> CLIPTextModelWithProjection:
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 32,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        projection_dim=width,
+    )
+    return CLIPTextModelWithProjection(config)
+
+
+def conditioning(encoders: list[CLIPTextModelWithProjection], ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Token states [B, L, 128] and pooled vector [B, 128], put together as StableDiffusion3Pipeline does (penultimate states, no T5 tokens)."""
+    outputs = [encoder(input_ids=ids, output_hidden_states=True) for encoder in encoders]
+    return torch.cat([o.hidden_states[-2] for o in outputs], -1), torch.cat([o.text_embeds for o in outputs], -1)
+
+
+@torch.no_grad()
+def encode_latents(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """uint8 images -> latents after shift and scale, half precision, on the CPU."""
+    out = []
+    for part in batches(len(images), 128):
+        with autocast():
+            mean = vae.encode(images[part].to(device()).float() / 127.5 - 1).latent_dist.mode()
+        out.append(((mean.float() - vae.config.shift_factor) * vae.config.scaling_factor).half().cpu())
+    return torch.cat(out)
+
+
+def train(size: str, out: Path, work: Path, *, seed: int, steps: int, minutes: float | None, lr: float = 1.5e-3, batch: int = 64, pool_size: int = 24_000) -> None:
+    torch.manual_seed(seed)
+    folder = out / size
+    vae = AutoencoderKL.from_pretrained(out / "vae", torch_dtype=torch.float32).to(device())
+    tokenizer = shapes_tokenizer.build(folder / "tokenizer")
+    shapes_tokenizer.build(folder / "tokenizer_2")
+    model = nn.ModuleDict({"transformer": build_transformer(size), "text_encoder": text_encoder(tokenizer, 96, 3), "text_encoder_2": text_encoder(tokenizer, 32, 2)}).to(device())
+    encoders = [model["text_encoder"], model["text_encoder_2"]]
+    pool = make_pool(pool_size, seed + 1)
+    latents = encode_latents(vae, pool.images)
+
+    def tokens(prompts) -> Tensor:
+        return tokenizer([p.text for p in prompts], padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+    ids = torch.stack([tokens(pool.prompts), tokens(pool.captions)])
+    empty = tokenizer("", padding="max_length", return_tensors="pt").input_ids[0]
+
+    def loss_of(step: int, generator: torch.Generator):
+        rng = random.Random(seed * 7919 + step)
+        index = torch.randint(len(latents), (batch,), generator=generator)
+        which = torch.tensor([int(rng.random() < 0.25) for _ in range(batch)])
+        batch_ids = ids[which, index].clone()
+        batch_ids[torch.rand(batch, generator=generator) < EMPTY_PROMPT_RATE] = empty
+        z0 = latents[index].float()
+        noise = torch.randn(z0.shape, generator=generator)
+        t = torch.sigmoid(torch.randn(batch, generator=generator) + 0.3)
+        t = torch.where(torch.rand(batch, generator=generator) < 0.2, torch.rand(batch, generator=generator), t)
+        z0, noise, t = z0.to(device()), noise.to(device()), t.to(device())
+        z = torch.lerp(z0, noise, t.view(-1, 1, 1, 1))
+        with autocast():
+            context, pooled = conditioning(encoders, batch_ids.to(device()))
+            v = model["transformer"](hidden_states=z, encoder_hidden_states=context, pooled_projections=pooled, timestep=1000 * t, return_dict=False)[0]
+        error = (v.float() - (noise - z0)).square().mean((1, 2, 3))
+        return error.mean(), {"loss": error.mean().detach()}
+
+    facts = fit(size, model, loss_of, steps=steps, lr=lr, seed=seed, work=work, minutes=minutes, weight_decay=0.01, ema_decay=0.9995, log_every=100)
+    pipeline = StableDiffusion3Pipeline(
+        transformer=model["transformer"].half(),
+        vae=vae.half(),
+        text_encoder=encoders[0].half(),
+        text_encoder_2=encoders[1].half(),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        text_encoder_3=None,
+        tokenizer_3=None,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+    pipeline.save_pretrained(folder)
+    write_card(folder, facts | {"part": size, "seed": seed, "parameters": sum(p.numel() for p in model.parameters())})
+    print(facts, flush=True)

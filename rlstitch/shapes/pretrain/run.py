@@ -1,0 +1,72 @@
+"""One command trains the world: which parts there are, in which order, for how long."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+
+from rlstitch.shapes import prompts
+from rlstitch.shapes.pretrain import generator, rewards, vae
+
+# Minutes are those of one busy core; a part ends with its steps or its minutes, whichever comes first.
+BUDGET = {
+    "vae": dict(steps=20_000, minutes=14),
+    "clip": dict(steps=4_000, minutes=18),
+    "shapes": dict(steps=9_000, minutes=72),
+    "shapes-large": dict(steps=9_000, minutes=180),
+    "hps": dict(steps=1_500, minutes=9),
+    "aesthetic": dict(steps=3_000, minutes=None),
+    "preference_b": dict(steps=2_500, minutes=10),
+}
+SEEDS = {"vae": 0, "clip": 1, "shapes": 2, "shapes-large": 3, "hps": 4, "aesthetic": 5, "preference_b": 61}
+
+
+def load_vae(out: Path) -> AutoencoderKL:
+    return AutoencoderKL.from_pretrained(out / "vae", torch_dtype=torch.float32).to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def trainers(out: Path, work: Path, seed: int) -> dict[str, Callable[[], None]]:
+    def args(part: str) -> dict:
+        return dict(out=out, work=work, seed=SEEDS[part] + 1000 * seed, **BUDGET[part])
+
+    return {
+        "vae": lambda: vae.train(**args("vae")),
+        "clip": lambda: rewards.train_clip(vae=load_vae(out), **args("clip")),
+        "shapes": lambda: generator.train("shapes", **args("shapes")),
+        "hps": lambda: rewards.train_preference("hps", vae=load_vae(out), start_from=out / "clip", **args("hps")),
+        "aesthetic": lambda: rewards.train_aesthetic(vae=load_vae(out), **args("aesthetic")),
+        "preference_b": lambda: rewards.train_preference("preference_b", vae=load_vae(out), **args("preference_b")),
+        "shapes-large": lambda: generator.train("shapes-large", **args("shapes-large")),
+    }
+
+
+def main(arguments: list[str], default_out: Path) -> int:
+    options = {"parts": "prompts,vae,clip,shapes,hps,aesthetic,preference_b,shapes-large", "seed": "0", "out": str(default_out), "threads": "0"}
+    for argument in arguments:
+        key, found, value = argument.partition("=")
+        if not found or key not in options:
+            print(f"pretrain_shapes: cannot read '{argument}'; use key=value with one of {', '.join(options)}", file=sys.stderr)
+            return 2
+        options[key] = value
+    if int(options["threads"]):
+        torch.set_num_threads(int(options["threads"]))
+    out = Path(options["out"])
+    work = out / ".work"
+    work.mkdir(parents=True, exist_ok=True)
+    steps = trainers(out, work, int(options["seed"]))
+    steps["prompts"] = lambda: [prompts.write_prompts(out / f"{name}.jsonl", rows) for name, rows in prompts.make_splits(int(options["seed"])).items()]
+    wanted = options["parts"].split(",")
+    unknown = [p for p in wanted if p not in steps]
+    if unknown:
+        print(f"pretrain_shapes: no part named {', '.join(unknown)}; there are {', '.join(steps)}", file=sys.stderr)
+        return 2
+    for part in wanted:
+        if (out / part / "card.json").exists():
+            print(f"{part}: done already ({out / part / 'card.json'})")
+            continue
+        steps[part]()
+    return 0

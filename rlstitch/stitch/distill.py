@@ -1,0 +1,126 @@
+"""Distillation of a stitched value model from its frozen pixel reward, on unlabeled pictures (method.md 1, eqs. 8, 78, 79)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rlstitch import schedule
+from rlstitch.stitch.model import StitchedValueModel
+
+
+@dataclass
+class DistillConfig:
+    """The paper's settings are lr 1e-5, stitch_lr_factor 5, batch_size 128, warmup 100, logit-normal(0, 1), weights 1.
+
+    sigma is drawn logit-normal(mean, std), except for a share `uniform_share` drawn uniformly; both are kept inside sigma_range.
+    token_weight is lambda_tok; score_weight lambda_sc, used where the reward has a head; loss: squared error or Smooth-L1.
+    """
+
+    steps: int = 1500
+    batch_size: int = 128
+    lr: float = 1e-5
+    stitch_lr_factor: float = 5.0
+    weight_decay: float = 0.0
+    warmup: int = 100
+    decay: bool = True
+    clip_norm: float = 1.0
+    sigma_mean: float = 0.0
+    sigma_std: float = 1.0
+    uniform_share: float = 0.0
+    token_weight: float = 1.0
+    score_weight: float = 1.0
+    loss: Literal["squared", "smooth_l1"] = "squared"
+    autocast: bool = True
+    seed: int = 0
+
+
+def draw_sigma(n: int, config: DistillConfig, sigma_range: tuple[float, float], generator: torch.Generator) -> Tensor:
+    """n noise levels by the config's law, clamped to the range."""
+    centred = torch.sigmoid(config.sigma_mean + config.sigma_std * torch.randn(n, generator=generator))
+    uniform = torch.rand(n, generator=generator)
+    picked = torch.rand(n, generator=generator) < config.uniform_share
+    return torch.where(picked, uniform, centred).clamp(*sigma_range)
+
+
+def _error(a: Tensor, b: Tensor, kind: str) -> Tensor:
+    """Elementwise loss."""
+    return (a - b).square() if kind == "squared" else F.smooth_l1_loss(a, b, reduction="none")
+
+
+def distillation_loss(model: StitchedValueModel, z: Tensor, sigma: Tensor, target: Tensor, target_tokens: Tensor, config: DistillConfig) -> tuple[Tensor, dict[str, Tensor]]:
+    """Eq. (8): embedding error (summed over channels) + lambda_tok token error (mean over tokens and channels) + lambda_sc head error.
+
+    target [B, D] is the frozen reward's unit embedding of the clean picture, target_tokens [B, N + 1, W] its output tokens. With an un-normalised student
+    the minimiser of the first term is E[target | z]: V is then the value function itself, not only its ranking.
+    """
+    with torch.no_grad():
+        grid = model.activations(z, sigma).grid
+    embedding, tokens = model.embed(grid)
+    parts = {"embedding": _error(embedding, target, config.loss).sum(-1).mean(), "tokens": _error(tokens, target_tokens, config.loss).mean()}
+    loss = parts["embedding"] + config.token_weight * parts["tokens"]
+    if model.reward.head is not None:
+        parts["head"] = _error(model.reward.head(embedding), model.reward.head(target), config.loss).mean()
+        loss = loss + config.score_weight * parts["head"]
+    return loss, {k: v.detach() for k, v in parts.items()}
+
+
+@torch.no_grad()
+def targets_of(reward: Any, images: Tensor, batch_size: int = 64) -> tuple[Tensor, Tensor, float]:
+    """Frozen reward on clean pictures: unit embeddings [N, D], output tokens [N, T, W] (half precision), mean norm of the raw embedding."""
+    unit, tokens, norm = [], [], 0.0
+    for start in range(0, len(images), batch_size):
+        raw, h = reward.encode(_pixels(images[start : start + batch_size]).to(reward.device))
+        norm += float(raw.norm(dim=-1).sum())
+        unit.append(F.normalize(raw, dim=-1))
+        tokens.append(h.half())
+    return torch.cat(unit), torch.cat(tokens), norm / len(images)
+
+
+@torch.no_grad()
+def latents_of(backbone: Any, images: Tensor, batch_size: int = 64) -> Tensor:
+    """Clean latents [N, C, H, W] of pictures, uint8 or float in [0, 1]."""
+    return torch.cat([backbone.encode(_pixels(images[s : s + batch_size]).to(backbone.device)) for s in range(0, len(images), batch_size)])
+
+
+def _pixels(images: Tensor) -> Tensor:
+    return images.float() / 255 if images.dtype == torch.uint8 else images
+
+
+def distill(model: StitchedValueModel, latents: Tensor, targets: Tensor, target_tokens: Tensor, config: DistillConfig, *, progress: Callable[[int, dict[str, float]], None] | None = None) -> float:
+    """Train stitch and tail in place on N clean latents with their targets; returns the seconds it took. `progress(step, metrics)` is called every step."""
+    generator = torch.Generator().manual_seed(config.seed)
+    stitch, tail = list(model.stitch.parameters()), [p for p in model.tail.parameters() if p.requires_grad]
+    groups = [{"params": stitch, "lr": config.lr * config.stitch_lr_factor}, {"params": tail, "lr": config.lr}]
+    optimiser = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
+    base = [group["lr"] for group in optimiser.param_groups]
+    started = time.perf_counter()
+    model.train()
+    for step in range(config.steps):
+        factor = min(1.0, (step + 1) / max(1, config.warmup))
+        if config.decay:
+            factor *= 1 - 0.98 * step / config.steps
+        for group, lr in zip(optimiser.param_groups, base):
+            group["lr"] = lr * factor
+        index = torch.randint(len(latents), (config.batch_size,), generator=generator)
+        noise = torch.randn(config.batch_size, *latents.shape[1:], generator=generator).to(latents.device)
+        sigma = draw_sigma(config.batch_size, config, model.sigma_range, generator).to(latents.device)
+        z = schedule.interpolate(latents[index].float(), noise, sigma)
+        with torch.autocast(latents.device.type, dtype=torch.bfloat16, enabled=config.autocast):
+            loss, parts = distillation_loss(model, z, sigma, targets[index], target_tokens[index].float(), config)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(stitch + tail, config.clip_norm)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"distillation: the gradient norm is {norm.item()} at step {step}; lower lr (now {config.lr:g})")
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        if progress is not None:
+            progress(step, {"loss": loss.item(), **{k: v.item() for k, v in parts.items()}})
+    model.eval()
+    return time.perf_counter() - started

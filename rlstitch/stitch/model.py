@@ -1,0 +1,169 @@
+"""StitchVM: the first blocks of a frozen diffusion transformer, a small stitch, the tail of a pixel reward model (method.md 1, eqs. 57-58)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rlstitch.files import read_tensors, require, sha256, vae_fingerprint, write_json, write_tensors
+from rlstitch.types import Batch, Conditioning, Latent, UserError
+
+CARD, WEIGHTS = "value.json", "value.safetensors"
+
+
+class StitchLayer(nn.Module):
+    """h -> y = Up(F(h)), y + G(y): F a 1x1 convolution set to the closed-form map, Up bilinear to the reward's grid, G a residual that starts at zero."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, grid: int):
+        super().__init__()
+        out_channels, in_channels = weight.shape
+        self.grid = grid
+        self.linear = nn.Conv2d(in_channels, out_channels, 1)
+        with torch.no_grad():
+            self.linear.weight.copy_(weight.view(out_channels, in_channels, 1, 1))
+            self.linear.bias.copy_(bias)
+        hidden = max(1, out_channels // 8)
+        self.residual = nn.Sequential(nn.SiLU(), nn.Conv2d(out_channels, hidden, 1), nn.SiLU(), nn.Conv2d(hidden, out_channels, 1))
+        nn.init.zeros_(self.residual[-1].weight)
+        nn.init.zeros_(self.residual[-1].bias)
+
+    def forward(self, grid: Tensor) -> Tensor:
+        """[B, W, h, w] -> tokens [B, grid^2, W']."""
+        y = resample(self.linear(grid), self.grid)
+        return (y + self.residual(y)).flatten(2).transpose(1, 2)
+
+
+def resample(grid: Tensor, side: int) -> Tensor:
+    """Bilinear to [.., side, side]; nothing where it has that size already."""
+    return grid if grid.shape[-2:] == (side, side) else F.interpolate(grid, (side, side), mode="bilinear", align_corners=False)
+
+
+class StitchedValueModel(nn.Module):
+    """V(z, sigma, prompt) = reward head( tail_{>=j}( stitch( prefix_{<=i}(z, sigma, null text) ) ) ).
+
+    `prefix` is frozen and without LoRA; `stitch` and `tail` are what distillation trains; `reward` is the frozen pixel reward, whose text tower
+    or head turns the embedding into a score. `normalise`: the student embedding is brought to unit norm, as the paper has it (ranks, but its
+    magnitude is not E[r | z]); otherwise it is the raw projection over `norm`, and V is E[r | z] at the minimiser of the distillation.
+    """
+
+    def __init__(self, prefix: nn.Module, null: Conditioning, stitch: StitchLayer, tail: nn.Module, reward: Any, *, normalise: bool, norm: float, sigma_range: tuple[float, float], card: dict[str, Any]):
+        super().__init__()
+        self.prefix, self.stitch, self.tail = prefix, stitch, tail
+        self.register_buffer("null_tokens", null.tokens.clone(), persistent=False)
+        self.register_buffer("null_pooled", null.pooled.clone(), persistent=False)
+        self.reward, self.normalise, self.norm, self.sigma_range, self.card = reward, normalise, norm, sigma_range, card
+
+    @classmethod
+    def from_search(cls, backbone: Any, reward: Any, blocks: int, reward_block: int, weight: Tensor, bias: Tensor, *, cls_state: Tensor, norm: float, normalise: bool, sigma_range: tuple[float, float], card: dict[str, Any], share: bool = True) -> StitchedValueModel:
+        """Put a stitch together from the closed-form map; the tail is a trainable copy of the reward's."""
+        stitch = StitchLayer(weight.float(), bias.float(), reward.grid).to(weight.device)
+        tail = reward.tail(reward_block)
+        if reward_block > 1:
+            tail.cls.data.copy_(cls_state)
+        return cls(backbone.make_prefix(blocks, share=share), backbone.null, stitch, tail, reward, normalise=normalise, norm=norm, sigma_range=sigma_range, card=card)
+
+    def activations(self, z: Tensor, sigma: Tensor) -> Any:
+        """The frozen prefix under the null text, in the prefix's own precision."""
+        null = Conditioning(self.null_tokens, self.null_pooled).expand(len(z))
+        return self.prefix(z.to(self.null_tokens.dtype), sigma, null)
+
+    def embed(self, grid: Tensor) -> tuple[Tensor, Tensor]:
+        """From the prefix's image stream [B, W, h, w] to (embedding [B, D], tail's tokens [B, N + 1, W'])."""
+        embedding, tokens = self.tail(self.stitch(grid.to(self.stitch.linear.weight.dtype)))
+        embedding = embedding.float()
+        return (F.normalize(embedding, dim=-1) if self.normalise else embedding / self.norm), tokens.float()
+
+    def check_range(self, sigma: Tensor) -> None:
+        low, high = self.sigma_range
+        if bool((sigma < low - 1e-6).any()) or bool((sigma > high + 1e-6).any()):
+            raise UserError(f"the value model was trained for sigma in [{low:g}, {high:g}] and was asked at {sigma.min().item():g}..{sigma.max().item():g}: choose a stop inside the range or distil it over a wider one")
+
+    def value(self, latent: Latent, batch: Batch) -> Tensor:
+        """V [B] of a latent; differentiable in z. Raises UserError outside the trained sigma range."""
+        self.check_range(latent.sigma)
+        return self.value_from(self.activations(latent.z, latent.sigma), batch)
+
+    def value_from(self, activations: Any, batch: Batch) -> Tensor:
+        """V from activations that were computed already, e.g. by guidance's unconditional branch at the same (z, sigma)."""
+        return self.reward.score_embedding(self.embed(activations.grid)[0], batch)
+
+    # ------------------------------------------------------------------------------------------------ files
+
+    def save_pretrained(self, path: str | Path, *, half: bool = True) -> None:
+        """`value.safetensors` (stitch, tail, null text) and `value.json` (the card). What it was stitched from is named by hash."""
+        folder = Path(path)
+        tensors = {k: v for k, v in self.state_dict().items() if k.startswith(("stitch.", "tail."))}
+        tensors |= {"null_tokens": self.null_tokens, "null_pooled": self.null_pooled}
+        write_tensors(folder / WEIGHTS, {k: v.half() if half else v for k, v in tensors.items()})
+        card = self.card | {"normalise": self.normalise, "norm": self.norm, "sigma_range": list(self.sigma_range), "sha256": sha256(folder / WEIGHTS), "prefix_sha256": self.prefix.fingerprint(), "reward_sha256": self.reward.fingerprint()}
+        write_json(folder / CARD, card)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, backbone: Any = None, reward: Any = None, share: bool = True) -> StitchedValueModel:
+        """Load a value model. What it was stitched from is taken from `backbone` and `reward`, or built from the card; both must match by hash.
+
+        Call it before LoRA is added to the backbone. Raises UserError for missing, corrupt or foreign parts.
+        """
+        folder, card = require(path, "the value model"), read_card(path)
+        tensors = read_tensors(require(folder / WEIGHTS, "the value model's weights"), card["sha256"])
+        backbone = build(card["backbone"]) if backbone is None else backbone
+        reward = build(card["reward"]) if reward is None else reward
+        check_vae(card, backbone.path, path)
+        linear = tensors["stitch.linear.weight"]
+        if linear.shape[1] != backbone.width or card["blocks"] > backbone.num_blocks:
+            raise UserError(f"value model '{path}' is for a denoiser of width {linear.shape[1]} cut after block {card['blocks']}; this one has width {backbone.width} and {backbone.num_blocks} blocks")
+        null = Conditioning(tensors["null_tokens"].to(backbone.dtype), tensors["null_pooled"].to(backbone.dtype)).to(backbone.device)
+        stitch = StitchLayer(linear[:, :, 0, 0].float(), tensors["stitch.linear.bias"].float(), reward.grid)
+        tail = reward.tail(card["reward_block"])
+        model = cls(backbone.make_prefix(card["blocks"], share=share), null, stitch, tail, reward, normalise=card["normalise"], norm=card["norm"], sigma_range=tuple(card["sigma_range"]), card=card)
+        for what, found, wanted in (("denoiser", model.prefix.fingerprint(), card["prefix_sha256"]), ("reward model", reward.fingerprint(), card["reward_sha256"])):
+            if found != wanted:
+                raise UserError(f"value model '{path}' was stitched from another {what} (hash {wanted[:12]}..., this one has {found[:12]}...): stitch it again with launch/stitch.py")
+        trained = {k: v.float() for k, v in tensors.items() if k.startswith(("stitch.", "tail."))}
+        try:
+            _, unexpected = model.load_state_dict(trained, strict=False)
+        except RuntimeError as error:
+            raise UserError(f"value model '{path}' does not fit its reward model: {error}") from error
+        if unexpected:
+            raise UserError(f"value model '{path}' holds weights that nothing takes: {', '.join(unexpected[:5])}")
+        return model.to(backbone.device).requires_grad_(False).eval()
+
+
+def read_card(path: str | Path) -> dict[str, Any]:
+    """The card of a value model, without its weights."""
+    return json.loads(require(require(path, "the value model") / CARD, "the value model's card").read_text())
+
+
+def check_vae(card: dict[str, Any], backbone_path: str | Path, path: str | Path) -> None:
+    """Latents of different autoencoders are not comparable: refuse."""
+    if (found := vae_fingerprint(backbone_path)) != card["vae_sha256"]:
+        raise UserError(f"value model '{path}' reads latents of another autoencoder (vae hash {card['vae_sha256'][:12]}..., model '{backbone_path}' has {found[:12]}...): stitch one for this model")
+
+
+def build(spec: dict[str, Any]) -> Any:
+    """Build a part that a card names. Cards may only name rlstitch's own classes: anything else must be passed in by hand."""
+    target = spec["_target_"]
+    if not target.startswith("rlstitch."):
+        raise UserError(f"the card names '{target}', which is not part of rlstitch and will not be imported from a file: build it and pass it to from_pretrained")
+    module, _, name = target.rpartition(".")
+    return getattr(import_module(module), name)(**{k: v for k, v in spec.items() if k != "_target_"})
+
+
+def values(models: Sequence[StitchedValueModel], latent: Latent, batch: Batch) -> Tensor:
+    """[B, K] of several value models; those cut at the same block of the same prefix share its activations."""
+    cache: dict[tuple[int, ...], Any] = {}
+    out = []
+    for model in models:
+        model.check_range(latent.sigma)
+        key = (len(model.prefix.blocks), *(p.data_ptr() for p in model.prefix.parameters()))
+        if key not in cache:
+            cache[key] = model.activations(latent.z, latent.sigma)
+        out.append(model.value_from(cache[key], batch))
+    return torch.stack(out, 1)

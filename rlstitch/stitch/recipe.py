@@ -1,0 +1,154 @@
+"""The stitch job: search, distil, measure by sigma, save with a card. `launch/stitch.py` runs it from a recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from rlstitch import config as cfg
+from rlstitch import schedule
+from rlstitch.files import require, vae_fingerprint
+from rlstitch.stitch.distill import DistillConfig, distill, latents_of, targets_of
+from rlstitch.stitch.model import StitchedValueModel
+from rlstitch.stitch.search import SearchResult, search
+from rlstitch.types import Batch, Latent, UserError
+
+SIGMAS = (0.1, 0.25, 0.5, 0.75, 0.9)
+
+
+@dataclass
+class StitchRecipe:
+    """model, reward: parts to stitch. images, held_out: parts that give pictures ({_target_: ...}(n, seed) -> (uint8 [N, 3, H, W], prompts)).
+
+    blocks: the denoiser block to cut after ("best", "cheapest" within `margin` among the first `max_fraction` of the blocks, or a number);
+    reward_block: 0 takes the search's. normalise: unit-norm student as in the paper, else the calibrated one.
+    """
+
+    name: str = ""
+    out: str = "values"
+    model: dict[str, Any] = field(default_factory=dict)
+    reward: dict[str, Any] = field(default_factory=dict)
+    images: dict[str, Any] = field(default_factory=dict)
+    held_out: dict[str, Any] = field(default_factory=dict)
+    search_images: int = 200
+    max_reward_block: int = 4
+    blocks: str = "cheapest"
+    reward_block: int = 0
+    margin: float = 0.05
+    max_fraction: float = 0.5
+    normalise: bool = False
+    sigma_low: float = 0.0
+    sigma_high: float = 1.0
+    threads: int = 0
+    seed: int = 0
+    distill: DistillConfig = field(default_factory=DistillConfig)
+
+
+def checked(given: dict[str, Any], name: str) -> StitchRecipe:
+    """The typed recipe, or one UserError that lists every fault."""
+    faults: list[str] = []
+    accepted: list[tuple[str, Any]] = []
+    cfg._leaves(StitchRecipe(), given, "", faults, accepted)
+    config = OmegaConf.structured(StitchRecipe)
+    for path, value in accepted:
+        try:
+            OmegaConf.update(config, path, value, merge=False)
+        except Exception as error:  # omegaconf's validation errors share no public base for enums and literals
+            faults.append(f"'{path}': {str(error).splitlines()[0]}")
+    recipe = OmegaConf.to_object(config)
+    for part in ("model", "reward", "images", "held_out"):
+        faults += cfg.check_part(part, getattr(recipe, part))
+    if recipe.blocks not in ("best", "cheapest") and not recipe.blocks.isdigit():
+        faults.append(f"'blocks' must be best, cheapest or a number, not {recipe.blocks!r}")
+    if not 0 <= recipe.sigma_low < recipe.sigma_high <= 1:
+        faults.append(f"'sigma_low' and 'sigma_high' must satisfy 0 <= low < high <= 1, not {recipe.sigma_low} and {recipe.sigma_high}")
+    if faults:
+        raise cfg.report(faults, name)
+    recipe.name = recipe.name or name
+    return recipe
+
+
+def choose(result: SearchResult, recipe: StitchRecipe):
+    """The pair that the recipe asks for."""
+    if recipe.blocks == "best":
+        pairs = result.table
+    elif recipe.blocks == "cheapest":
+        pairs = [p for p in result.table if p.i == result.cheapest(margin=recipe.margin, max_fraction=recipe.max_fraction).i]
+    else:
+        pairs = [p for p in result.table if p.i == int(recipe.blocks)]
+    pairs = [p for p in pairs if not recipe.reward_block or p.j == recipe.reward_block]
+    if not pairs:
+        raise UserError(f"no pair with blocks={recipe.blocks}, reward_block={recipe.reward_block}: the denoiser has {result.num_blocks} blocks, the search went to reward block {max(p.j for p in result.table)}")
+    return min(pairs, key=lambda p: p.normalised)
+
+
+@torch.no_grad()
+def quality(model: StitchedValueModel, latents: Tensor, prompts: list[str], clean: Tensor, *, sigmas: tuple[float, ...] = SIGMAS, seed: int = 0) -> dict[str, dict[str, float]]:
+    """By sigma: Recall@1 image to text over the N prompts (where the reward reads text) and the correlation of V with the clean score [N] of the own prompt."""
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(latents.device)
+    out = {}
+    for level in sigmas:
+        sigma = torch.full((len(latents),), level, device=latents.device)
+        z = schedule.interpolate(latents, noise, sigma)
+        embedding = torch.cat([model.embed(model.activations(z[k : k + 64], sigma[k : k + 64]).grid)[0] for k in range(0, len(z), 64)])
+        batch = Batch(prompts, torch.arange(len(prompts)), torch.arange(len(prompts)))
+        value = model.reward.score_embedding(embedding, batch)
+        row = {"correlation": float(torch.corrcoef(torch.stack([value, clean]))[0, 1])}
+        if model.reward.head is None:
+            row["recall_at_1"] = recall(embedding, model.reward.embed_texts(prompts))
+        out[f"{level:g}"] = {k: round(v, 4) for k, v in row.items()}
+    return out
+
+
+def recall(image: Tensor, text: Tensor) -> float:
+    """Share of rows whose most similar text is their own."""
+    return float(((image @ text.T).argmax(1) == torch.arange(len(image), device=image.device)).float().mean())
+
+
+def run(recipe: StitchRecipe) -> StitchedValueModel:
+    """Search, distil, measure, save to <out>/<name>."""
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    torch.manual_seed(recipe.seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    backbone, reward = cfg.build(recipe.model, device=device), cfg.build(recipe.reward, device=device)
+    require(recipe.model["path"], "the model directory")
+    images, _ = cfg.build(recipe.images)
+    started = time.perf_counter()
+    result = search(backbone, reward, images[: recipe.search_images].float() / 255, max_reward_block=recipe.max_reward_block, seed=recipe.seed)
+    searched = time.perf_counter() - started
+    pair = choose(result, recipe)
+    print(f"{recipe.name}: search over {len(result.table)} pairs took {searched:.1f} s; best {result.best.i, result.best.j} ({result.best.normalised:.4f} of the variance), taken {pair.i, pair.j} ({pair.normalised:.4f})", flush=True)
+    latents = latents_of(backbone, images)
+    targets, tokens, norm = targets_of(reward, images)
+    card = {"name": recipe.name, "backbone": recipe.model, "reward": recipe.reward, "vae_sha256": vae_fingerprint(recipe.model["path"]), "blocks": pair.i, "reward_block": pair.j, "search": result.rows(), "distill": dataclasses.asdict(recipe.distill)}
+    model = StitchedValueModel.from_search(backbone, reward, pair.i, pair.j, pair.weight, pair.bias, cls_state=result.cls[pair.j].float(), norm=norm, normalise=recipe.normalise, sigma_range=(recipe.sigma_low, recipe.sigma_high), card=card)
+    bar = tqdm(total=recipe.distill.steps, desc=recipe.name, unit="step")
+
+    def progress(step: int, metrics: dict[str, float]) -> None:
+        bar.update()
+        if step % 20 == 0:
+            bar.set_postfix({k: f"{v:.4f}" for k, v in metrics.items()})
+
+    seconds = distill(model, latents, targets, tokens, recipe.distill, progress=progress)
+    bar.close()
+    held, prompts = cfg.build(recipe.held_out)
+    with torch.no_grad():
+        held_latents, held_targets = latents_of(backbone, held), targets_of(reward, held)[0]
+        clean = reward.score_embedding(held_targets, Batch(prompts, torch.arange(len(prompts)), torch.arange(len(prompts))))
+    model.card |= {"quality": quality(model, held_latents, prompts, clean), "search_seconds": round(searched, 1), "distill_seconds": round(seconds, 1), "device_hours": round((time.perf_counter() - started) / 3600, 5), "hardware": cfg.hardware()}
+    if reward.head is None:
+        model.card["clean_recall_at_1"] = round(recall(F.normalize(held_targets, dim=-1), reward.embed_texts(prompts)), 4)
+    folder = Path(recipe.out) / recipe.name
+    model.save_pretrained(folder)
+    print(f"{recipe.name}: saved to {folder}; by sigma: {model.card['quality']}", flush=True)
+    return model

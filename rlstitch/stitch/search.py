@@ -1,0 +1,126 @@
+"""Where to cut: closed-form stitches between every block of the denoiser and every early block of the reward (method.md 1, Search).
+
+One streaming pass over the pictures gathers the float64 Gram matrices of all pairs; one factorisation per denoiser block then solves every reward block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlstitch import schedule
+from rlstitch.stitch.model import resample
+
+
+@dataclass
+class Pair:
+    """One candidate: the denoiser after block i, the reward entered at block j. `normalised` is loss over the variance of the target."""
+
+    i: int
+    j: int
+    loss: float
+    normalised: float
+    weight: Tensor = field(repr=False)  # [W', W]
+    bias: Tensor = field(repr=False)  # [W']
+
+
+@dataclass
+class SearchResult:
+    """`table` of all pairs (i, j, loss, normalised loss, weight, bias), `best` by the normalised loss; `cls` [j] mean [CLS] state entering block j."""
+
+    table: list[Pair]
+    num_blocks: int
+    cls: dict[int, Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def best(self) -> Pair:
+        return min(self.table, key=lambda pair: pair.normalised)
+
+    def cheapest(self, *, margin: float = 0.05, max_fraction: float = 0.5) -> Pair:
+        """The smallest i (then the best j) whose normalised loss is within `margin` (relative) of the best among i <= max_fraction of the blocks."""
+        allowed = [pair for pair in self.table if pair.i <= max(1, int(max_fraction * self.num_blocks))]
+        limit = (1 + margin) * min(pair.normalised for pair in allowed)
+        return min((pair for pair in allowed if pair.normalised <= limit), key=lambda pair: (pair.i, pair.normalised))
+
+    def rows(self) -> list[dict[str, float]]:
+        return [{"i": p.i, "j": p.j, "loss": p.loss, "normalised": p.normalised} for p in self.table]
+
+
+@torch.no_grad()
+def features(backbone: Any, reward: Any, images: Tensor, max_reward_block: int, generator: torch.Generator) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """One batch's denoiser features after every block and reward inputs of every early block, float64 [B N', W] on the reward's grid, and [CLS] states."""
+    z0 = backbone.encode(images.to(backbone.device))
+    sigma = torch.rand(len(z0), generator=generator).to(z0.device)
+    noise = torch.randn(z0.shape, generator=generator).to(z0.device)
+    states = backbone.walk(schedule.interpolate(z0, noise, sigma), sigma)
+    denoiser = [resample(state.grid.double(), reward.grid).flatten(2).transpose(1, 2).flatten(0, 1) for state in states]
+    inputs = reward.inputs_of_block(images.to(backbone.device), max_reward_block)
+    targets = [(x if j == 1 else x[:, 1:]).double().flatten(0, 1) for j, x in enumerate(inputs, 1)]
+    return denoiser, targets, [x[:, 0].double() for x in inputs]
+
+
+def solve(gram: Tensor, cross: Tensor) -> Tensor:
+    """gram^-1 cross for a positive semi-definite Gram matrix [W, W], scaled to unit diagonal first; pseudo-inverse where it is singular."""
+    scale = gram.diagonal().clamp(min=torch.finfo(gram.dtype).tiny).rsqrt()
+    scaled = gram * scale[:, None] * scale[None]
+    factor, info = torch.linalg.cholesky_ex(scaled)
+    if int(info) == 0:
+        return scale[:, None] * torch.cholesky_solve(scale[:, None] * cross, factor)
+    values, vectors = torch.linalg.eigh(scaled)
+    keep = values > values[-1] * len(values) * torch.finfo(gram.dtype).eps
+    inverse = torch.where(keep, 1 / values.where(keep, torch.ones_like(values)), torch.zeros_like(values))
+    return scale[:, None] * (vectors * inverse) @ (vectors.T @ (scale[:, None] * cross))
+
+
+@torch.no_grad()
+def search(backbone: Any, reward: Any, images: Tensor, *, max_reward_block: int = 4, batch_size: int = 25, seed: int = 0) -> SearchResult:
+    """Fit W_ij = argmin |W F_i + b - G_j|^2 for all blocks i and j <= max_reward_block over images [N, 3, H, W] in [0, 1], one sigma ~ U[0, 1] each.
+
+    Losses are means over tokens of the squared error summed over channels. Raises ValueError where j exceeds the reward's blocks.
+    """
+    if not 1 <= max_reward_block <= reward.num_blocks:
+        raise ValueError(f"max_reward_block must be within 1..{reward.num_blocks}, not {max_reward_block}")
+    generator = torch.Generator().manual_seed(seed)
+    count, offsets, sums = 0, None, None
+    for start in range(0, len(images), batch_size):
+        denoiser, targets, states = features(backbone, reward, images[start : start + batch_size], max_reward_block, generator)
+        if offsets is None:  # shifting by the first batch's means keeps the later subtraction of means exact
+            offsets = ([f.mean(0) for f in denoiser], [g.mean(0) for g in targets])
+            sums = {
+                "f": [torch.zeros_like(o) for o in offsets[0]],
+                "g": [torch.zeros_like(o) for o in offsets[1]],
+                "ff": [torch.zeros(len(o), len(o), dtype=o.dtype, device=o.device) for o in offsets[0]],
+                "fg": [[torch.zeros(len(a), len(b), dtype=a.dtype, device=a.device) for b in offsets[1]] for a in offsets[0]],
+                "gg": [torch.zeros_like(o) for o in offsets[1]],
+                "cls": [torch.zeros_like(s[0]) for s in states],
+            }
+        count += len(targets[0])
+        targets = [g - o for g, o in zip(targets, offsets[1])]
+        for j, (g, s) in enumerate(zip(targets, states)):
+            sums["g"][j] += g.sum(0)
+            sums["gg"][j] += g.square().sum(0)
+            sums["cls"][j] += s.sum(0)
+        every = torch.cat(targets, 1)
+        widths = [g.shape[1] for g in targets]
+        for i, f in enumerate(denoiser):
+            f = f - offsets[0][i]
+            sums["f"][i] += f.sum(0)
+            sums["ff"][i] += f.T @ f
+            for total, part in zip(sums["fg"][i], (f.T @ every).split(widths, 1)):
+                total += part
+    table = []
+    for i in range(backbone.num_blocks):
+        f_mean = sums["f"][i] / count
+        gram = sums["ff"][i] - count * torch.outer(f_mean, f_mean)
+        g_means = [g / count for g in sums["g"]]
+        crosses = [fg - count * torch.outer(f_mean, g) for fg, g in zip(sums["fg"][i], g_means)]
+        solutions = solve(gram, torch.cat(crosses, 1)).split([c.shape[1] for c in crosses], 1)
+        for j, (cross, w, g_mean) in enumerate(zip(crosses, solutions, g_means)):
+            variance = sums["gg"][j].sum() - count * g_mean.square().sum()
+            loss = float(variance - 2 * (w * cross).sum() + (w * (gram @ w)).sum()) / count
+            bias = g_mean + offsets[1][j] - w.T @ (f_mean + offsets[0][i])
+            table.append(Pair(i + 1, j + 1, loss, loss / (float(variance) / count), w.T.contiguous(), bias))
+    return SearchResult(table, backbone.num_blocks, {j + 1: s / len(images) for j, s in enumerate(sums["cls"])})

@@ -1,0 +1,252 @@
+"""The one trainer: recipe in, run folder out. The loop reads like the paper; everything else here is putting the parts together."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from rlstitch import checkpoint, config as cfg, report, schedule
+from rlstitch.config import RunConfig
+from rlstitch.data import PromptSet, UpdateStream, read_prompts, resolve_geometry
+from rlstitch.distributed import Engine, world_size
+from rlstitch.evaluate import Evaluation, evaluate
+from rlstitch.files import write_json, write_text
+from rlstitch.metrics import Clock, Log, grid as draw_grid, peak_memory_mb
+from rlstitch.policy import CURRENT, EMA, REFERENCE, Policy
+from rlstitch.stitch.model import StitchedValueModel, read_card
+from rlstitch.types import UserError
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM arrived; a checkpoint was written. `code` is the exit status to leave with."""
+
+    def __init__(self, code: int):
+        self.code = code
+
+
+@contextmanager
+def _signals(caught: list[int]) -> Iterator[None]:
+    """Note SIGINT and SIGTERM instead of dying in mid-step."""
+    before = {s: signal.signal(s, lambda number, _: caught.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Trainer:
+    """Builds the parts of a checked config once: backbone, rewards, value models, policy, oracle, algorithm, engine."""
+
+    def __init__(self, config: RunConfig):
+        self.config = config
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        torch.manual_seed(config.seed)
+        self.run = Path(config.out) / config.name
+        prompts = read_prompts(config.data.prompts)
+        batch = config.batch
+        world = world_size()
+        self.geometry = resolve_geometry(batch.prompts_per_update, batch.images_per_prompt, batch.micro_batch, world, len(prompts))
+        self.engine = Engine(zero_stage=config.distributed.zero_stage, precision=config.distributed.precision, accumulation=self.geometry.accumulation, micro_batch=self.geometry.micro_batch, clip_norm=config.optimiser.clip_norm)
+        device = str(self.engine.device)
+        self.backbone = cfg.build(config.model, device=device)
+        self.rewards = {name: cfg.build(node, device=device) for name, node in config.rewards.items()}
+        used = config.oracle["weights"] if config.oracle["_target_"].endswith(".Stitched") else {}
+        share = config.distributed.zero_stage < 3
+        self.values = {name: StitchedValueModel.from_pretrained(config.values[name], backbone=self.backbone, reward=self.rewards[name], share=share) for name in used}
+        stitching = sum(read_card(config.values[name]).get("device_hours", 0.0) for name in used)
+        self.prompts, self.held_out = self._encode(prompts), self._encode(read_prompts(config.evaluation.prompts))
+        lora = config.lora
+        self.policy = Policy(self.backbone.transformer, rank=lora.rank, alpha=lora.alpha, targets=self.backbone.lora_targets, seed=config.seed, ema_decay=config.ema_decay)
+        o = config.optimiser
+        optimiser = torch.optim.AdamW(self.policy.parameters(), lr=o.lr, betas=(o.beta1, o.beta2), weight_decay=o.weight_decay)
+        self.engine.prepare(self.backbone.transformer, optimiser, self.policy.parameters())
+        self.oracle = cfg.build(config.oracle, backbone=self.backbone, rewards=self.rewards, values=self.values)
+        self.grid = schedule.sigmas(config.sampler.num_steps, config.sampler.shift, config.sampler.spacing)
+        self.stop = cfg.build(config.stop)
+        self.algorithm = cfg.build(config.algorithm, backbone=self.backbone, policy=self.policy, oracle=self.oracle, grid=self.grid, guidance=config.sampler.guidance, activation_checkpointing=config.sampler.activation_checkpointing)
+        self.stream = UpdateStream(self.prompts, self.geometry, config.seed)
+        self.clock = Clock(self.engine.world, stitching=stitching)
+        self.step, self.bad = 0, 0
+
+    def _encode(self, prompts: PromptSet) -> PromptSet:
+        prompts.text = self.backbone.encode_prompts(prompts.prompts)
+        return prompts
+
+    # ------------------------------------------------------------------------------------------------ the loop
+
+    def train(self) -> dict[str, Any]:
+        """Run to the end (or from the last checkpoint to it), evaluate, write summary, report and LoRA. Raises Interrupted after a signal."""
+        self._start()
+        caught: list[int] = []
+        bar = tqdm(total=self.config.updates, initial=self.step, desc=self.config.name, disable=not (self.config.logging.progress and self.engine.is_main), unit="update")
+        with _signals(caught):
+            if self.step == 0:
+                self._evaluate_now()
+            while self.step < self.config.updates:
+                row = self._update()
+                bar.update()
+                bar.set_postfix_str(f"reward {row['reward']:.4f}" if row["reward"] is not None else "skipped")
+                every = self.config.evaluation.every
+                if every and self.step % every == 0 and self.step < self.config.updates:
+                    self._evaluate_now()
+                stopping = self.engine.any(bool(caught))
+                if stopping or self.step % self.config.checkpoint.every == 0 or self.step == self.config.updates:
+                    self._checkpoint()
+                if stopping:
+                    bar.close()
+                    self.log.close()
+                    raise Interrupted(128 + (caught[0] if caught else signal.SIGTERM))
+        bar.close()
+        return self._finish()
+
+    def _update(self) -> dict[str, Any]:
+        """One optimiser step on one global batch, all of whose groups share one stop."""
+        clock, engine, scores, sums = self.clock, self.engine, [], {}
+        stop = self.stop.draw(self.config.sampler.num_steps, self.config.seed * 1_000_003 + self.step)
+        o = self.config.optimiser
+        engine.set_lr(o.lr * min(1.0, (self.step + 1) / max(1, o.warmup)))
+        for batch in self.stream.micro_batches(self.step, engine.rank):
+            with clock.phase("rollout"), engine.autocast():
+                rollout = self.algorithm.rollout(batch, stop)
+            with clock.phase("oracle"), engine.autocast():
+                rollout.scores = self.algorithm.score(rollout)
+            with clock.phase("update"):
+                with engine.autocast():
+                    parts = list(self.algorithm.losses(rollout))
+                for loss, metrics in parts:
+                    engine.backward(loss)
+                    for key, value in metrics.items():
+                        sums.setdefault(key, []).append(value.float().reshape(1))
+            scores.append(rollout.scores.detach())
+        with clock.phase("update"):
+            norm = engine.step()
+            if norm is not None:
+                self.policy.update_ema()
+            self.algorithm.end_step(self.step)
+        self.step += 1
+        means = {key: float(engine.gather(torch.cat(values)).mean()) for key, values in sums.items()}
+        every_score = engine.gather(torch.cat(scores))
+        self._guard(norm, means)
+        row = {
+            "step": self.step,
+            "samples": self.step * self.geometry.samples,
+            "stop": stop,
+            "sigma": round(float(self.grid[stop]), 4),
+            **{k: (v if norm is not None else None) for k, v in means.items()},
+            "rewards": {n: (float(v) if norm is not None else None) for n, v in zip(self.oracle.names, every_score.mean(0))},
+            "grad_norm": norm,
+            "skipped": norm is None,
+            **self._hours(),
+        }
+        self.log.write(row)
+        return row
+
+    def _guard(self, norm: float | None, means: dict[str, float]) -> None:
+        """Count updates skipped for NaN or Inf; give up after too many in a row, with the weights as they were."""
+        self.bad = self.bad + 1 if norm is None else 0
+        if norm is None and self.engine.is_main:
+            tqdm.write(f"update {self.step}: loss {means.get('loss')} or its gradient is not finite; skipped ({self.bad} in a row), weights untouched")
+        if self.bad >= self.config.max_bad_steps:
+            raise UserError(f"{self.bad} updates in a row had a NaN or Inf in loss or gradient (max_bad_steps); stopped with the weights of the last good one. Lower optimiser.lr, or try distributed.precision=fp32.")
+
+    def _hours(self) -> dict[str, Any]:
+        return {"device_hours": self.clock.training + self.clock.stitching, "hours": dict(self.clock.hours)}
+
+    # ------------------------------------------------------------------------------------------------ around it
+
+    def _start(self) -> None:
+        """Resume, or begin a clean folder; open the logs."""
+        config, found = self.config, checkpoint.folders(self.run)
+        source = None if config.resume == "never" else found[-1] if config.resume == "auto" and found else Path(config.resume) if config.resume != "auto" else None
+        if self.engine.is_main:
+            self.run.mkdir(parents=True, exist_ok=True)
+            if source is None:
+                for stale in ("metrics.jsonl", "summary.json", "evaluations.json"):
+                    (self.run / stale).unlink(missing_ok=True)
+                shutil.rmtree(self.run / "checkpoints", ignore_errors=True)
+        if source is not None:
+            progress = checkpoint.load(source, self.engine, self.policy)
+            self.step = progress["step"]
+            self.clock.hours.update(progress["hours"])
+        if self.engine.is_main:
+            write_text(self.run / "recipe.yaml", cfg.to_yaml(config))
+            print(f"{self.run}: {self.geometry}" + (f"; resumed from {source.name}" if source else ""), flush=True)
+        self.log = Log(self.run, active=self.engine.is_main, start_step=self.step, wandb_mode=config.logging.wandb, project=config.logging.project, config=dataclasses.asdict(config))
+        self.engine.barrier()
+
+    def _checkpoint(self) -> None:
+        checkpoint.save(self.run, self.step, self.engine, self.policy, {"hours": self.clock.hours}, keep=self.config.checkpoint.keep)
+
+    def evaluate(self, adapter: str, limit: int, label: str) -> Evaluation:
+        e = self.config.evaluation
+        with self.clock.phase("eval"):
+            return evaluate(self.backbone, self.policy, adapter, self.held_out, {n: self.rewards[n] for n in e.rewards}, schedule.sigmas(e.num_steps, e.shift, e.spacing), self.engine, guidance=e.guidance, batch_size=e.batch_size, seed=e.seed, limit=limit, label=label, progress=self.config.logging.progress)
+
+    def _evaluate_now(self) -> None:
+        """A small evaluation of the raw weights on the way, with a grid."""
+        e = self.config.evaluation
+        if not e.every:
+            return
+        result = self.evaluate(CURRENT, e.every_prompts, f"evaluation at {self.step}")
+        if self.engine.is_main:
+            self.log.write({"step": self.step, "eval": result.means, **self._hours()})
+            self._draw(result, f"step-{self.step:06d}")
+
+    def _draw(self, result: Evaluation, name: str) -> Path:
+        n = self.config.evaluation.grid
+        path = self.run / "samples" / f"{name}.png"
+        draw_grid(result.images[:n], result.captions(self.held_out.prompts[:n]), path)
+        self.log.image("samples", path, self.clock.training)
+        return path
+
+    def _finish(self) -> dict[str, Any]:
+        """Full evaluation of base, raw and EMA weights; LoRA, summary and report."""
+        results = {}
+        for name, adapter in (("base", REFERENCE), ("raw", CURRENT), ("ema", EMA)):
+            result = self.evaluate(adapter, self.config.evaluation.max_prompts, f"final evaluation, {name}")
+            results[name] = result.means
+            if self.engine.is_main:
+                self._draw(result, name)
+        self.policy.export(self.run / "lora", EMA) if self.engine.is_main or self.engine.zero_stage == 3 else None
+        summary = {
+            "steps": self.step,
+            "samples": self.step * self.geometry.samples,
+            "seed": self.config.seed,
+            "peak_memory_mb": round(peak_memory_mb(), 1),
+            "device_hours": {k: round(v, 6) for k, v in self.clock.hours.items()} | {"stitching": self.clock.stitching},
+            "eval": results,
+        }
+        if self.engine.is_main:
+            write_json(self.run / "summary.json", summary)
+            report.write(self.run)
+            print(json.dumps({"eval": results, "device_hours": summary["device_hours"]}, indent=1))
+        self.log.close()
+        self.engine.barrier()
+        return summary
+
+
+def describe(config: RunConfig) -> str:
+    """What `check=true` prints: resolved recipe, geometry, parameters and a memory estimate, from the model's configuration alone."""
+    from accelerate import init_empty_weights
+
+    geometry = resolve_geometry(config.batch.prompts_per_update, config.batch.images_per_prompt, config.batch.micro_batch, world_size())
+    with init_empty_weights():
+        sizes = cfg.load_class(config.model["_target_"]).parameter_counts(config.model["path"], config.lora.rank)
+    width = 2 if config.model.get("dtype") in ("bfloat16", "float16") else 4
+    base, trained = sum(v for k, v in sizes.items() if k != "lora"), sizes["lora"]
+    partitions = geometry.world if config.distributed.zero_stage else 1
+    memory = base * width + trained * 4 * 3 + trained * 8 / partitions
+    lines = [cfg.to_yaml(config).rstrip(), "", f"geometry: {geometry}", "parameters: " + ", ".join(f"{k} {v / 1e6:.2f} M" for k, v in sizes.items())]
+    lines.append(f"memory without activations: about {memory / 2**20:.0f} MiB a rank (frozen weights {base * width / 2**20:.0f}, LoRA with gradient, EMA and AdamW {(memory - base * width) / 2**20:.0f})")
+    return "\n".join(lines)

@@ -1,0 +1,129 @@
+"""The nouns of rlstitch and the seams between its rooms. Shapes stand on the fields; B samples, K rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+Velocity = Callable[[Tensor, Tensor], Tensor]  # (z [B, C, H, W], sigma [B]) -> [B, C, H, W]
+Value = Callable[[Tensor, Tensor], Tensor]  # (z [B, C, H, W], sigma [B]) -> [B]
+
+
+class UserError(ValueError):
+    """A mistake of the user's, told as cause, offending value and remedy. Launchers print it without a traceback."""
+
+
+@dataclass
+class Latent:
+    """A noisy latent on the path of eq. (1): `z` [B, C, H, W] after the VAE's shift and scale, `sigma` [B] the flow time (0 clean, 1 noise)."""
+
+    z: Tensor
+    sigma: Tensor
+
+
+@dataclass
+class Conditioning:
+    """What the denoiser sees of a prompt: `tokens` [B, L, D] and `pooled` [B, P]."""
+
+    tokens: Tensor
+    pooled: Tensor
+
+    def __getitem__(self, index) -> Conditioning:
+        return Conditioning(self.tokens[index], self.pooled[index])
+
+    def expand(self, batch: int) -> Conditioning:
+        """One prompt for a batch of any size."""
+        return Conditioning(self.tokens.expand(batch, -1, -1), self.pooled.expand(batch, -1))
+
+    def to(self, *args, **kwargs) -> Conditioning:
+        return Conditioning(self.tokens.to(*args, **kwargs), self.pooled.to(*args, **kwargs))
+
+
+@dataclass
+class Batch:
+    """B samples of a global batch: prompts, the group (prompt index) and the noise seed of each, the denoiser's text where it is known."""
+
+    prompts: list[str]
+    group: Tensor  # [B] long, the prompt's place in its set
+    seeds: Tensor  # [B] long, one per sample and update, the same whatever the number of ranks
+    facts: list[dict[str, Any]] = field(default_factory=list)  # a row of the prompt file for judges that need more than text
+    text: Conditioning | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, index: slice) -> Batch:
+        text = None if self.text is None else self.text[index]
+        return Batch(self.prompts[index], self.group[index], self.seeds[index], self.facts[index], text)
+
+
+@dataclass
+class Rollout:
+    """What a policy made of a batch. `velocities` and `states` hold the steps that carry gradient, for regularisers."""
+
+    batch: Batch
+    latent: Latent
+    scores: Tensor | None = None  # [B, K]
+    states: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (z, sigma) entering each step with gradient
+    velocities: list[Tensor] = field(default_factory=list)
+
+
+class Backbone(Protocol):
+    """A denoiser with its autoencoder and text encoders. It never loops over time."""
+
+    num_blocks: int
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning: ...
+    def velocity(self, z: Tensor, sigma: Tensor, text: Conditioning, *, guidance: float = 1.0) -> Tensor: ...
+    def encode(self, images: Tensor) -> Tensor: ...
+    def decode(self, z: Tensor) -> Tensor: ...
+
+
+class Reward(Protocol):
+    """Scores pictures [B, 3, H, W] in [0, 1] -> [B]; higher is better. `differentiable` says whether gradients reach the pictures."""
+
+    differentiable: bool
+
+    def score(self, images: Tensor, batch: Batch) -> Tensor: ...
+
+
+@runtime_checkable
+class StitchableReward(Protocol):
+    """A feed-forward reward that can be entered at block j (1-based; j = 1 is what the patch embedding produces)."""
+
+    num_blocks: int
+
+    def prefix(self, images: Tensor, j: int) -> Tensor: ...
+    def suffix(self, tokens: Tensor, j: int) -> Tensor: ...
+
+
+class Oracle(Protocol):
+    """Scores latents. `names` [K] labels the columns, `differentiable` says whether gradients reach z, `sigma_range` where it may be asked."""
+
+    names: list[str]
+    differentiable: bool
+    sigma_range: tuple[float, float]
+
+    def __call__(self, latent: Latent, batch: Batch) -> Tensor: ...  # [B, K]
+    def total(self, scores: Tensor) -> Tensor: ...  # [B, K] -> [B] on the stated scales
+
+
+class Algorithm(Protocol):
+    """One training method; the trainer calls these in this order for every update."""
+
+    def rollout(self, batch: Batch, stop: int) -> Rollout: ...
+    def losses(self, rollout: Rollout): ...  # yields (loss, metrics)
+    def end_step(self, step: int) -> None: ...
+
+
+def noise_like(shape: Sequence[int], seeds: Tensor, *, stream: int = 0, device: torch.device | str = "cpu") -> Tensor:
+    """Standard normal noise [B, *shape], row i drawn from (seeds[i], stream) alone, so that neither ranks nor batch sizes change it."""
+    rows = []
+    for seed in seeds.tolist():
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + stream) % (2**63))
+        rows.append(torch.randn(*shape, generator=generator))
+    return torch.stack(rows).to(device)
