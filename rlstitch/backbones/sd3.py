@@ -121,7 +121,7 @@ class SD3Backbone:
 
     def _load(self, cls, part: str):
         try:
-            model = cls.from_pretrained(self.path / part, torch_dtype=self.dtype)
+            model = cls.from_pretrained(self.path / part, dtype=self.dtype)
         except Exception as error:  # diffusers raises many kinds for a missing or damaged file
             raise UserError(f"the {part} of {self.path} cannot be loaded: {error}") from error
         return model.to(self.device).requires_grad_(False).eval()
@@ -163,7 +163,7 @@ class SD3Backbone:
     def _text_pipeline(self) -> StableDiffusion3Pipeline:
         index = json.loads(require(self.path / "model_index.json", "the pipeline's index").read_text())
         without = {name: None for name in ("text_encoder_3", "tokenizer_3") if index.get(name, [None])[0] is None}
-        pipeline = StableDiffusion3Pipeline.from_pretrained(self.path, transformer=None, vae=None, torch_dtype=self.dtype, **without)
+        pipeline = StableDiffusion3Pipeline.from_pretrained(self.path, transformer=None, vae=None, dtype=self.dtype, **without)
         pipeline.transformer = self.transformer  # for its joint_attention_dim, where there is no T5
         return pipeline.to(self.device)
 

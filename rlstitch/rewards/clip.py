@@ -101,7 +101,7 @@ class ClipReward:
         folder = require(path, "the reward model")
         self.path, self.device, self.resize = str(path), torch.device(device), resize
         try:
-            self.model = CLIPModel.from_pretrained(folder, torch_dtype=getattr(torch, dtype)).to(self.device).requires_grad_(False).eval()
+            self.model = CLIPModel.from_pretrained(folder, dtype=getattr(torch, dtype)).to(self.device).requires_grad_(False).eval()
             self.tokenizer = CLIPTokenizer.from_pretrained(folder)
         except Exception as error:  # transformers raises many kinds for a missing or damaged file
             raise UserError(f"the reward model '{path}' cannot be loaded: {error}") from error

@@ -8,10 +8,12 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rlstitch.config import hardware
 
@@ -22,6 +24,29 @@ def device() -> torch.device:
 
 def autocast():
     return torch.autocast(device().type, dtype=torch.bfloat16)
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """On a CPU, attention by two matrix products: for short sequences its backward is several times faster than the fused kernel's."""
+    fused = F.scaled_dot_product_attention
+
+    def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
+        logits = (q * (scale or q.shape[-1] ** -0.5)) @ k.transpose(-1, -2)
+        if is_causal:
+            logits = logits.masked_fill(torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).triu(1), float("-inf"))
+        elif attn_mask is not None:
+            logits = logits.masked_fill(~attn_mask, float("-inf")) if attn_mask.dtype == torch.bool else logits + attn_mask
+        return logits.softmax(-1).to(v.dtype) @ v
+
+    if torch.cuda.is_available():
+        yield
+        return
+    F.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = fused
 
 
 def warmup_cosine(step: int, total: int, warmup: int = 100, floor: float = 0.02) -> float:
@@ -100,8 +125,9 @@ def fit(
         for group in optimiser.param_groups:
             group["lr"] = lr * warmup_cosine(progress if step >= 100 else step, steps)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        loss, metrics = loss_of(step, generator)
-        loss.backward()
+        with plain_attention():
+            loss, metrics = loss_of(step, generator)
+            loss.backward()
         norm = nn.utils.clip_grad_norm_(params, 1.0)
         if not torch.isfinite(norm):
             raise RuntimeError(f"{name}: gradient norm is {norm.item()} at step {step}")

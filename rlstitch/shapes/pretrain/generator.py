@@ -8,11 +8,13 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+from torch.nn import functional as F
+from transformers import CLIPModel, CLIPTextConfig, CLIPTextModelWithProjection
 
 from rlstitch.shapes import tokenizer as shapes_tokenizer
 from rlstitch.shapes.pretrain.common import autocast, batches, device, fit, write_card
-from rlstitch.shapes.pretrain.pool import make_pool
+from rlstitch.shapes.pretrain.pool import labels_of, make_pool
+from rlstitch.shapes.scenes import COLOURS, SHAPES
 
 SIZES = {"shapes": dict(num_layers=6, num_attention_heads=4), "shapes-large": dict(num_layers=8, num_attention_heads=6)}
 EMPTY_PROMPT_RATE = 0.1
@@ -76,16 +78,31 @@ def encode_latents(vae: AutoencoderKL, images: Tensor) -> Tensor:
     return torch.cat(out)
 
 
+def patch_loss(logits: Tensor, labels: tuple[Tensor, Tensor], weight: Tensor) -> Tensor:
+    """What stands at every patch, read from the middle block's image tokens [B, N, S + C + 2] and weighted by [B]: it teaches the denoiser objects early."""
+    parts = logits.split([len(SHAPES) + 1, len(COLOURS) + 1], -1)
+    losses = [F.cross_entropy(part.transpose(1, 2), label, reduction="none").mean(1) for part, label in zip(parts, labels)]
+    return (weight * sum(losses)).mean()
+
+
 def train(size: str, out: Path, work: Path, *, seed: int, steps: int, minutes: float | None, lr: float = 1.5e-3, batch: int = 64, pool_size: int = 24_000) -> None:
     torch.manual_seed(seed)
     folder = out / size
-    vae = AutoencoderKL.from_pretrained(out / "vae", torch_dtype=torch.float32).to(device())
+    vae = AutoencoderKL.from_pretrained(out / "vae", dtype=torch.float32).to(device())
     tokenizer = shapes_tokenizer.build(folder / "tokenizer")
     shapes_tokenizer.build(folder / "tokenizer_2")
-    model = nn.ModuleDict({"transformer": build_transformer(size), "text_encoder": text_encoder(tokenizer, 96, 3), "text_encoder_2": text_encoder(tokenizer, 32, 2)}).to(device())
-    encoders = [model["text_encoder"], model["text_encoder_2"]]
+    transformer, encoders = build_transformer(size), [text_encoder(tokenizer, 96, 3), text_encoder(tokenizer, 32, 2)]
+    clip = CLIPModel.from_pretrained(out / "clip", dtype=torch.float32)  # the first encoder starts from clip's text tower
+    encoders[0].text_model.load_state_dict(clip.text_model.state_dict())
+    encoders[0].text_projection.load_state_dict(clip.text_projection.state_dict())
+    probe = nn.Linear(transformer.inner_dim, len(SHAPES) + len(COLOURS) + 2)
+    model = nn.ModuleDict({"transformer": transformer, "text_encoder": encoders[0], "text_encoder_2": encoders[1], "probe": probe}).to(device())
     pool = make_pool(pool_size, seed + 1)
     latents = encode_latents(vae, pool.images)
+    labels = labels_of(pool)
+    seen: dict[str, Tensor] = {}
+    middle = transformer.transformer_blocks[len(transformer.transformer_blocks) // 2]
+    hook = middle.register_forward_hook(lambda _, __, output: seen.update(tokens=output[1]))
 
     def tokens(prompts) -> Tensor:
         return tokenizer([p.text for p in prompts], padding="max_length", truncation=True, return_tensors="pt").input_ids
@@ -108,10 +125,12 @@ def train(size: str, out: Path, work: Path, *, seed: int, steps: int, minutes: f
         with autocast():
             context, pooled = conditioning(encoders, batch_ids.to(device()))
             v = model["transformer"](hidden_states=z, encoder_hidden_states=context, pooled_projections=pooled, timestep=1000 * t, return_dict=False)[0]
-        error = (v.float() - (noise - z0)).square().mean((1, 2, 3))
-        return error.mean(), {"loss": error.mean().detach()}
+        error = (v.float() - (noise - z0)).square().mean()
+        dense = patch_loss(probe(seen.pop("tokens").float()), tuple(label[index].to(t.device) for label in labels), 1 - t)
+        return error + 0.1 * dense, {"loss": error.detach(), "dense": dense.detach()}
 
-    facts = fit(size, model, loss_of, steps=steps, lr=lr, seed=seed, work=work, minutes=minutes, weight_decay=0.01, ema_decay=0.9995, log_every=100)
+    facts = fit(size, model, loss_of, steps=steps, lr=lr, seed=seed, work=work, minutes=minutes, weight_decay=0.01, ema_decay=0.999, log_every=100)
+    hook.remove()
     pipeline = StableDiffusion3Pipeline(
         transformer=model["transformer"].half(),
         vae=vae.half(),
@@ -124,5 +143,5 @@ def train(size: str, out: Path, work: Path, *, seed: int, steps: int, minutes: f
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )
     pipeline.save_pretrained(folder)
-    write_card(folder, facts | {"part": size, "seed": seed, "parameters": sum(p.numel() for p in model.parameters())})
+    write_card(folder, facts | {"part": size, "seed": seed, "parameters": sum(p.numel() for p in transformer.parameters())})
     print(facts, flush=True)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from rlstitch.shapes.pretrain.common import autocast, batches, device
 from rlstitch.shapes.prompts import FactTable, Prompt, draw_prompt, full_captions, scenes_for
-from rlstitch.shapes.scenes import COLOURS, RELATIONS, SHAPES, Scenes, render, sample_scenes
+from rlstitch.shapes.scenes import COLOURS, RELATIONS, SHAPES, Scenes, patch_labels, render, sample_scenes
 
 
 @dataclass
@@ -43,6 +43,12 @@ def make_pool(n: int, seed: int, *, drawn_for_prompt: float = 0.6) -> Pool:
     captions = full_captions(scenes, rng)
     images = torch.cat([to_bytes(render(scenes[p])) for p in batches(n, 256)])
     return Pool(images, scenes, captions, prompts + captions[k:], FactTable.from_scenes(scenes))
+
+
+def labels_of(pool: Pool) -> tuple[Tensor, Tensor]:
+    """What stands at every patch of the pool's pictures."""
+    parts = [patch_labels(pool.scenes[p]) for p in batches(len(pool.images), 512)]
+    return torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts])
 
 
 @torch.no_grad()

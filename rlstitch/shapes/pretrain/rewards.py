@@ -17,9 +17,9 @@ from transformers import CLIPConfig, CLIPModel
 from rlstitch.shapes import tokenizer as shapes_tokenizer
 from rlstitch.shapes.looks import looks
 from rlstitch.shapes.pretrain.common import autocast, batches, device, fit, write_card
-from rlstitch.shapes.pretrain.pool import Pool, degrade, make_pool, mutate, reconstruct, to_bytes
+from rlstitch.shapes.pretrain.pool import Pool, degrade, labels_of, make_pool, mutate, reconstruct, to_bytes
 from rlstitch.shapes.prompts import FactTable, PromptTable, fractions, met, scenes_for
-from rlstitch.shapes.scenes import COLOURS, RELATIONS, SHAPES, patch_labels, render
+from rlstitch.shapes.scenes import COLOURS, RELATIONS, SHAPES, render
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.35, 0.35, 0.35)
 # What each preference model calls better: weight of prompt fidelity, of looks, and the mix of looks.
@@ -125,12 +125,6 @@ def contrastive(image: Tensor, text: Tensor, scale: Tensor, facts: FactTable, ta
     target = torch.arange(len(image), device=logits.device)
     loss = 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
     return loss, (logits.argmax(1) == target).float().mean()
-
-
-def labels_of(pool: Pool) -> tuple[Tensor, Tensor]:
-    """What stands at every patch of the pool's pictures."""
-    parts = [patch_labels(pool.scenes[p]) for p in batches(len(pool.images), 512)]
-    return torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts])
 
 
 def with_reconstructions(pool: Pool, vae: AutoencoderKL) -> Pool:
@@ -259,7 +253,7 @@ def train_preference(name: str, out: Path, work: Path, vae: AutoencoderKL, *, se
     torch.manual_seed(seed)
     tokenizer = shapes_tokenizer.build(out / name)
     if start_from is not None:
-        model = CLIPModel.from_pretrained(start_from, torch_dtype=torch.float32).to(device())
+        model = CLIPModel.from_pretrained(start_from, dtype=torch.float32).to(device())
     else:
         model = CLIPModel(clip_config(tokenizer, 96, 3, 2, 64)).to(device())
         model.logit_scale.data.fill_(2.6)
@@ -304,7 +298,7 @@ AESTHETIC_NOISE = 0.08
 def train_aesthetic(out: Path, work: Path, vae: AutoencoderKL, *, seed: int, steps: int, minutes: float | None, batch: int = 256) -> None:
     """An MLP head on clip's unit image embedding, regressed on 10 x (looks + noise), like the LAION predictor on CLIP."""
     torch.manual_seed(seed)
-    model = CLIPModel.from_pretrained(out / "clip", torch_dtype=torch.float32).to(device()).eval()
+    model = CLIPModel.from_pretrained(out / "clip", dtype=torch.float32).to(device()).eval()
     embedder = Embedder(model, None)
 
     @torch.no_grad()

@@ -14,19 +14,19 @@ from rlstitch.shapes.pretrain import generator, rewards, vae
 
 # Minutes are those of one busy core; a part ends with its steps or its minutes, whichever comes first.
 BUDGET = {
-    "vae": dict(steps=20_000, minutes=14),
+    "vae": dict(steps=20_000, minutes=28),
     "clip": dict(steps=4_000, minutes=18),
-    "shapes": dict(steps=9_000, minutes=72),
+    "shapes": dict(steps=12_000, minutes=46),
     "shapes-large": dict(steps=9_000, minutes=180),
-    "hps": dict(steps=1_500, minutes=9),
+    "hps": dict(steps=1_500, minutes=7),
     "aesthetic": dict(steps=3_000, minutes=None),
-    "preference_b": dict(steps=2_500, minutes=10),
+    "preference_b": dict(steps=2_500, minutes=8),
 }
 SEEDS = {"vae": 0, "clip": 1, "shapes": 2, "shapes-large": 3, "hps": 4, "aesthetic": 5, "preference_b": 61}
 
 
 def load_vae(out: Path) -> AutoencoderKL:
-    return AutoencoderKL.from_pretrained(out / "vae", torch_dtype=torch.float32).to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return AutoencoderKL.from_pretrained(out / "vae", dtype=torch.float32).to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 def trainers(out: Path, work: Path, seed: int) -> dict[str, Callable[[], None]]:

@@ -1,0 +1,30 @@
+from setuptools import find_packages, setup
+
+setup(
+    name="rlstitch",
+    version="0.1.0",
+    description="RL post-training for diffusion and flow models, with pixel rewards or stitched value models (StitchVM)",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["rlstitch", "rlstitch.*"]),
+    package_data={"rlstitch.shapes": ["weights/*", "weights/*/*", "weights/*/*/*"]},
+    install_requires=[
+        "torch>=2.6,<2.14",
+        "diffusers>=0.42,<0.43",
+        "transformers>=5.17,<6",
+        "peft>=0.21,<0.22",
+        "accelerate>=1.15,<2",
+        "deepspeed>=0.19.8,<0.20",
+        "omegaconf>=2.4,<2.5",
+        "wandb>=0.31,<0.32",
+        "safetensors>=0.6",
+        "tokenizers>=0.22",
+        "numpy>=2",
+        "pillow>=11",
+        "tqdm>=4.66",
+        "jinja2",
+    ],
+    extras_require={"test": ["pytest>=8", "ruff>=0.8", "scipy>=1.13"]},
+)

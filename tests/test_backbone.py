@@ -1,0 +1,131 @@
+"""The SD3 adapter against diffusers itself: forward, prefix and resume, guidance, text, autoencoder, for several kinds of SD3."""
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+from rlstitch import schedule
+from rlstitch.backbones.sd3 import SD3Backbone
+from rlstitch.sampling import sample
+from rlstitch.types import Conditioning, UserError
+from tests.conftest import write_sd3
+
+KINDS = {
+    "plain": dict(),
+    "no_qk_norm": dict(qk_norm=None),
+    "dual_attention": dict(dual=(0, 1)),
+    "patch_1": dict(patch=1),
+    "t5": dict(t5=True),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def any_backbone(request, tmp_path_factory):
+    folder = write_sd3(tmp_path_factory.mktemp(request.param), **KINDS[request.param])
+    return SD3Backbone(str(folder), max_sequence_length=4 if request.param == "t5" else 0)
+
+
+def inputs(backbone, height=8, width=8, n=2):
+    g = torch.Generator().manual_seed(3)
+    return torch.randn(n, 4, height, width, generator=g), torch.tensor([0.3, 0.9])[:n], backbone.encode_prompts(["a red circle", "two stars"][:n])
+
+
+@pytest.mark.parametrize("size", [(8, 8), (4, 12)])
+def test_velocity_prefix_and_resume_equal_diffusers(any_backbone, size):
+    z, sigma, text = inputs(any_backbone, *size)
+    with torch.no_grad():
+        expected = any_backbone.transformer(hidden_states=z, encoder_hidden_states=text.tokens, pooled_projections=text.pooled, timestep=1000 * sigma).sample
+        assert torch.equal(any_backbone.velocity(z, sigma, text), expected)
+        for blocks in range(any_backbone.num_blocks + 1):
+            state = any_backbone.prefix(z, sigma, blocks, text)
+            assert state.block == blocks and state.grid.shape[-2:] == (size[0] // any_backbone.transformer.patch_size, size[1] // any_backbone.transformer.patch_size)
+            torch.testing.assert_close(any_backbone.resume(state), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_prefix_runs_only_its_blocks(backbone):
+    z, sigma, _ = inputs(backbone)
+    ran = []
+    hooks = [b.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, b in enumerate(backbone.transformer.transformer_blocks)]
+    backbone.prefix(z, sigma, 2)
+    for hook in hooks:
+        hook.remove()
+    assert ran == [0, 1]
+
+
+def test_frozen_prefix_equals_the_transformers_and_shares_its_tensors(backbone):
+    z, sigma, _ = inputs(backbone)
+    null = backbone.null.expand(2)
+    for share in (True, False):
+        prefix = backbone.make_prefix(2, share=share)
+        assert torch.equal(prefix(z, sigma, null).image, backbone.prefix(z, sigma, 2).image)
+        same = prefix.pos_embed.proj.weight.data_ptr() == backbone.transformer.pos_embed.proj.weight.data_ptr()
+        assert same is share
+
+
+def test_walk_visits_every_block_once(backbone):
+    z, sigma, _ = inputs(backbone)
+    for blocks, state in enumerate(backbone.walk(z, sigma), 1):
+        torch.testing.assert_close(state.image, backbone.prefix(z, sigma, blocks).image)
+    assert blocks == backbone.num_blocks
+
+
+def test_guidance_mixes_both_branches_and_carries_gradient(backbone):
+    z, sigma, text = inputs(backbone)
+    null = backbone.null.expand(2)
+    v, v_null = backbone.velocity(z, sigma, text), backbone.velocity(z, sigma, null)
+    torch.testing.assert_close(backbone.velocity(z, sigma, text, guidance=3.0), v_null + 3 * (v - v_null), atol=1e-5, rtol=1e-5)
+    z = z.requires_grad_(True)
+    both = torch.autograd.grad(backbone.velocity(z, sigma, text, guidance=3.0).sum(), z)[0]
+    apart = torch.autograd.grad((backbone.velocity(z, sigma, null) * -2 + 3 * backbone.velocity(z, sigma, text)).sum(), z)[0]
+    torch.testing.assert_close(both, apart, atol=1e-5, rtol=1e-5)
+
+
+def test_text_equals_the_pipelines_and_is_cached(sd3_dir, tmp_path):
+    backbone = SD3Backbone(str(sd3_dir), max_sequence_length=5, cache=str(tmp_path))
+    prompts = ["a red circle", "", "two stars"]
+    got = backbone.encode_prompts(prompts)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(sd3_dir, text_encoder_3=None, tokenizer_3=None)
+    tokens, _, pooled, _ = pipeline.encode_prompt(prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=5)
+    torch.testing.assert_close(got.tokens, tokens)
+    torch.testing.assert_close(got.pooled, pooled)
+    backbone._text_pipeline = None  # from here on only the cache can answer
+    again = backbone.encode_prompts(list(reversed(prompts)))
+    torch.testing.assert_close(again.tokens, tokens.flip(0))
+
+
+def test_whole_sampling_equals_the_stock_pipeline(sd3_dir):
+    backbone = SD3Backbone(str(sd3_dir), max_sequence_length=0)
+    z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    pipeline = StableDiffusion3Pipeline.from_pretrained(sd3_dir, text_encoder_3=None, tokenizer_3=None)
+    pipeline.set_progress_bar_config(disable=True)
+    for guidance in (1.0, 2.5):
+        stock = pipeline("a red circle", negative_prompt="", num_inference_steps=4, guidance_scale=guidance, latents=z.clone(), height=16, width=16, max_sequence_length=0, output_type="pt").images
+        with torch.no_grad():
+            done = sample(backbone.bind(backbone.encode_prompts(["a red circle"]), guidance), z, schedule.sigmas(4, 3.0))
+            ours = backbone.decode(done.z)
+        torch.testing.assert_close(ours, stock, atol=2e-5, rtol=0)
+
+
+def test_encode_and_decode_use_shift_and_scale(backbone):
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    z = backbone.encode(images)
+    raw = backbone.vae.encode(2 * images - 1).latent_dist.mode()
+    torch.testing.assert_close(z, (raw - 0.1) * 1.3)
+    torch.testing.assert_close(backbone.decode(z), (backbone.vae.decode(raw).sample / 2 + 0.5).clamp(0, 1))
+
+
+def test_missing_and_corrupt_models_are_named(tmp_path, sd3_dir):
+    with pytest.raises(UserError, match="nowhere"):
+        SD3Backbone(str(tmp_path / "nowhere"))
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(sd3_dir, broken)
+    (broken / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"not a tensor")
+    with pytest.raises(UserError, match="vae of .* cannot be loaded"):
+        SD3Backbone(str(broken))
+
+
+def test_conditioning_expands():
+    one = Conditioning(torch.zeros(1, 2, 3), torch.zeros(1, 4))
+    assert one.expand(5).tokens.shape == (5, 2, 3) and one.expand(5).pooled.shape == (5, 4)

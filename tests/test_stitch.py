@@ -1,0 +1,216 @@
+"""Search, stitch, distillation and files of the stitched value model, each against something that is known exactly."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from rlstitch import schedule
+from rlstitch.rewards.clip import ClipReward
+from rlstitch.stitch import distill as distilling
+from rlstitch.stitch.distill import DistillConfig, distill, draw_sigma
+from rlstitch.stitch.model import StitchedValueModel, StitchLayer, values
+from rlstitch.stitch.search import features, search, solve
+from rlstitch.types import Batch, Latent, UserError
+from tests.conftest import write_clip, write_sd3
+
+IMAGES = torch.rand(30, 3, 16, 16, generator=torch.Generator().manual_seed(5))
+
+
+def batch_of(prompts):
+    return Batch(prompts, torch.arange(len(prompts)), torch.arange(len(prompts)))
+
+
+def stitched(backbone, reward, *, i=2, j=1, normalise=False, sigma_range=(0.0, 1.0)):
+    from rlstitch.files import vae_fingerprint
+
+    result = search(backbone, reward, IMAGES, max_reward_block=2)
+    pair = next(p for p in result.table if (p.i, p.j) == (i, j))
+    card = {"backbone": {"_target_": "rlstitch.backbones.sd3.SD3Backbone", "path": str(backbone.path), "max_sequence_length": 0}, "reward": {"_target_": "rlstitch.rewards.clip.ClipReward", "path": reward.path}, "vae_sha256": vae_fingerprint(backbone.path), "blocks": i, "reward_block": j}
+    return StitchedValueModel.from_search(backbone, reward, i, j, pair.weight, pair.bias, cls_state=result.cls[j].float(), norm=2.0, normalise=normalise, sigma_range=sigma_range, card=card), pair, result
+
+
+def test_search_equals_naive_least_squares_for_every_pair(backbone, reward):
+    """The streamed Gram matrices give what float64 lstsq gives pair by pair, to 1e-8."""
+    result = search(backbone, reward, IMAGES, max_reward_block=3, batch_size=7, seed=4)
+    g = torch.Generator().manual_seed(4)
+    parts = [features(backbone, reward, IMAGES[s : s + 7], 3, g) for s in range(0, 30, 7)]
+    assert len(result.table) == backbone.num_blocks * 3
+    for pair in result.table:
+        f = torch.cat([p[0][pair.i - 1] for p in parts])
+        t = torch.cat([p[1][pair.j - 1] for p in parts])
+        design = torch.cat([f, torch.ones(len(f), 1, dtype=f.dtype)], 1)
+        w = torch.linalg.lstsq(design, t, driver="gelsd").solution
+        loss = (design @ w - t).square().sum(1).mean()
+        variance = (t - t.mean(0)).square().sum(1).mean()
+        assert pair.loss == pytest.approx(loss.item(), abs=1e-8)
+        assert pair.normalised == pytest.approx((loss / variance).item(), abs=1e-8)
+        torch.testing.assert_close(f @ pair.weight.T + pair.bias, design @ w, atol=1e-7, rtol=0)
+
+
+def test_solve_handles_a_singular_gram_matrix(generator):
+    f = torch.randn(50, 4, generator=generator, dtype=torch.float64)
+    f = torch.cat([f, f[:, :1] + f[:, 1:2]], 1)
+    target = torch.randn(50, 2, generator=generator, dtype=torch.float64)
+    best = torch.linalg.lstsq(f, target, driver="gelsd").solution
+    torch.testing.assert_close(f @ solve(f.T @ f, f.T @ target), f @ best, atol=1e-8, rtol=0)
+
+
+def test_choices(backbone, reward):
+    result = search(backbone, reward, IMAGES, max_reward_block=2)
+    assert result.best.normalised == min(p.normalised for p in result.table)
+    assert result.cheapest(margin=1e9, max_fraction=1.0).i == 1
+    assert result.cheapest(margin=0.0, max_fraction=0.4).i == 1
+    with pytest.raises(ValueError, match="max_reward_block"):
+        search(backbone, reward, IMAGES, max_reward_block=9)
+
+
+def test_stitch_at_initialisation_is_the_linear_map(generator):
+    weight, bias = torch.randn(6, 5, generator=generator), torch.randn(6, generator=generator)
+    grid = torch.randn(2, 5, 4, 4, generator=generator)
+    expected = torch.einsum("oc,bchw->bohw", weight, grid) + bias[:, None, None]
+    torch.testing.assert_close(StitchLayer(weight, bias, 4)(grid), expected.flatten(2).transpose(1, 2))
+    wide = F.interpolate(expected, (8, 8), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(StitchLayer(weight, bias, 8)(grid), wide.flatten(2).transpose(1, 2))
+
+
+def test_exact_linear_features_reproduce_the_clean_reward(reward):
+    """j = 1 with a prefix whose features are an invertible linear map of the patch embedding: the stitched score is the reward's."""
+    tokens = reward.patches(IMAGES)
+    mix = torch.randn(16, 16, generator=torch.Generator().manual_seed(1))
+    stitch = StitchLayer(torch.linalg.inv(mix), torch.zeros(16), reward.grid)
+    grid = (tokens @ mix.T).transpose(1, 2).reshape(30, 16, 4, 4)
+    embedding, out = reward.tail(1)(stitch(grid))
+    torch.testing.assert_close(F.normalize(embedding, dim=-1), F.normalize(reward.encode(IMAGES)[0], dim=-1), atol=2e-4, rtol=0)
+    torch.testing.assert_close(out, reward.encode(IMAGES)[1], atol=2e-3, rtol=1e-3)
+
+
+def test_prefix_and_suffix_of_the_reward_make_the_whole(reward):
+    whole = F.normalize(reward.encode(IMAGES)[0], dim=-1)
+    inputs = reward.inputs_of_block(IMAGES, 3)
+    torch.testing.assert_close(reward.suffix(reward.prefix(IMAGES, 1), 1), whole)
+    for j in (2, 3):
+        torch.testing.assert_close(reward.suffix(reward.prefix(IMAGES, j), j, cls=inputs[j - 1][:, 0]), whole, atol=1e-5, rtol=1e-5)
+
+
+def test_minimiser_of_the_distillation_is_the_conditional_mean():
+    """Two pictures, one latent that cannot tell them apart: the un-normalised student learns the mean of their embeddings, 3:1 as they occur."""
+    a, b = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    targets = torch.stack([a, a, a, b])
+
+    class Student(nn.Module):
+        def __init__(self, normalise):
+            super().__init__()
+            self.free, self.normalise = nn.Parameter(torch.tensor([0.3, 0.9])), normalise
+            self.reward = SimpleNamespace(head=None)
+
+        def activations(self, z, sigma):
+            return SimpleNamespace(grid=z)
+
+        def embed(self, grid):
+            e = self.free.expand(len(grid), 2)
+            return (F.normalize(e, dim=-1) if self.normalise else e), torch.zeros(len(grid), 1, 1)
+
+    for normalise, expected in ((False, torch.tensor([0.75, 0.25])), (True, F.normalize(torch.tensor([0.75, 0.25]), dim=0))):
+        student = Student(normalise)
+        optimiser = torch.optim.SGD(student.parameters(), lr=0.2)
+        for _ in range(400):
+            loss, _ = distilling.distillation_loss(student, torch.zeros(4, 1), torch.ones(4), targets, torch.zeros(4, 1, 1), DistillConfig())
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        found = student.embed(torch.zeros(1, 1))[0][0].detach()
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+def test_distillation_lowers_the_loss_and_touches_stitch_and_tail_only(backbone, reward):
+    model, _, _ = stitched(backbone, reward)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    reward_before = reward.fingerprint()
+    targets, tokens, _ = distilling.targets_of(reward, IMAGES)
+    latents, losses = distilling.latents_of(backbone, IMAGES), []
+    distill(model, latents, targets, tokens, DistillConfig(steps=60, batch_size=16, lr=2e-3, warmup=5, autocast=False), progress=lambda _, m: losses.append(m["loss"]))
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+    changed = {n.split(".")[0] for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == {"stitch", "tail"} and reward.fingerprint() == reward_before
+
+
+def test_sigma_law(generator):
+    config = DistillConfig(sigma_mean=0.0, sigma_std=1.0)
+    drawn = draw_sigma(50_000, config, (0.0, 1.0), generator)
+    assert abs(drawn.median().item() - 0.5) < 0.01 and abs(torch.logit(drawn).std().item() - 1) < 0.02
+    flat = draw_sigma(50_000, DistillConfig(uniform_share=1.0), (0.1, 0.8), generator)
+    assert flat.min() == pytest.approx(0.1) and flat.max() == pytest.approx(0.8) and abs((flat < 0.45).float().mean() - 0.45) < 0.01
+
+
+@pytest.mark.parametrize("j", [1, 2])
+def test_value_gradient_by_finite_differences(backbone, reward, j):
+    model, _, _ = stitched(backbone, reward, j=j)
+    model = model.double()
+    model.reward = SimpleNamespace(score_embedding=lambda e, batch: (e.double() * torch.arange(1.0, 13.0)).sum(-1), head=None)
+    z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    latent = Latent(z.requires_grad_(True), torch.tensor([0.3, 0.8]))
+    model.embed = lambda grid: (model.tail(model.stitch(grid))[0], None)
+    gradient = torch.autograd.grad(model.value(latent, batch_of(["a", "b"])).sum(), latent.z)[0]
+    direction, h = torch.randn(z.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64), 2e-3  # the denoiser's norms are float32 inside
+    with torch.no_grad():
+        ahead, behind = (model.value(Latent(z + s * h * direction, latent.sigma), batch_of(["a", "b"])).sum() for s in (1, -1))
+    assert (gradient * direction).sum().item() == pytest.approx(((ahead - behind) / (2 * h)).item(), rel=2e-3)
+
+
+def test_files_round_trip_and_refuse_what_is_foreign(backbone, reward, tmp_path):
+    model, _, _ = stitched(backbone, reward, normalise=True, sigma_range=(0.1, 0.9))
+    nn.init.normal_(model.stitch.residual[-1].weight, std=0.1)
+    model.save_pretrained(tmp_path / "v", half=False)
+    latent, batch = Latent(torch.randn(2, 4, 8, 8), torch.tensor([0.5, 0.5])), batch_of(["a red circle", "two stars"])
+    for again in (StitchedValueModel.from_pretrained(tmp_path / "v", backbone=backbone, reward=reward), StitchedValueModel.from_pretrained(tmp_path / "v")):
+        torch.testing.assert_close(again.value(latent, batch), model.value(latent, batch))
+        assert not any(p.requires_grad for p in again.parameters())
+    with pytest.raises(UserError, match=r"sigma in \[0.1, 0.9\]"):
+        again.value(Latent(latent.z, torch.tensor([0.95, 0.5])), batch)
+    other = ClipReward(str(write_clip(tmp_path / "other", seed=9)))
+    with pytest.raises(UserError, match="another reward model"):
+        StitchedValueModel.from_pretrained(tmp_path / "v", backbone=backbone, reward=other)
+    from rlstitch.backbones.sd3 import SD3Backbone
+
+    foreign = SD3Backbone(str(write_sd3(tmp_path / "sd3", seed=8)), max_sequence_length=0)
+    with pytest.raises(UserError, match="another autoencoder"):
+        StitchedValueModel.from_pretrained(tmp_path / "v", backbone=foreign, reward=reward)
+    weights = tmp_path / "v" / "value.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8] + b"\0" * 8)
+    with pytest.raises(UserError, match="sha256"):
+        StitchedValueModel.from_pretrained(tmp_path / "v", backbone=backbone, reward=reward)
+
+
+def test_a_card_cannot_name_foreign_code(tmp_path, backbone, reward):
+    model, _, _ = stitched(backbone, reward)
+    model.save_pretrained(tmp_path)
+    card = json.loads((tmp_path / "value.json").read_text())
+    card["reward"] = {"_target_": "os.system", "command": "true"}
+    (tmp_path / "value.json").write_text(json.dumps(card))
+    with pytest.raises(UserError, match="not part of rlstitch"):
+        StitchedValueModel.from_pretrained(tmp_path, backbone=backbone)
+
+
+def test_value_models_cut_at_one_block_share_one_prefix(backbone, reward):
+    first, second = stitched(backbone, reward)[0], stitched(backbone, reward)[0]
+    other = stitched(backbone, reward, i=1)[0]
+    calls = []
+    for m in (first, second, other):
+        m.prefix.register_forward_hook(lambda *_: calls.append(1))
+    latent = Latent(torch.randn(2, 4, 8, 8), torch.tensor([0.5, 0.2]))
+    got = values([first, second, other], latent, batch_of(["a", "b"]))
+    assert len(calls) == 2 and got.shape == (2, 3)
+    torch.testing.assert_close(got[:, 2], other.value(latent, batch_of(["a", "b"])))
+
+
+def test_value_matches_interpolated_noise_levels(backbone, reward):
+    """Per-sample sigma is honoured: a mixed batch equals its rows."""
+    model, _, _ = stitched(backbone, reward)
+    z = schedule.interpolate(torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([0.2, 0.7]))
+    whole = model.value(Latent(z, torch.tensor([0.2, 0.7])), batch_of(["a", "b"]))
+    rows = [model.value(Latent(z[k : k + 1], torch.tensor([s])), batch_of([p])) for k, (s, p) in enumerate(((0.2, "a"), (0.7, "b")))]
+    torch.testing.assert_close(whole, torch.cat(rows), atol=1e-6, rtol=1e-5)
