@@ -7,8 +7,8 @@ from typing import Any
 from rlstitch import config as cfg
 from rlstitch import schedule
 from rlstitch.config import RunConfig
-from rlstitch.distributed import world_size
 from rlstitch.data import PromptSet, read_prompts, resolve_geometry
+from rlstitch.distributed import world_size
 from rlstitch.files import require, vae_fingerprint
 from rlstitch.stitch.model import read_card
 from rlstitch.types import UserError
@@ -28,6 +28,9 @@ def recipe_faults(config: RunConfig) -> list[str]:
     faults += cfg.check_part("model", config.model)
     for name, node in config.rewards.items():
         faults += cfg.check_part(f"rewards.{name}", node)
+        for key in ("path", "head"):
+            if isinstance(node.get(key), str):
+                _catch(faults, f"rewards.{name}.{key}", require, node[key], "the reward's file")
     for where in ("algorithm", "oracle", "stop"):
         extra = {"algorithm": (), "oracle": ("weights",), "stop": ()}[where]
         faults += [f for f in cfg.check_part(where, getattr(config, where), extra=extra) if not _given(f)]

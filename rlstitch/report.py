@@ -40,7 +40,7 @@ def line_plot(series: dict[str, list[tuple[float, float]]], *, x_label: str, y_l
     if offset > 0:
         px, _ = place(min(offset, x1), y0)
         out.append(f'<rect x="{left}" y="{top}" width="{px - left:.1f}" height="{height - bottom - top}" fill="#faf5ff"/><text x="{left + 4}" y="{top + 12}" fill="#6b46c1">stitching</text>')
-    for colour, (name, line) in zip(COLOURS, series.items()):
+    for colour, line in zip(COLOURS, series.values()):
         path = " ".join(f"{'M' if k == 0 else 'L'}{place(*p)[0]:.1f},{place(*p)[1]:.1f}" for k, p in enumerate(line))
         out.append(f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="1.8"/>')
         out += [f'<circle cx="{place(*p)[0]:.1f}" cy="{place(*p)[1]:.1f}" r="2.4" fill="{colour}"/>' for p in (line if len(line) < 25 else line[-1:])]

@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from rlstitch import checkpoint, config as cfg, report, schedule
+from rlstitch import checkpoint, report, schedule
+from rlstitch import config as cfg
 from rlstitch.config import RunConfig
 from rlstitch.data import PromptSet, UpdateStream, read_prompts, resolve_geometry
 from rlstitch.distributed import Engine, world_size
 from rlstitch.evaluate import Evaluation, evaluate
 from rlstitch.files import write_json, write_text
-from rlstitch.metrics import Clock, Log, grid as draw_grid, peak_memory_mb
+from rlstitch.metrics import Clock, Log, peak_memory_mb
+from rlstitch.metrics import grid as draw_grid
 from rlstitch.policy import CURRENT, EMA, REFERENCE, Policy
 from rlstitch.stitch.model import StitchedValueModel, read_card
 from rlstitch.types import UserError

@@ -42,6 +42,18 @@ def test_velocity_prefix_and_resume_equal_diffusers(any_backbone, size):
             torch.testing.assert_close(any_backbone.resume(state), expected, atol=1e-6, rtol=1e-5)
 
 
+def test_plain_attention_equals_the_stock_processor(any_backbone):
+    from diffusers.models.attention_processor import JointAttnProcessor2_0
+
+    z, sigma, text = inputs(any_backbone)
+    with torch.no_grad():
+        ours = any_backbone.velocity(z, sigma, text)
+        ran = any_backbone.transformer.attn_processors
+        any_backbone.transformer.set_attn_processor(JointAttnProcessor2_0())
+        torch.testing.assert_close(ours, any_backbone.velocity(z, sigma, text), atol=1e-5, rtol=1e-5)
+        any_backbone.transformer.set_attn_processor(ran)
+
+
 def test_prefix_runs_only_its_blocks(backbone):
     z, sigma, _ = inputs(backbone)
     ran = []

@@ -17,6 +17,7 @@ import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
 
+from rlstitch.backbones.attention import PlainJointAttention
 from rlstitch.files import hash_tensors, quick_fingerprint, read_tensors, require, write_tensors
 from rlstitch.types import Conditioning, UserError
 
@@ -93,6 +94,8 @@ class SD3Backbone:
             require(self.path / part, f"the {part} of model '{path}'")
         self.transformer = self._load(SD3Transformer2DModel, "transformer")
         self.vae = self._load(AutoencoderKL, "vae")
+        if self.device.type == "cpu":
+            self.transformer.set_attn_processor(PlainJointAttention())
         self.max_sequence_length, self.cache = max_sequence_length, None if cache is None else Path(cache)
         self.num_blocks, self.width = len(self.transformer.transformer_blocks), self.transformer.inner_dim
         self.transformer.patch_size = self.transformer.config.patch_size

@@ -20,7 +20,7 @@ from rlstitch.files import require, vae_fingerprint
 from rlstitch.stitch.distill import DistillConfig, distill, latents_of, targets_of
 from rlstitch.stitch.model import StitchedValueModel
 from rlstitch.stitch.search import SearchResult, search
-from rlstitch.types import Batch, Latent, UserError
+from rlstitch.types import Batch, UserError
 
 SIGMAS = (0.1, 0.25, 0.5, 0.75, 0.9)
 

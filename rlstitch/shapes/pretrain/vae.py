@@ -46,7 +46,7 @@ def train(out: Path, work: Path, *, seed: int, steps: int, minutes: float | None
         with autocast():
             posterior = vae.encode(x).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=generator).to(x.device)
-            y = vae.decode((posterior.mean + posterior.std * noise)).sample.float()
+            y = vae.decode(posterior.mean + posterior.std * noise).sample.float()
         error = y - x
         kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean()
         mse = (error**2).mean()

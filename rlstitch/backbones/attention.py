@@ -1,0 +1,39 @@
+"""Joint attention for CPUs: for short sequences two matrix products beat the fused kernel, whose backward is several times slower there."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+LONGEST = 512  # tokens; beyond it the attention matrix costs more than it saves
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k' / sqrt(d)) v on [B, heads, L, d]."""
+    if q.shape[-2] > LONGEST:
+        return F.scaled_dot_product_attention(q, k, v)
+    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    return logits.softmax(-1).to(v.dtype) @ v
+
+
+class PlainJointAttention:
+    """A diffusers attention processor for SD3's blocks (joint, and image-only where a block has dual attention); same maths as the stock one."""
+
+    def __call__(self, attn, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: Tensor | None = None, **_) -> Tensor | tuple[Tensor, Tensor]:
+        if attention_mask is not None:
+            raise ValueError("SD3's attention takes no mask")
+        streams = [(hidden_states, attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k)]
+        if encoder_hidden_states is not None:
+            streams.append((encoder_hidden_states, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.norm_added_q, attn.norm_added_k))
+        parts = []
+        for x, to_q, to_k, to_v, norm_q, norm_k in streams:
+            q, k, v = (to(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for to in (to_q, to_k, to_v))
+            parts.append((q if norm_q is None else norm_q(q), k if norm_k is None else norm_k(k), v))
+        q, k, v = (torch.cat(same, 2) for same in zip(*parts))
+        out = attention(q, k, v).transpose(1, 2).flatten(2).to(q.dtype)
+        image, text = out.split([hidden_states.shape[1], out.shape[1] - hidden_states.shape[1]], 1)
+        image = attn.to_out[1](attn.to_out[0](image))
+        if encoder_hidden_states is None:
+            return image
+        return image, text if attn.context_pre_only else attn.to_add_out(text)

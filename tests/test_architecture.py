@@ -1,0 +1,79 @@
+"""The house rules that a machine can check: imports point down, files stay short, importing is quick."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "rlstitch"
+
+# A module may import rooms of a smaller number, its own room's helpers, and nothing above.
+FLOORS = {
+    "types": 0,
+    "config": 1, "distributed": 1, "files": 1,
+    "schedule": 2, "stops": 2, "losses": 2, "data": 2, "metrics": 2, "backbones": 2, "rewards": 2, "shapes": 2,
+    "sampling": 3, "stitch.model": 3, "policy": 3,
+    "oracles": 4, "checkpoint": 4, "report": 4,
+    "stitch.search": 5, "stitch.distill": 5, "algorithms": 5, "steering": 5, "evaluate": 5,
+    "stitch.recipe": 6, "checks": 6,
+    "trainer": 7,
+    "cli": 8,
+}  # fmt: skip
+
+
+def floor(module: str) -> tuple[str, int]:
+    parts = module.split(".")
+    for length in (2, 1):
+        if (key := ".".join(parts[:length])) in FLOORS:
+            return key, FLOORS[key]
+    raise AssertionError(f"{module} has no floor: add it to FLOORS")
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("rlstitch"):
+            found |= {f"{node.module}.{alias.name}" if (PACKAGE.parent / node.module.replace(".", "/")).is_dir() else node.module for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.startswith("rlstitch")}
+    return {name.removeprefix("rlstitch.") for name in found if name != "rlstitch"}
+
+
+def modules():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+        if name != "__init__":
+            yield name, path
+
+
+def test_imports_point_down():
+    wrong = []
+    for name, path in modules():
+        if not path.read_text().strip():
+            continue
+        mine, height = floor(name)
+        for imported in imports(path):
+            theirs, depth = floor(imported)
+            if theirs != mine and depth >= height:
+                wrong.append(f"{name} (floor {height}) imports {imported} (floor {depth})")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_nobody_imports_backbones_or_rewards():
+    for name, path in modules():
+        for imported in imports(path):
+            for room in ("backbones", "rewards"):
+                assert not imported.startswith(room) or name.startswith(room), f"{name} imports {imported}: recipes name it by dotted path"
+
+
+def test_files_stay_under_400_lines():
+    long = [f"{p.relative_to(ROOT)} ({n})" for folder in ("rlstitch", "launch", "benchmarks", "tests") for p in (ROOT / folder).rglob("*.py") if (n := len(p.read_text().splitlines())) > 400]
+    assert not long, long
+    assert all(len(p.read_text().splitlines()) < 40 for p in (ROOT / "launch").glob("*.py"))
+
+
+def test_importing_rlstitch_is_quick():
+    code = "import time, torch; t = time.perf_counter(); import rlstitch, rlstitch.types, rlstitch.schedule, rlstitch.cli; print(time.perf_counter() - t)"
+    seconds = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout)
+    assert seconds < 1.5

@@ -1,0 +1,60 @@
+"""Prompt files and the geometry of a global batch."""
+
+import pytest
+import torch
+
+from rlstitch.data import PromptSet, UpdateStream, read_prompts, resolve_geometry
+from rlstitch.types import UserError, noise_like
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 16])
+def test_geometry_gives_the_same_samples_on_any_number_of_ranks(world):
+    prompts = PromptSet([f"p{i}" for i in range(50)], [{} for _ in range(50)])
+    whole = UpdateStream(prompts, resolve_geometry(16, 2, 32, 1), seed=3)
+    stream = UpdateStream(prompts, g := resolve_geometry(16, 2, 6, world), seed=3)
+    assert g.samples == 32 and g.micro_batch <= 6 and g.micro_batch * g.accumulation * world == 32
+    for update in (0, 1, 7):
+        expected = next(whole.micro_batches(update, 0))
+        got = [b for rank in range(world) for b in stream.micro_batches(update, rank)]
+        assert [p for b in got for p in b.prompts] == expected.prompts
+        assert torch.equal(torch.cat([b.seeds for b in got]), expected.seeds)
+
+
+def test_impossible_geometry_names_the_nearest():
+    with pytest.raises(UserError, match="prompts_per_update=8 or 12"):
+        resolve_geometry(10, 1, 4, 4)
+    with pytest.raises(UserError, match="the prompt set has 5"):
+        resolve_geometry(10, 1, 4, 1, num_prompts=5)
+
+
+def test_stream_visits_every_prompt_once_an_epoch_and_never_repeats_noise():
+    prompts = PromptSet([str(i) for i in range(10)], [{}] * 10)
+    stream = UpdateStream(prompts, resolve_geometry(4, 3, 99, 1), seed=0)
+    seen = [i for u in range(5) for i in stream.indices(u)[::3]]
+    assert sorted(seen[:10]) == list(range(10)) and sorted(seen[10:]) == list(range(10)) and seen[:10] != seen[10:]
+    seeds = torch.cat([next(stream.micro_batches(u, 0)).seeds for u in range(5)])
+    assert len(seeds.unique()) == len(seeds)
+
+
+def test_noise_depends_on_the_seed_alone():
+    one, many = noise_like((2, 3), torch.tensor([5])), noise_like((2, 3), torch.tensor([4, 5]))
+    assert torch.equal(one[0], many[1]) and not torch.equal(many[0], many[1])
+    assert not torch.equal(noise_like((2, 3), torch.tensor([5]), stream=1), one)
+
+
+def test_prompt_files(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\n two \n")
+    assert read_prompts(str(tmp_path / "a.txt")).prompts == ["one", "two"]
+    (tmp_path / "b.jsonl").write_text('{"prompt": "x", "kind": "colors"}\n')
+    assert read_prompts(str(tmp_path / "b.jsonl")).rows[0]["kind"] == "colors"
+    for name, content, message in (
+        ("c.txt", b"\n  \n", "holds no prompt"),
+        ("d.txt", b"ok\n\xff\xfe bad", "not UTF-8.*0xff in line 2"),
+        ("e.jsonl", b'{"prompt": "x"}\n{oops', "line 2: not JSON"),
+        ("f.jsonl", b'{"text": "x"}', "line 1: needs a non-empty string"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            read_prompts(str(tmp_path / name))
+    with pytest.raises(UserError, match="Beside it: a.txt"):
+        read_prompts(str(tmp_path / "missing.txt"))

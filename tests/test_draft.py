@@ -1,0 +1,120 @@
+"""DRaFT and the oracles: the loss by hand, the gradient by finite differences, who is allowed to score what."""
+
+import pytest
+import torch
+
+from rlstitch import sampling, schedule
+from rlstitch.algorithms.draft import Draft
+from rlstitch.oracles import MonteCarlo, Stitched, Terminal, Tweedie, Weighted
+from rlstitch.policy import REFERENCE
+from rlstitch.types import Batch, Latent, UserError, noise_like
+from tests.test_policy import nudge, policy_on
+from tests.test_stitch import stitched
+
+GRID = schedule.sigmas(4, 3.0, "plain")
+
+
+@pytest.fixture
+def setup(backbone, reward):
+    value = stitched(backbone, reward)[0].requires_grad_(False)
+    policy = policy_on(backbone)
+    nudge(policy)
+    prompts = ["a red circle", "two stars"]
+    batch = Batch(prompts, torch.arange(2), torch.tensor([11, 12]), [{}, {}], backbone.encode_prompts(prompts))
+    oracles = {"stitched": Stitched({"clip": value}, {"clip": 2.0}), "terminal": Terminal(backbone, {"clip": reward}, {"clip": 2.0})}
+    return backbone, policy, batch, oracles
+
+
+def run(algorithm, batch, stop):
+    rollout = algorithm.rollout(batch, stop)
+    rollout.scores = algorithm.score(rollout)
+    ((loss, metrics),) = algorithm.losses(rollout)
+    return loss, metrics, rollout
+
+
+@pytest.mark.parametrize("oracle,stop", [("stitched", 2), ("terminal", 4)])
+def test_loss_is_minus_the_reward_plus_the_deviation(setup, oracle, stop):
+    backbone, policy, batch, oracles = setup
+    loss, metrics, rollout = run(Draft(backbone, policy, oracles[oracle], GRID, grad_steps=1, regulariser=0.5), batch, stop)
+    with torch.no_grad():
+        start = noise_like(backbone.latent_shape, batch.seeds)
+        latent = sampling.sample(backbone.bind(batch.text), start, GRID, stop=stop)
+        reward = 2.0 * oracles[oracle](latent, batch)[:, 0]
+        before = sampling.sample(backbone.bind(batch.text), start, GRID, stop=stop - 1)
+        v = backbone.velocity(before.z, before.sigma, batch.text)
+        with policy.use(REFERENCE):
+            base = backbone.velocity(before.z, before.sigma, batch.text)
+    deviation = (v - base).square().mean()
+    assert deviation > 0
+    assert loss.item() == pytest.approx((-reward.mean() + 0.5 * deviation).item(), rel=1e-4)
+    assert metrics["deviation"].item() == pytest.approx(deviation.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("oracle,stop,k", [("stitched", 3, 2), ("terminal", 4, 1)])
+def test_gradient_by_finite_differences_on_one_lora_direction(setup, oracle, stop, k):
+    """With k gradient steps only the last k feel the parameter; the finite difference replays just those."""
+    backbone, policy, batch, oracles = setup
+    algorithm = Draft(backbone, policy, oracles[oracle], GRID, grad_steps=k, regulariser=0.0)
+    loss, _, rollout = run(algorithm, batch, stop)
+    loss.backward()
+    p = max(policy.parameters(), key=lambda q: q.grad.abs().sum())
+    direction = p.grad / p.grad.norm()
+    entry = rollout.states[0][0]
+
+    def outcome(h):
+        with torch.no_grad():
+            p.add_(h * direction)
+            z = entry
+            for j in range(stop - k, stop):
+                z = sampling.euler(z, backbone.velocity(z, torch.full((2,), float(GRID[j])), batch.text), float(GRID[j]), float(GRID[j + 1]))
+            value = -2.0 * oracles[oracle](Latent(z, torch.full((2,), float(GRID[stop]))), batch)[:, 0].mean()
+            p.sub_(h * direction)
+        return value.double()
+
+    h = 2e-2
+    assert ((outcome(h) - outcome(-h)) / (2 * h)).item() == pytest.approx(p.grad.norm().item(), rel=2e-2)
+
+
+def test_checkpointing_and_guidance(setup):
+    backbone, policy, batch, oracles = setup
+    losses = [run(Draft(backbone, policy, oracles["stitched"], GRID, grad_steps=2, guidance=2.0, activation_checkpointing=c), batch, 3)[0] for c in (False, True)]
+    grads = [torch.autograd.grad(loss, policy.parameters()) for loss in losses]
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-4)
+
+
+def test_variance_reduction_averages_renoised_copies(setup):
+    backbone, policy, batch, oracles = setup
+    loss, _, rollout = run(Draft(backbone, policy, oracles["terminal"], GRID, variance_reduction=2, regulariser=0.01), batch, 4)
+    assert rollout.latent.z.shape[0] == 6 and rollout.scores.shape == (2, 1) and len(rollout.velocities) == 3
+    loss.backward()
+    assert all(p.grad is not None for p in policy.parameters())
+    noise = noise_like(backbone.latent_shape, batch.seeds, stream=1)
+    torch.testing.assert_close(rollout.states[1][0], schedule.interpolate(rollout.latent.z[:2].detach(), noise, float(GRID[3])))
+
+
+def test_oracles(setup, reward):
+    backbone, policy, batch, oracles = setup
+    z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    clean, noisy = Latent(z, torch.zeros(2)), Latent(z, torch.full((2,), float(GRID[2])))
+    with pytest.raises(UserError, match="sigma = 0"):
+        oracles["terminal"](noisy, batch)
+    with policy.use(REFERENCE), torch.no_grad():
+        tweedie = Tweedie(backbone, {"clip": reward}, {"clip": 1.0})
+        v = backbone.velocity(z, noisy.sigma, batch.text)
+        direct = reward.score(backbone.decode(z - noisy.sigma[:, None, None, None] * v), batch)
+        torch.testing.assert_close(tweedie(noisy, batch)[:, 0], direct)
+        null = Tweedie(backbone, {"clip": reward}, {"clip": 1.0}, prompt=False)(noisy, batch)
+        assert not torch.allclose(null[:, 0], direct)
+        carlo = MonteCarlo(backbone, {"clip": reward}, {"clip": 1.0}, rollouts=2, num_steps=3)
+        torch.testing.assert_close(carlo(clean, batch)[:, 0], reward.score(backbone.decode(z), batch))
+        assert torch.equal(carlo(noisy, batch), carlo(noisy, batch)) and carlo(noisy, batch).shape == (2, 1)
+        both = Weighted([oracles["stitched"], tweedie], [0.5, 3.0])
+        scores = both(noisy, batch)
+        torch.testing.assert_close(both.total(scores), 0.5 * oracles["stitched"].total(scores[:, :1]) + 3.0 * scores[:, 1])
+
+
+def test_recipe_faults():
+    assert Draft.faults({"grad_steps": 3}, range(3, 8)) == []
+    assert "earliest stop" in Draft.faults({"grad_steps": 4}, range(3, 8))[0]
+    assert "DRaFT-LV" in Draft.faults({"grad_steps": 2, "variance_reduction": 2}, range(5, 6))[0]

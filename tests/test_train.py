@@ -1,0 +1,257 @@
+"""The main job on a tiny world, as users start it: processes, files, kill and resume, ranks, ZeRO, bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+from safetensors.torch import load_file
+
+from rlstitch.backbones.sd3 import SD3Backbone
+from rlstitch.rewards.clip import ClipReward
+from tests.conftest import write_clip, write_sd3
+from tests.test_stitch import stitched
+
+ROOT = Path(__file__).parents[1]
+VOLATILE = ("device_hours", "hours")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A tiny model, reward, value model, prompts and recipe."""
+    folder = tmp_path_factory.mktemp("world")
+    write_sd3(folder / "sd3")
+    write_clip(folder / "clip")
+    backbone, reward = SD3Backbone(str(folder / "sd3"), max_sequence_length=0), ClipReward(str(folder / "clip"))
+    stitched(backbone, reward, sigma_range=(0.05, 0.98))[0].save_pretrained(folder / "value")
+    (folder / "prompts.txt").write_text("\n".join(f"{n} {c} {s}" for n in ("a", "two") for c in ("red", "blue") for s in ("circle", "star")))
+    (folder / "recipe.yaml").write_text(
+        f"""
+name: tiny
+out: {folder / "runs"}
+updates: 4
+threads: 1
+model: {{_target_: rlstitch.backbones.sd3.SD3Backbone, path: {folder / "sd3"}, max_sequence_length: 0}}
+rewards:
+  clip: {{_target_: rlstitch.rewards.clip.ClipReward, path: {folder / "clip"}}}
+values: {{clip: {folder / "value"}}}
+algorithm: {{_target_: rlstitch.algorithms.draft.Draft, grad_steps: 2, regulariser: 0.01}}
+oracle: {{_target_: rlstitch.oracles.Stitched, weights: {{clip: 1.0}}}}
+stop: {{_target_: rlstitch.stops.UniformWindow, low: 2, high: 3}}
+sampler: {{num_steps: 4}}
+data: {{prompts: {folder / "prompts.txt"}}}
+batch: {{prompts_per_update: 4, images_per_prompt: 1, micro_batch: 2}}
+lora: {{rank: 2, alpha: 4}}
+optimiser: {{lr: 0.01}}
+evaluation: {{prompts: {folder / "prompts.txt"}, num_steps: 3, max_prompts: 5, batch_size: 2, rewards: [clip], grid: 4}}
+logging: {{wandb: "off", progress: false}}
+checkpoint: {{every: 2}}
+"""
+    )
+    return folder
+
+
+def start(world, *overrides, ranks=1, wait=True, env=None):
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port", str(29600 + os.getpid() % 300)] if ranks > 1 else [sys.executable]
+    command = [*launcher, str(ROOT / "launch" / "train.py"), f"recipe={world / 'recipe.yaml'}", *overrides]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=world)
+    if not wait:
+        return process
+    output, _ = process.communicate(timeout=300)
+    return process.returncode, output
+
+
+def rows(world, name):
+    lines = [json.loads(line) for line in (world / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in VOLATILE} for line in lines]
+
+
+def weights(world, name, step=4):
+    return load_file(world / "runs" / name / "checkpoints" / f"step-{step:06d}" / "policy.safetensors")
+
+
+@pytest.fixture(scope="module")
+def reference(world):
+    """The uninterrupted run on one rank."""
+    code, output = start(world, "name=reference")
+    assert code == 0, output
+    return "reference"
+
+
+def test_a_run_leaves_everything_that_it_promises(world, reference):
+    run = world / "runs" / reference
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps"] == 4 and summary["samples"] == 16 and summary["seed"] == 0 and summary["peak_memory_mb"] > 0
+    assert set(summary["device_hours"]) == {"rollout", "oracle", "update", "eval", "stitching"}
+    assert set(summary["eval"]) == {"base", "raw", "ema"} and all("clip" in means for means in summary["eval"].values())
+    assert (run / "recipe.yaml").exists() and (run / "samples" / "ema.png").exists()
+    page = (run / "report.html").read_text()
+    assert page.count("data:image/png") == 2 and "http" not in page.replace("http://www.w3.org", "")
+    steps = [r["step"] for r in rows(world, reference)]
+    assert steps == [1, 2, 3, 4]
+    assert all(r["grad_norm"] > 0 and r["stop"] in (2, 3) and set(r["rewards"]) == {"clip"} for r in rows(world, reference))
+    assert sum(f.stat().st_size for f in (run / "checkpoints").rglob("*") if f.is_file()) < 2_000_000
+
+
+def test_lora_of_a_run_loads_in_stock_diffusers_with_the_same_picture(world, reference):
+    from rlstitch.policy import EMA, Policy
+    from rlstitch.types import noise_like
+
+    backbone = SD3Backbone(str(world / "sd3"), max_sequence_length=0)
+    text = backbone.encode_prompts(["a red star"])
+    policy = Policy(backbone.transformer, rank=2, alpha=4, targets=backbone.lora_targets, seed=0, ema_decay=0.9)
+    policy.load_state_dict(weights(world, reference))
+    pipeline = StableDiffusion3Pipeline.from_pretrained(world / "sd3", text_encoder_3=None, tokenizer_3=None)
+    pipeline.load_lora_weights(world / "runs" / reference / "lora")
+    pipeline.set_progress_bar_config(disable=True)
+    z = noise_like(backbone.latent_shape, torch.tensor([7]))
+    from rlstitch import sampling, schedule
+
+    with torch.no_grad(), policy.use(EMA):
+        ours = backbone.decode(sampling.sample(backbone.bind(text), z, schedule.sigmas(3, 3.0)).z)
+    stock = pipeline("a red star", num_inference_steps=3, guidance_scale=1.0, latents=z, height=16, width=16, max_sequence_length=0, output_type="pt").images
+    torch.testing.assert_close(ours, stock, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_kill_and_resume_is_bit_for_bit(world, reference, ranks):
+    """4 updates equal 2 + kill -9 + resume + 2, in metrics and weights."""
+    whole = reference
+    if ranks == 2:
+        whole = "whole2"
+        code, output = start(world, f"name={whole}", ranks=2)
+        assert code == 0, output
+    name = f"killed{ranks}"
+    process = start(world, f"name={name}", "updates=400", ranks=ranks, wait=False)
+    deadline = time.time() + 200
+    while not (world / "runs" / name / "checkpoints" / "step-000002" / "complete.json").exists():
+        assert process.poll() is None and time.time() < deadline, process.communicate()[0]
+        time.sleep(0.01)
+    subprocess.run(["pkill", "-9", "-f", f"name={name} "], check=False)
+    process.kill()
+    process.wait()
+    kept = sorted((world / "runs" / name / "checkpoints").glob("step-*/complete.json"))
+    for later in kept[1:] if len(kept) > 1 and kept[0].parent.name == "step-000002" else []:
+        later.unlink()  # it may have got further before the signal arrived
+    if kept[0].parent.name != "step-000002":
+        pytest.skip("the process outran the signal")
+    code, output = start(world, f"name={name}", ranks=ranks)
+    assert code == 0 and "resumed from step-000002" in output, output
+    assert rows(world, name) == rows(world, whole)
+    a, b = weights(world, name), weights(world, whole)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_sigterm_checkpoints_and_exits_143(world):
+    process = start(world, "name=term", "updates=4000", "checkpoint.every=1000000", wait=False)
+    metrics = world / "runs" / "term" / "metrics.jsonl"
+    deadline = time.time() + 200
+    while not metrics.exists() or not metrics.read_text():
+        assert process.poll() is None and time.time() < deadline, process.communicate()[0]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143 and "a checkpoint was written" in output and "Traceback" not in output
+    assert len(list((world / "runs" / "term" / "checkpoints").glob("*/complete.json"))) == 1
+
+
+@pytest.mark.parametrize("overrides,ranks", [(("batch.micro_batch=4",), 1), ((), 2), (("distributed.zero_stage=2",), 2)])
+def test_ranks_accumulation_and_zero_do_not_change_the_maths(world, reference, overrides, ranks):
+    name = f"geometry{ranks}{len(''.join(overrides))}"
+    code, output = start(world, f"name={name}", *overrides, ranks=ranks)
+    assert code == 0, output
+    for ours, theirs in zip(rows(world, name), rows(world, reference), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4) and ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=2e-2)
+    a, b = (json.loads((world / "runs" / n / "summary.json").read_text())["eval"]["raw"]["clip"] for n in (name, reference))
+    assert a == pytest.approx(b, abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_other_zero_stages(world, reference, stage):
+    name = f"zero{stage}"
+    code, output = start(world, f"name={name}", f"distributed.zero_stage={stage}", ranks=2)
+    assert code == 0, output
+    for ours, theirs in zip(rows(world, name), rows(world, reference), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
+
+
+BAD = {
+    "misspelt key": (["optimizer.lr=1"], "unknown key 'optimizer' (did you mean 'optimiser'?)"),
+    "wrong type": (["updates=many"], "'updates'"),
+    "unknown part": (["oracle._target_=rlstitch.oracles.Stitchd"], "did you mean 'Stitched'?"),
+    "missing weights": (["rewards.clip.path=/no/where"], "/no/where"),
+    "stop beyond the grid": (["stop.high=9"], "the grid has 4"),
+    "stop outside the value's range": (["stop.low=1", "stop.high=4", "algorithm.grad_steps=1"], "answers only for sigma in [0.05, 0.98]"),
+    "terminal reward before the end": (["oracle._target_=rlstitch.oracles.Terminal"], "use rlstitch.stops.End"),
+    "oracle without gradient": (["oracle._target_=rlstitch.oracles.MonteCarlo"], "needs gradients"),
+    "too many gradient steps": (["algorithm.grad_steps=3"], "earliest stop"),
+    "batch larger than the prompts": (["batch.prompts_per_update=99"], "the prompt set has 8"),
+    "not an override": (["--lr", "3"], "key=value"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_recipes_get_one_clear_message(world, case, capsys):
+    """In one process: what the launcher prints before anything loads."""
+    from rlstitch import cli
+    from rlstitch.checks import checked
+    from rlstitch.types import UserError
+
+    overrides, expected = BAD[case]
+    with pytest.raises(UserError) as caught:
+        name, given = cli.recipe_and_overrides([f"recipe={world / 'recipe.yaml'}", *overrides])
+        checked(given, name)
+    assert expected in str(caught.value)
+
+
+def test_all_faults_come_at_once_with_exit_2_and_nothing_written(world):
+    code, output = start(world, "name=bad", "optimizer.lr=1", "updates=-3", "lora.rnk=2", "evaluation.rewards=[clop]")
+    assert code == 2 and "Traceback" not in output
+    for part in ("4 faults", "optimiser", "'updates' must be positive, not -3", "did you mean 'rank'", "did you mean 'clip'"):
+        assert part in output, output
+    assert not (world / "runs" / "bad").exists()
+
+
+def test_check_prints_and_leaves_nothing(world):
+    code, output = start(world, "name=dry", "check=true")
+    assert code == 0 and "2 micro-batches of 2" in output and "memory" in output and "prompts_per_update: 4" in output
+    assert not (world / "runs" / "dry").exists()
+
+
+def test_nan_is_skipped_then_given_up_with_weights_untouched(world):
+    """An infinite weight on the reward makes every loss infinite."""
+    code, output = start(world, "name=nan", "oracle.weights.clip=.inf", "max_bad_steps=3")
+    assert code == 2 and "3 updates in a row" in output and "Traceback" not in output, output
+    assert [r["skipped"] for r in rows(world, "nan")] == [True, True]
+
+
+def test_full_disk_keeps_the_last_good_checkpoint(world, monkeypatch, tmp_path):
+    import errno
+
+    from rlstitch import checkpoint
+    from rlstitch.distributed import Engine
+    from rlstitch.policy import Policy
+    from rlstitch.types import UserError
+
+    backbone = SD3Backbone(str(world / "sd3"), max_sequence_length=0)
+    policy = Policy(backbone.transformer, rank=2, alpha=4, targets=backbone.lora_targets, seed=0, ema_decay=0.9)
+    engine = Engine(zero_stage=0, precision="fp32", accumulation=1, micro_batch=1, clip_norm=1.0)
+    engine.prepare(backbone.transformer, torch.optim.AdamW(policy.parameters(), lr=1e-3), policy.parameters())
+    checkpoint.save(tmp_path, 1, engine, policy, {"hours": {}}, keep=2)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    with pytest.raises(UserError, match="No space left.*last good one is step-000001"):
+        checkpoint.save(tmp_path, 2, engine, policy, {"hours": {}}, keep=2)
+    assert [f.name for f in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
+    assert checkpoint.load(tmp_path / "checkpoints" / "step-000001", engine, policy)["step"] == 1
