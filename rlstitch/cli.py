@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from rlstitch.types import UserError
@@ -19,7 +20,20 @@ def recipe_and_overrides(arguments: list[str], default: str | None = None) -> tu
         raise UserError("name one recipe, as recipe=NAME")
     name = chosen[0].removeprefix("recipe=") if chosen else str(default)
     given = cfg.compose(name)
-    return name, cfg._merge(given, cfg.parse_overrides([a for a in arguments if not a.startswith("recipe=")]))
+    return name, cfg.merge(given, cfg.parse_overrides([a for a in arguments if not a.startswith("recipe=")]))
+
+
+def run_and_overrides(arguments: list[str]) -> tuple[Path, dict[str, Any]]:
+    """`run=FOLDER key=value ...` -> the folder and the recipe saved in it with overrides merged in."""
+    from rlstitch import config as cfg
+
+    chosen = [a for a in arguments if a.startswith("run=")]
+    if len(chosen) != 1:
+        raise UserError("name one run folder, as run=runs/NAME")
+    folder = Path(chosen[0].removeprefix("run="))
+    if not (folder / "recipe.yaml").is_file():
+        raise UserError(f"{folder} is no run folder: it has no recipe.yaml")
+    return folder, cfg.merge(cfg.compose(str(folder / "recipe.yaml")), cfg.parse_overrides([a for a in arguments if not a.startswith("run=")]))
 
 
 def main(run: Callable[[list[str]], None]) -> None:

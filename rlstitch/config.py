@@ -168,20 +168,25 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def compose(name: str, folder: Path | None = None) -> dict[str, Any]:
-    """The recipe merged over the pieces it names under `use`, in order. Parts with another `_target_` replace each other instead of mixing."""
+    """The recipe merged over the pieces it names under `use`, in order. """
     content = _read(find_recipe(name, folder))
     merged: dict[str, Any] = {}
     for piece in content.pop("use", []):
-        merged = _merge(merged, compose(piece, folder))
-    return _merge(merged, content)
+        merged = merge(merged, compose(piece, folder))
+    return merge(merged, content)
 
 
-def _merge(base: dict, over: dict) -> dict:
-    if "_target_" in over and over["_target_"] != base.get("_target_", over["_target_"]):
-        return dict(over)
+def merge(base: dict, over: dict) -> dict:
+    """`over` laid over `base`, deep. Where a part's `_target_` changes, only the keys that the new class takes are kept."""
     out = dict(base)
+    if "_target_" in over and over["_target_"] != base.get("_target_", over["_target_"]):
+        try:
+            takes = inspect.signature(load_class(over["_target_"])).parameters
+        except UserError:
+            takes = base  # the checks will say what is wrong with the target
+        out = {key: value for key, value in base.items() if key in takes}
     for key, value in over.items():
-        out[key] = _merge(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
+        out[key] = merge(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
     return out
 
 
@@ -199,7 +204,8 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------- checking
 
 
-def _leaves(schema: Any, given: dict, prefix: str, faults: list[str], accepted: list[tuple[str, Any]]) -> None:
+def leaves(schema: Any, given: dict, prefix: str, faults: list[str], accepted: list[tuple[str, Any]]) -> None:
+    """Walk given keys against a dataclass: known leaves go to `accepted` as (dotted path, value), the rest to `faults`."""
     known = {f.name: f for f in fields(schema)}
     for key, value in given.items():
         path = f"{prefix}{key}"
@@ -207,7 +213,7 @@ def _leaves(schema: Any, given: dict, prefix: str, faults: list[str], accepted: 
             faults.append(f"unknown key '{path}'{nearest(str(key), known)}")
         elif is_dataclass(getattr(schema, key)):
             if isinstance(value, dict):
-                _leaves(getattr(schema, key), value, path + ".", faults, accepted)
+                leaves(getattr(schema, key), value, path + ".", faults, accepted)
             else:
                 faults.append(f"'{path}' must be a group of keys, not {value!r}")
         else:
@@ -218,7 +224,7 @@ def structure(given: dict[str, Any]) -> tuple[RunConfig, list[str]]:
     """The typed config and every fault of keys, types, choices and ranges."""
     faults: list[str] = []
     accepted: list[tuple[str, Any]] = []
-    _leaves(RunConfig(), given, "", faults, accepted)
+    leaves(RunConfig(), given, "", faults, accepted)
     config = OmegaConf.structured(RunConfig)
     for path, value in accepted:
         value = "off" if path == "logging.wandb" and value is False else value  # YAML reads a bare off as false

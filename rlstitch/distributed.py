@@ -40,6 +40,7 @@ class Engine:
             for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}.items():
                 os.environ.setdefault(key, value)
             plugin = DeepSpeedPlugin(
+                zero3_init_flag=False,  # else transformers would load the reward models in parts, too
                 hf_ds_config={
                     "zero_optimization": {"stage": zero_stage, "overlap_comm": False, "contiguous_gradients": False, "reduce_bucket_size": 50_000_000, "stage3_param_persistence_threshold": 0},
                     "gradient_accumulation_steps": accumulation,

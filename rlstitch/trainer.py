@@ -195,6 +195,19 @@ class Trainer:
         with self.clock.phase("eval"):
             return evaluate(self.backbone, self.policy, adapter, self.held_out, {n: self.rewards[n] for n in e.rewards}, schedule.sigmas(e.num_steps, e.shift, e.spacing), self.engine, guidance=e.guidance, batch_size=e.batch_size, seed=e.seed, limit=limit, label=label, progress=self.config.logging.progress)
 
+    def evaluate_all(self) -> dict[str, Evaluation]:
+        """Base, raw and EMA weights on the whole evaluation set."""
+        limit = self.config.evaluation.max_prompts
+        return {name: self.evaluate(adapter, limit, f"evaluation, {name}") for name, adapter in (("base", REFERENCE), ("raw", CURRENT), ("ema", EMA))}
+
+    def evaluate_checkpoint(self, run: Path) -> dict[str, dict[str, float]]:
+        """Means of base, raw and EMA weights of a run's last checkpoint."""
+        found = checkpoint.folders(run)
+        if not found:
+            raise UserError(f"{run} has no complete checkpoint to evaluate")
+        checkpoint.load(found[-1], self.engine, self.policy)
+        return {name: result.means for name, result in self.evaluate_all().items()}
+
     def _evaluate_now(self) -> None:
         """A small evaluation of the raw weights on the way, with a grid."""
         e = self.config.evaluation
@@ -214,13 +227,13 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         """Full evaluation of base, raw and EMA weights; LoRA, summary and report."""
-        results = {}
-        for name, adapter in (("base", REFERENCE), ("raw", CURRENT), ("ema", EMA)):
-            result = self.evaluate(adapter, self.config.evaluation.max_prompts, f"final evaluation, {name}")
-            results[name] = result.means
-            if self.engine.is_main:
+        evaluations = self.evaluate_all()
+        results = {name: result.means for name, result in evaluations.items()}
+        if self.engine.is_main:
+            for name, result in evaluations.items():
                 self._draw(result, name)
-        self.policy.export(self.run / "lora", EMA) if self.engine.is_main or self.engine.zero_stage == 3 else None
+        if self.engine.is_main or self.engine.zero_stage == 3:  # gathering partitions is a collective
+            self.policy.export(self.run / "lora", EMA)
         summary = {
             "steps": self.step,
             "samples": self.step * self.geometry.samples,

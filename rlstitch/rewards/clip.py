@@ -130,14 +130,13 @@ class ClipReward:
         return self.scale * (embedding * self.embed_texts(batch.prompts)).sum(-1)
 
     def embed_texts(self, prompts: list[str]) -> Tensor:
-        """Unit text embeddings [B, D], each prompt encoded once."""
-        new = [p for p in dict.fromkeys(prompts) if p not in self._texts]
-        for start in range(0, len(new), 128):
-            part = new[start : start + 128]
-            ids = self.tokenizer(part, padding="max_length", truncation=True, max_length=self.model.config.text_config.max_position_embeddings, return_tensors="pt").input_ids
+        """Unit text embeddings [B, D]. Each prompt is encoded once and by itself: in a batch, its last bits would depend on its neighbours, and with
+        them on what was scored before a resume."""
+        for prompt in dict.fromkeys(p for p in prompts if p not in self._texts):
+            ids = self.tokenizer(prompt, padding="max_length", truncation=True, max_length=self.model.config.text_config.max_position_embeddings, return_tensors="pt").input_ids
             with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
                 embedding = self.model.text_projection(self.model.text_model(input_ids=ids.to(self.device)).pooler_output).float()
-            self._texts.update(zip(part, F.normalize(embedding, dim=-1)))
+            self._texts[prompt] = F.normalize(embedding, dim=-1)[0]
         return torch.stack([self._texts[p] for p in prompts])
 
     # ---------------------------------------------------------------------------------------- stitching

@@ -57,7 +57,7 @@ def checked(given: dict[str, Any], name: str) -> StitchRecipe:
     """The typed recipe, or one UserError that lists every fault."""
     faults: list[str] = []
     accepted: list[tuple[str, Any]] = []
-    cfg._leaves(StitchRecipe(), given, "", faults, accepted)
+    cfg.leaves(StitchRecipe(), given, "", faults, accepted)
     config = OmegaConf.structured(StitchRecipe)
     for path, value in accepted:
         try:

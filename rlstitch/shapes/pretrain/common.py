@@ -12,10 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rlstitch.config import hardware
+from rlstitch.distributed import world_size
 
 
 def device() -> torch.device:
@@ -56,6 +58,23 @@ def warmup_cosine(step: int, total: int, warmup: int = 100, floor: float = 0.02)
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
 
 
+def ranks() -> tuple[int, int]:
+    """(rank, world) under torchrun, with the process group formed; (0, 1) without."""
+    world = world_size()
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return (dist.get_rank(), world) if world > 1 else (0, 1)
+
+
+def average_gradients(params: list[nn.Parameter], world: int) -> None:
+    """One all-reduce of all gradients."""
+    flat = torch.cat([p.grad.flatten() for p in params])
+    dist.all_reduce(flat)
+    flat /= world
+    for p, part in zip(params, flat.split([p.numel() for p in params])):
+        p.grad = part.view_as(p)
+
+
 class Ema:
     """Exponential moving average of the trainable parameters; the decay ramps up as min(decay, (1 + s) / (10 + s))."""
 
@@ -93,7 +112,9 @@ def fit(
     """Train `model` (all its parameters with requires_grad) and leave its EMA in it. Resumes from `work/<name>.state.pt`.
 
     The learning rate follows a cosine over `steps`, or over `minutes` of training time where that is given and ends first.
+    Under torchrun every rank draws its own batches and gradients are averaged: on small models two ranks of one thread beat one of two.
     """
+    rank, world = ranks()
     params = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
     ema = Ema(model, ema_decay) if ema_decay else None
@@ -107,12 +128,17 @@ def fit(
         if ema:
             ema.shadow, ema.step = state["ema"], state["ema_step"]
         print(f"{name}: resumed at step {step}", flush=True)
+    if world > 1:
+        for p in model.parameters():
+            dist.broadcast(p.data, 0)
     started = time.monotonic()
 
     def elapsed() -> float:
         return spent + time.monotonic() - started
 
     def save() -> None:
+        if rank:
+            return
         state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "step": step, "spent": elapsed()}
         if ema:
             state |= {"ema": ema.shadow, "ema_step": ema.step}
@@ -120,14 +146,16 @@ def fit(
         os.replace(state_file.with_suffix(".tmp"), state_file)
 
     model.train()
-    while step < steps and (minutes is None or elapsed() < 60 * minutes):
+    while step < steps and _agreed(minutes is None or elapsed() < 60 * minutes, world):
         progress = step if minutes is None else max(step, int(steps * elapsed() / (60 * minutes)))
         for group in optimiser.param_groups:
             group["lr"] = lr * warmup_cosine(progress if step >= 100 else step, steps)
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 64 + rank)
         with plain_attention():
             loss, metrics = loss_of(step, generator)
             loss.backward()
+        if world > 1:
+            average_gradients(params, world)
         norm = nn.utils.clip_grad_norm_(params, 1.0)
         if not torch.isfinite(norm):
             raise RuntimeError(f"{name}: gradient norm is {norm.item()} at step {step}")
@@ -136,7 +164,7 @@ def fit(
         step += 1
         if ema:
             ema.update(model)
-        if step % log_every == 0 or step == steps:
+        if rank == 0 and (step % log_every == 0 or step == steps):
             last = {key: float(value) for key, value in metrics.items()}
             shown = "  ".join(f"{key} {value:.4f}" for key, value in last.items())
             print(f"{name} {step}/{steps}  {elapsed():.0f} s  {shown}", flush=True)
@@ -147,6 +175,15 @@ def fit(
         ema.copy_to(model)
     model.eval()
     return {"steps": step, "minutes": round(elapsed() / 60, 1), **{f"last_{k}": v for k, v in last.items()}}
+
+
+def _agreed(go_on: bool, world: int) -> bool:
+    """Rank 0's word, so that all ranks stop at the same step."""
+    if world == 1:
+        return go_on
+    flag = torch.tensor(float(go_on))
+    dist.broadcast(flag, 0)
+    return bool(flag)
 
 
 def batches(n: int, size: int) -> Iterator[slice]:

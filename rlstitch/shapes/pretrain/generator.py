@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTextConfig, CLIPTextModelWithProjection
 
 from rlstitch.shapes import tokenizer as shapes_tokenizer
-from rlstitch.shapes.pretrain.common import autocast, batches, device, fit, write_card
+from rlstitch.shapes.pretrain.common import autocast, batches, device, fit, ranks, write_card
 from rlstitch.shapes.pretrain.pool import labels_of, make_pool
 from rlstitch.shapes.scenes import COLOURS, SHAPES
 
@@ -87,7 +87,8 @@ def patch_loss(logits: Tensor, labels: tuple[Tensor, Tensor], weight: Tensor) ->
 
 def train(size: str, out: Path, work: Path, *, seed: int, steps: int, minutes: float | None, lr: float = 1.5e-3, batch: int = 64, pool_size: int = 24_000) -> None:
     torch.manual_seed(seed)
-    folder = out / size
+    rank, world = ranks()
+    folder, batch = out / size, batch // world
     vae = AutoencoderKL.from_pretrained(out / "vae", dtype=torch.float32).to(device())
     tokenizer = shapes_tokenizer.build(folder / "tokenizer")
     shapes_tokenizer.build(folder / "tokenizer_2")
@@ -111,7 +112,7 @@ def train(size: str, out: Path, work: Path, *, seed: int, steps: int, minutes: f
     empty = tokenizer("", padding="max_length", return_tensors="pt").input_ids[0]
 
     def loss_of(step: int, generator: torch.Generator):
-        rng = random.Random(seed * 7919 + step)
+        rng = random.Random((seed * 7919 + step) * 64 + rank)
         index = torch.randint(len(latents), (batch,), generator=generator)
         which = torch.tensor([int(rng.random() < 0.25) for _ in range(batch)])
         batch_ids = ids[which, index].clone()
@@ -131,6 +132,8 @@ def train(size: str, out: Path, work: Path, *, seed: int, steps: int, minutes: f
 
     facts = fit(size, model, loss_of, steps=steps, lr=lr, seed=seed, work=work, minutes=minutes, weight_decay=0.01, ema_decay=0.999, log_every=100)
     hook.remove()
+    if rank:
+        return
     pipeline = StableDiffusion3Pipeline(
         transformer=model["transformer"].half(),
         vae=vae.half(),

@@ -292,7 +292,7 @@ def rank_correlation(a: Tensor, b: Tensor) -> float:
     return float(torch.corrcoef(torch.stack([ra, rb]))[0, 1])
 
 
-AESTHETIC_NOISE = 0.08
+AESTHETIC_NOISE = 0.05
 
 
 def train_aesthetic(out: Path, work: Path, vae: AutoencoderKL, *, seed: int, steps: int, minutes: float | None, batch: int = 256) -> None:

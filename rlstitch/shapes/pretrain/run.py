@@ -16,7 +16,7 @@ from rlstitch.shapes.pretrain import generator, rewards, vae
 BUDGET = {
     "vae": dict(steps=20_000, minutes=28),
     "clip": dict(steps=4_000, minutes=18),
-    "shapes": dict(steps=12_000, minutes=46),
+    "shapes": dict(steps=20_000, minutes=60),
     "shapes-large": dict(steps=9_000, minutes=180),
     "hps": dict(steps=1_500, minutes=7),
     "aesthetic": dict(steps=3_000, minutes=None),

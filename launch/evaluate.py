@@ -1,0 +1,26 @@
+"""Evaluate a run again: `python launch/evaluate.py run=runs/draft_stitch [key=value ...]`, also under torchrun. Full denoising, clean rewards, detector."""
+
+import json
+
+from rlstitch import cli
+
+
+def run(arguments: list[str]) -> None:
+    from rlstitch.checks import checked
+    from rlstitch.files import write_json
+    from rlstitch.trainer import Trainer
+
+    folder, given = cli.run_and_overrides(arguments)
+    config = checked(given, str(folder / "recipe.yaml"))
+    trainer = Trainer(config)
+    try:
+        results = trainer.evaluate_checkpoint(folder)
+        if trainer.engine.is_main:
+            write_json(folder / "evaluation.json", results)
+            print(json.dumps(results, indent=1))
+    finally:
+        trainer.engine.close()
+
+
+if __name__ == "__main__":
+    cli.main(run)
