@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ def main(run: Callable[[list[str]], None]) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters on one base are what we want
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch|diffusers|deepspeed")
     from rlstitch.trainer import Interrupted
 
     try:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
 from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor, nn
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
@@ -40,7 +41,6 @@ class Engine:
             for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}.items():
                 os.environ.setdefault(key, value)
             plugin = DeepSpeedPlugin(
-                zero3_init_flag=False,  # else transformers would load the reward models in parts, too
                 hf_ds_config={
                     "zero_optimization": {"stage": zero_stage, "overlap_comm": False, "contiguous_gradients": False, "reduce_bucket_size": 50_000_000, "stage3_param_persistence_threshold": 0},
                     "gradient_accumulation_steps": accumulation,
@@ -52,6 +52,8 @@ class Engine:
                 }
             )
         self.accelerator = Accelerator(mixed_precision="no" if zero_stage else _PRECISION[precision], deepspeed_plugin=plugin, kwargs_handlers=handlers, cpu=not cuda and not zero_stage)
+        if zero_stage == 3:  # else transformers would load the reward models in parts, too
+            unset_hf_deepspeed_config()
         expected = DistributedType.DEEPSPEED if zero_stage else None
         if expected and self.accelerator.distributed_type is not expected:
             raise RuntimeError(f"DeepSpeed was asked for but accelerate runs {self.accelerator.distributed_type}")

@@ -1,0 +1,134 @@
+"""The miniature world: renderer, prompts, facts and the detector, whose agreement with the truth is what makes it a judge."""
+
+import random
+
+import pytest
+import torch
+from transformers import CLIPTokenizer
+
+from rlstitch.shapes import detector, prompts, tokenizer
+from rlstitch.shapes.looks import balance, contrast, saturation
+from rlstitch.shapes.prompts import FactTable, Need, Prompt, PromptTable, draw_prompt, fractions, full_captions, make_splits, met, scenes_for
+from rlstitch.shapes.reward import DetectorReward
+from rlstitch.shapes.scenes import COLOURS, SHAPES, coverage, patch_labels, render, sample_scenes
+from rlstitch.types import Batch, UserError
+
+
+@pytest.fixture(scope="module")
+def world():
+    scenes = sample_scenes(400, torch.Generator().manual_seed(5))
+    return scenes, render(scenes)
+
+
+def test_rendering_is_deterministic_in_range_and_without_overlap(world):
+    scenes, images = world
+    assert images.shape == (400, 3, 64, 64) and images.min() >= 0 and images.max() <= 1
+    assert torch.equal(images, render(sample_scenes(400, torch.Generator().manual_seed(5))))
+    gap = (scenes.centre[:, :, None] - scenes.centre[:, None]).norm(dim=-1) - scenes.radius[:, :, None] - scenes.radius[:, None]
+    both = (scenes.shape >= 0)[:, :, None] & (scenes.shape >= 0)[:, None] & ~torch.eye(4, dtype=torch.bool)
+    assert gap[both].min() > 2
+
+
+def test_areas_are_those_of_the_shapes():
+    """Anti-aliased coverage integrates to the exact area of circle, square, ring and cross."""
+    r = 12.0
+    exact = {"circle": torch.pi * r**2, "square": (2 * 0.84 * r) ** 2, "ring": torch.pi * r**2 * (1 - 0.52**2), "cross": 4 * 0.34 * 2 * r * r - (2 * 0.34 * r) ** 2}
+    for name, area in exact.items():
+        mask = coverage(torch.tensor([SHAPES.index(name)]), torch.tensor([[31.7, 32.2]]), torch.tensor([r]), torch.tensor([0.0]))
+        assert mask.sum().item() == pytest.approx(area, rel=0.01)
+
+
+def test_detector_agrees_with_the_truth(world):
+    scenes, images = world
+    truth, seen = FactTable.from_scenes(scenes), detector.detect(images).facts()
+    assert (truth.counts == seen.counts).flatten(1).all(1).float().mean() >= 0.98
+    assert (truth.relations == seen.relations).flatten(1).all(1).float().mean() >= 0.97
+    assert torch.equal(truth.dark, seen.dark)
+
+
+def test_detector_judges_prompts(world):
+    rng = random.Random(0)
+    asked = [draw_prompt(rng) for _ in range(300)]
+    images = render(scenes_for(asked, 1))
+    assert detector.correct(images, asked).float().mean() >= 0.98
+    assert detector.correct(images, asked[1:] + asked[:1]).float().mean() < 0.2
+    scores = detector.summary(detector.correct(images, asked), asked)
+    assert set(scores) == {*prompts.KINDS, "overall"} and scores["overall"] == pytest.approx(sum(scores[k] for k in prompts.KINDS) / 6)
+
+
+def test_detector_sees_nothing_in_noise_or_on_an_empty_picture():
+    assert (detector.detect(torch.full((2, 3, 64, 64), 0.9)).area == 0).all()
+    noise = detector.detect(torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+    assert (noise.shape >= 0).sum() == 0
+    with pytest.raises(ValueError, match="resize"):
+        detector.detect(torch.zeros(1, 3, 32, 32))
+
+
+def test_facts_by_hand():
+    """Two red circles left of a blue star."""
+    facts = FactTable.from_objects(torch.tensor([[0, 0, 3]]), torch.tensor([[0, 0, 4]]), torch.tensor([[[10.0, 10], [12, 50], [50, 30]]]), torch.tensor([True]))
+    assert facts.counts[0, 0, 0] == 2 and facts.counts[0, -1, -1] == 3 and facts.counts[0, 3, -1] == 1
+
+    def share(*needs, relation=None):
+        return fractions(facts, PromptTable.from_prompts([Prompt("", "x", needs, relation)])).item()
+
+    assert share(Need("circle", "red", 2, True)) == 1 and share(Need("circle", None, 1, True)) == 0 and share(Need("circle")) == 1
+    assert share(Need("circle"), Need("star"), relation="left of") == 1
+    assert share(Need("circle"), Need("star"), relation="right of") == pytest.approx(2 / 3)
+    assert share(Need("circle", "red"), Need("star", "green")) == 0.5
+
+
+def test_full_captions_hold_of_their_own_scene_only(world):
+    scenes, _ = world
+    captions = full_captions(scenes, random.Random(0))
+    cross = met(FactTable.from_scenes(scenes), PromptTable.from_prompts(captions), paired=False)
+    assert cross.diagonal().all() and cross.float().sum(1).mean() < 1.6
+
+
+def test_splits_are_fixed_disjoint_and_shipped_as_they_are_made():
+    splits = make_splits()
+    train, held = ({p.text for p in splits[n]} for n in ("train", "held_out"))
+    assert len(train) >= 512 and len(held) >= 256 and not train & held
+    facts = [{(p.needs, p.relation) for p in splits[n] if p.kind in ("position", "color_attr")} for n in ("train", "held_out")]
+    assert not facts[0] & facts[1]
+    assert {p.kind for p in splits["held_out"]} == set(prompts.KINDS)
+    assert [Prompt.from_json(p.to_json()) for p in splits["train"]] == splits["train"]
+
+
+def test_tokenizer_knows_the_world_in_single_tokens_and_ends_with_another_id_than_2(tmp_path):
+    built = tokenizer.build(tmp_path)
+    loaded = CLIPTokenizer.from_pretrained(tmp_path)
+    text = "a picture of two red crosses, an orange star and three rings on a dark background"
+    ids = loaded(text).input_ids
+    assert len(ids) == 2 + len(text.replace(",", " ,").split()) and ids[-1] == loaded.eos_token_id == len(built) - 1 != 2
+    longest = max((p.text for p in full_captions(sample_scenes(300, torch.Generator().manual_seed(0)), random.Random(0))), key=len)
+    assert len(loaded(longest).input_ids) <= tokenizer.MAX_LENGTH
+
+
+def test_patch_labels_follow_the_objects(world):
+    scenes, _ = world
+    shape, colour = patch_labels(scenes)
+    assert ((shape > 0) == (colour > 0)).all()
+    for i in range(20):
+        x, y = scenes.centre[i, 0].tolist()
+        if SHAPES[scenes.shape[i, 0]] != "ring":
+            assert shape[i, int(y // 8) * 8 + int(x // 8)] == scenes.shape[i, 0] + 1
+
+
+def test_looks_fall_when_pictures_are_washed_out(world):
+    _, images = world
+    grey = images.mean(1, keepdim=True).expand_as(images)
+    dull = 0.5 * images + 0.5 * grey
+    assert (saturation(dull) < saturation(images)).all()
+    assert (contrast(0.3 * images + 0.35) < contrast(images)).all()
+    centred = torch.zeros(1, 3, 64, 64)
+    centred[:, 0, 28:36, 28:36] = 1
+    assert balance(centred).item() == pytest.approx(1.0, abs=0.02) and balance(centred.roll(20, -1)).item() < 0.5
+
+
+def test_detector_reward_needs_facts(world):
+    _, images = world
+    batch = Batch(["a circle"], torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long), [{"prompt": "a circle"}])
+    with pytest.raises(UserError, match="leave the detector out"):
+        DetectorReward().score(images[:1], batch)
+    assert len(COLOURS) >= 6
