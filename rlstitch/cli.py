@@ -46,13 +46,16 @@ def main(run: Callable[[list[str]], None]) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters on one base are what we want
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch|diffusers|deepspeed")
+    import torch.distributed as dist
+
     from rlstitch.trainer import Interrupted
 
     try:
         run(sys.argv[1:])
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"rlstitch: {error}", file=sys.stderr, flush=True)
+        rank, together = os.environ.get("RANK", "0"), not (dist.is_available() and dist.is_initialized())
+        if rank == "0" or not together:  # before the ranks have joined they all find the same fault, and one message will do
+            print(f"rlstitch{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except Interrupted as stop:
         print("rlstitch: stopped on a signal; a checkpoint was written, the same command resumes", file=sys.stderr, flush=True)

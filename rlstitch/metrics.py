@@ -21,7 +21,7 @@ class Clock:
     """Device-hours by phase, summed over ranks that work in step; it goes on from a checkpoint."""
 
     def __init__(self, world: int, hours: dict[str, float] | None = None, stitching: float = 0.0):
-        self.world = world
+        self.world, self.unit = world, "gpu_hours" if torch.cuda.is_available() else "cpu_hours"
         self.hours = {phase: 0.0 for phase in PHASES} | (hours or {})
         self.stitching = stitching  # the one-off cost of the value models in use, shown as an offset
 
@@ -41,8 +41,8 @@ class Clock:
 class Log:
     """metrics.jsonl (one JSON object a line; rows after a resumed step are dropped first) and W&B, on the main rank only."""
 
-    def __init__(self, run: Path, *, active: bool, start_step: int, wandb_mode: str, project: str, config: dict[str, Any]):
-        self.path, self.active, self.wandb = run / "metrics.jsonl", active, None
+    def __init__(self, run: Path, *, active: bool, start_step: int, wandb_mode: str, project: str, x_axis: str, config: dict[str, Any]):
+        self.path, self.active, self.x_axis, self.wandb = run / "metrics.jsonl", active, x_axis, None
         if not active:
             return
         kept = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= start_step] if self.path.exists() else []
@@ -52,8 +52,8 @@ class Log:
             import wandb
 
             self.wandb = wandb.init(project=project, name=run.name, id=run.name.replace("/", "-"), resume="allow", dir=str(run), mode=mode, config=config, settings=wandb.Settings(silent=True))
-            self.wandb.define_metric("device_hours")
-            self.wandb.define_metric("*", step_metric="device_hours")
+            self.wandb.define_metric(x_axis)
+            self.wandb.define_metric("*", step_metric=x_axis)
 
     def write(self, row: dict[str, Any]) -> None:
         if not self.active:
@@ -67,7 +67,7 @@ class Log:
         if self.active and self.wandb is not None:
             import wandb
 
-            self.wandb.log({name: wandb.Image(str(path)), "device_hours": hours})
+            self.wandb.log({name: wandb.Image(str(path)), self.x_axis: hours})
 
     def close(self) -> None:
         if self.active and self.wandb is not None:

@@ -70,10 +70,11 @@ def write(run: Path) -> Path:
     offset = summary["device_hours"]["stitching"]
     train = [r for r in rows if "rewards" in r and not r["skipped"]]
     evals = [r for r in rows if "eval" in r]
-    trained = {n: [(r["device_hours"], r["rewards"][n]) for r in train] for n in (train[0]["rewards"] if train else {})}
-    judges = {n: [(r["device_hours"], r["eval"][n]) for r in evals] for n in (evals[0]["eval"] if evals else {}) if "/" not in n}
-    plots = [line_plot({name: line}, x_label="device-hours", y_label=name, offset=offset) for name, line in trained.items()]
-    held = [f"<figure>{line_plot({name: line}, x_label='device-hours', y_label=name, offset=offset)}<figcaption>{html.escape(name)}</figcaption></figure>" for name, line in judges.items()]
+    unit = next(k for k in rows[0] if k.endswith("_hours"))
+    trained = {n: [(r[unit]["total"], r["rewards"][n]) for r in train] for n in (train[0]["rewards"] if train else {})}
+    judges = {n: [(r[unit]["total"], r["eval"][n]) for r in evals] for n in (evals[0]["eval"] if evals else {}) if "/" not in n}
+    plots = [line_plot({name: line}, x_label=unit.replace("_", "-"), y_label=name, offset=offset) for name, line in trained.items()]
+    held = [f"<figure>{line_plot({name: line}, x_label=unit.replace('_', '-'), y_label=name, offset=offset)}<figcaption>{html.escape(name)}</figcaption></figure>" for name, line in judges.items()]
     hours = ", ".join(f"{k} {v:.4f}" for k, v in summary["device_hours"].items())
     body = [
         f"<h1>{html.escape(run.name)}</h1><p>{summary['steps']} updates, {summary['samples']} samples, seed {summary['seed']}, peak memory {summary['peak_memory_mb']:.0f} MB. Device-hours: {hours}.</p>",

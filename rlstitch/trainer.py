@@ -82,6 +82,11 @@ class Trainer:
         self.step, self.bad = 0, 0
 
     def _encode(self, prompts: PromptSet) -> PromptSet:
+        """Encode a prompt set once; prompts that the encoders would cut are refused unless data.truncate allows it."""
+        cut = self.backbone.too_long(prompts.prompts)
+        if cut and not self.config.data.truncate:
+            shown = "; ".join(f"'{p[:60]}...' ({n} tokens)" for p, n, _ in cut[:3])
+            raise UserError(f"{len(cut)} of {len(prompts)} prompts are longer than the {cut[0][2]} tokens that the text encoder takes: {shown}. Shorten them, or set data.truncate=true")
         prompts.text = self.backbone.encode_prompts(prompts.prompts)
         return prompts
 
@@ -163,7 +168,8 @@ class Trainer:
             raise UserError(f"{self.bad} updates in a row had a NaN or Inf in loss or gradient (max_bad_steps); stopped with the weights of the last good one. Lower optimiser.lr, or try distributed.precision=fp32.")
 
     def _hours(self) -> dict[str, Any]:
-        return {"device_hours": self.clock.training + self.clock.stitching, "hours": dict(self.clock.hours)}
+        """Device-hours so far, by phase; `total` counts training and the one-off cost of the value models, not evaluation."""
+        return {self.clock.unit: {"total": self.clock.training + self.clock.stitching, **self.clock.hours}}
 
     # ------------------------------------------------------------------------------------------------ around it
 
@@ -184,7 +190,7 @@ class Trainer:
         if self.engine.is_main:
             write_text(self.run / "recipe.yaml", cfg.to_yaml(config))
             print(f"{self.run}: {self.geometry}" + (f"; resumed from {source.name}" if source else ""), flush=True)
-        self.log = Log(self.run, active=self.engine.is_main, start_step=self.step, wandb_mode=config.logging.wandb, project=config.logging.project, config=dataclasses.asdict(config))
+        self.log = Log(self.run, active=self.engine.is_main, start_step=self.step, wandb_mode=config.logging.wandb, project=config.logging.project, x_axis=f"{self.clock.unit}/total", config=dataclasses.asdict(config))
         self.engine.barrier()
 
     def _checkpoint(self) -> None:
@@ -222,7 +228,7 @@ class Trainer:
         n = self.config.evaluation.grid
         path = self.run / "samples" / f"{name}.png"
         draw_grid(result.images[:n], result.captions(self.held_out.prompts[:n]), path)
-        self.log.image("samples", path, self.clock.training)
+        self.log.image("samples", path, self.clock.training + self.clock.stitching)
         return path
 
     def _finish(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from tests.conftest import write_clip, write_sd3
 from tests.test_stitch import stitched
 
 ROOT = Path(__file__).parents[1]
-VOLATILE = ("device_hours", "hours")
+VOLATILE = ("cpu_hours", "gpu_hours")
 
 
 @pytest.fixture(scope="module")
@@ -224,6 +224,15 @@ def test_check_prints_and_leaves_nothing(world):
     code, output = start(world, "name=dry", "check=true")
     assert code == 0 and "2 micro-batches of 2" in output and "memory" in output and "prompts_per_update: 4" in output
     assert not (world / "runs" / "dry").exists()
+
+
+def test_long_prompts_are_named_and_cut_only_on_request(world):
+    (world / "long.txt").write_text("a red star\n" + "a " * 40 + "circle\n")
+    code, output = start(world, "name=long", f"data.prompts={world / 'long.txt'}", "batch.prompts_per_update=2", "updates=1")
+    assert code == 2 and "1 of 2 prompts" in output and "24 tokens" in output and "Traceback" not in output, output
+    assert not (world / "runs" / "long").exists()
+    code, output = start(world, "name=long", f"data.prompts={world / 'long.txt'}", "batch.prompts_per_update=2", "updates=1", "data.truncate=true")
+    assert code == 0, output
 
 
 def test_nan_is_skipped_then_given_up_with_weights_untouched(world):

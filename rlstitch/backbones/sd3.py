@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 
 from rlstitch.backbones.attention import PlainJointAttention
 from rlstitch.files import hash_tensors, quick_fingerprint, read_tensors, require, write_tensors
@@ -162,6 +163,14 @@ class SD3Backbone:
             gc.collect()
         rows = [known[p] for p in prompts]
         return Conditioning(torch.stack([r.tokens for r in rows]), torch.stack([r.pooled for r in rows])).to(self.device)
+
+    def too_long(self, prompts: Sequence[str]) -> list[tuple[str, int, int]]:
+        """(prompt, its tokens, the limit) of prompts that the widest encoder would cut: T5's limit where there is one, else CLIP's."""
+        t5 = (self.path / "tokenizer_3").is_dir()
+        tokenizer = AutoTokenizer.from_pretrained(self.path / ("tokenizer_3" if t5 else "tokenizer"))
+        limit = self.max_sequence_length if t5 else tokenizer.model_max_length
+        lengths = [len(ids) for ids in tokenizer(list(prompts)).input_ids]
+        return [(p, n, limit) for p, n in zip(prompts, lengths) if n > limit]
 
     def _text_pipeline(self) -> StableDiffusion3Pipeline:
         index = json.loads(require(self.path / "model_index.json", "the pipeline's index").read_text())
