@@ -20,7 +20,15 @@ def train(recipe: str, name: str, out: Path, *overrides: str) -> dict:
     """Run (or resume) one training run in a process of its own; -> its summary."""
     summary = out / name / "summary.json"
     if not summary.exists():
-        command = [sys.executable, str(ROOT / "launch" / "train.py"), f"recipe={recipe}", f"name={name}", f"out={out}", "logging.wandb=off", *overrides]
+        command = [
+            sys.executable,
+            str(ROOT / "launch" / "train.py"),
+            f"recipe={recipe}",
+            f"name={name}",
+            f"out={out}",
+            "logging.wandb=off",
+            *overrides,
+        ]
         subprocess.run(command, check=True, cwd=ROOT)
     return json.loads(summary.read_text())
 
@@ -46,14 +54,24 @@ def main() -> None:
         return {"mean": round(statistics.mean(values), 4), "stdev": round(statistics.stdev(values), 4) if len(values) > 1 else 0.0}
 
     metrics = ("clip", "hps", "aesthetic", "preference_b", "detector")
-    table = {"base": {m: spread("draft_stitch", "base", m) for m in metrics}} | {r: {m: spread(r, "ema", m) for m in metrics} for r in ("draft_stitch", "draft")}
+    table = {"base": {m: spread("draft_stitch", "base", m) for m in metrics}} | {
+        r: {m: spread(r, "ema", m) for m in metrics} for r in ("draft_stitch", "draft")
+    }
     hours = {r: round(statistics.mean(training_hours(row[r]) for row in rows), 4) for r in ("draft_stitch", "draft")}
     lines = ["| | device-hours | " + " | ".join(metrics) + " |", "|---|---|" + "---|" * len(metrics)]
     for name, row in table.items():
         cells = [f"{c['mean']:.4f} ± {c['stdev']:.4f}" for c in row.values()]
         lines.append(f"| {name} | {hours.get(name, '')} | " + " | ".join(cells) + " |")
     (Path(__file__).parent / "results" / f"draft_vs_stitch_k{k}.md").write_text("\n".join(lines) + "\n")
-    save(f"draft_vs_stitch_k{k}", {"seeds": options["seeds"], "device_hours": hours, "updates": {r: [row[r]["steps"] for row in rows] for r in hours}, "table": table})
+    save(
+        f"draft_vs_stitch_k{k}",
+        {
+            "seeds": options["seeds"],
+            "device_hours": hours,
+            "updates": {r: [row[r]["steps"] for row in rows] for r in hours},
+            "table": table,
+        },
+    )
 
 
 if __name__ == "__main__":

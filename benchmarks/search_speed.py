@@ -1,6 +1,6 @@
 """The stitch search over all (i, j <= 4) with 200 pictures, beside a naive float64 least squares for every pair: seconds and the largest difference of losses.
 
-    python -m benchmarks.search_speed [images=200]
+python -m benchmarks.search_speed [images=200]
 """
 
 import time
@@ -30,7 +30,17 @@ def main() -> None:
         residual = design @ torch.linalg.lstsq(design, g).solution - g
         naive += time.perf_counter() - started
         worst = max(worst, abs(residual.square().sum(1).mean().item() - pair.loss))
-    save("search_speed", {"images": len(images), "pairs": len(result.table), "seconds": round(ours, 2), "naive_lstsq_seconds_without_features": round(naive, 2), "largest_difference_of_losses": worst, "table": result.rows()})
+    save(
+        "search_speed",
+        {
+            "images": len(images),
+            "pairs": len(result.table),
+            "seconds": round(ours, 2),
+            "naive_lstsq_seconds_without_features": round(naive, 2),
+            "largest_difference_of_losses": worst,
+            "table": result.rows(),
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """One value query against one Tweedie query, same batch, one run: time forward and with gradient, peak memory, and the floor of the stitched query's parts.
 
-    python -m benchmarks.value_query [batch=32] [repeats=15] [value=shapes:value_clip]
+python -m benchmarks.value_query [batch=32] [repeats=15] [value=shapes:value_clip]
 """
 
 import torch
@@ -49,16 +49,32 @@ def main() -> None:
             out = model.embed(leaf)[0]
         return torch.autograd.grad(out, leaf, torch.ones_like(out)) if with_gradient else out
 
-    cases = {f"{name}_{kind}": (lambda o=oracle, f=function: f(o)) for name, oracle in oracles.items() for kind, function in (("forward", forward), ("gradient", gradient))}
+    cases = {
+        f"{name}_{kind}": (lambda o=oracle, f=function: f(o))
+        for name, oracle in oracles.items()
+        for kind, function in (("forward", forward), ("gradient", gradient))
+    }
     for kind, flag in (("forward", False), ("gradient", True)):
         cases[f"prefix_{kind}"], cases[f"tail_{kind}"] = (lambda f=flag: prefix(f)), (lambda f=flag: tail(f))
     seconds = interleaved(cases, int(options["repeats"]))
     memory = {name: peak_megabytes(lambda o=oracle: gradient(o)) for name, oracle in oracles.items()}
     ratios = {f"{kind}_stitched_over_tweedie": seconds[f"stitched_{kind}"] / seconds[f"tweedie_{kind}"] for kind in ("forward", "gradient")}
-    ratios |= {f"{kind}_stitched_over_parts": seconds[f"stitched_{kind}"] / (seconds[f"prefix_{kind}"] + seconds[f"tail_{kind}"]) for kind in ("forward", "gradient")}
+    ratios |= {
+        f"{kind}_stitched_over_parts": seconds[f"stitched_{kind}"] / (seconds[f"prefix_{kind}"] + seconds[f"tail_{kind}"])
+        for kind in ("forward", "gradient")
+    }
     ratios["gradient_memory_stitched_over_tweedie"] = memory["stitched"] / memory["tweedie"]
-    wanted = {"forward_stitched_over_tweedie": 1 / 2, "gradient_stitched_over_tweedie": 1 / 2.5, "gradient_memory_stitched_over_tweedie": 1 / 3, "forward_stitched_over_parts": 1.15, "gradient_stitched_over_parts": 1.15}
-    save("value_query", {"batch": n, "blocks": len(model.prefix.blocks), "ratios": {k: round(v, 4) for k, v in ratios.items()}, "at_most": wanted})
+    wanted = {
+        "forward_stitched_over_tweedie": 1 / 2,
+        "gradient_stitched_over_tweedie": 1 / 2.5,
+        "gradient_memory_stitched_over_tweedie": 1 / 3,
+        "forward_stitched_over_parts": 1.15,
+        "gradient_stitched_over_parts": 1.15,
+    }
+    save(
+        "value_query",
+        {"batch": n, "blocks": len(model.prefix.blocks), "ratios": {k: round(v, 4) for k, v in ratios.items()}, "at_most": wanted},
+    )
 
 
 if __name__ == "__main__":

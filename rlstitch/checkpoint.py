@@ -46,11 +46,17 @@ def save(run: Path, step: int, engine: Engine, policy: Policy, progress: dict[st
     if engine.any(bool(problem)):
         if engine.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"checkpoint {final.name} could not be written ({problem or 'another rank failed'}); the last good one is {folders(run)[-1].name if folders(run) else 'none'}. Free some space and start again: the run resumes from there.")
+        raise UserError(
+            f"checkpoint {final.name} could not be written ({problem or 'another rank failed'}); the last good one is {folders(run)[-1].name if folders(run) else 'none'}. Free some space and start again: the run resumes from there."
+        )
     engine.barrier()
     if engine.is_main:
         hashes = {p.name: sha256(p) for p in temporary.glob("*.safetensors")}
-        write_json(temporary / DONE, progress | {"step": step, "world": engine.world, "zero_stage": engine.zero_stage, "policy_updates": policy.updates, "sha256": hashes})
+        write_json(
+            temporary / DONE,
+            progress
+            | {"step": step, "world": engine.world, "zero_stage": engine.zero_stage, "policy_updates": policy.updates, "sha256": hashes},
+        )
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
         for old in folders(run)[:-keep]:
@@ -65,9 +71,13 @@ def load(folder: Path, engine: Engine, policy: Policy) -> dict[str, Any]:
         raise UserError(f"{folder} is no complete checkpoint (it has no {DONE})")
     progress = json.loads((folder / DONE).read_text())
     if progress["zero_stage"] != engine.zero_stage:
-        raise UserError(f"{folder.name} was saved under distributed.zero_stage={progress['zero_stage']}, this run has {engine.zero_stage}: use the same stage, or resume=never")
+        raise UserError(
+            f"{folder.name} was saved under distributed.zero_stage={progress['zero_stage']}, this run has {engine.zero_stage}: use the same stage, or resume=never"
+        )
     if engine.zero_stage and progress["world"] != engine.world:
-        raise UserError(f"{folder.name} was saved by {progress['world']} ranks and ZeRO cannot cut it anew for {engine.world}: start {progress['world']} ranks")
+        raise UserError(
+            f"{folder.name} was saved by {progress['world']} ranks and ZeRO cannot cut it anew for {engine.world}: start {progress['world']} ranks"
+        )
     hashes = progress["sha256"]
     policy.load_state_dict(read_tensors(folder / "policy.safetensors", hashes["policy.safetensors"]))
     policy.updates = progress["policy_updates"]

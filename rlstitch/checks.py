@@ -45,7 +45,10 @@ def recipe_faults(config: RunConfig) -> list[str]:
     if config.resume not in ("auto", "never"):
         _catch(faults, "resume", require, config.resume, "the checkpoint to resume from")
     cards = _cards(config, faults)
-    if not any(f.startswith(("'oracle", "unknown key 'oracle", "'stop", "unknown key 'stop", "'sampler", "'algorithm", "unknown key 'algorithm")) for f in faults):
+    if not any(
+        f.startswith(("'oracle", "unknown key 'oracle", "'stop", "unknown key 'stop", "'sampler", "'algorithm", "unknown key 'algorithm"))
+        for f in faults
+    ):
         _pairings(config, cards, faults)
     return faults
 
@@ -57,7 +60,16 @@ def _given(fault: str) -> bool:
 
 def _geometry(config: RunConfig, prompts: PromptSet | None, faults: list[str]) -> None:
     batch = config.batch
-    _catch(faults, "batch", resolve_geometry, batch.prompts_per_update, batch.images_per_prompt, batch.micro_batch, world_size(), None if prompts is None else len(prompts))
+    _catch(
+        faults,
+        "batch",
+        resolve_geometry,
+        batch.prompts_per_update,
+        batch.images_per_prompt,
+        batch.micro_batch,
+        world_size(),
+        None if prompts is None else len(prompts),
+    )
 
 
 def _cards(config: RunConfig, faults: list[str]) -> dict[str, dict[str, Any]]:
@@ -76,7 +88,9 @@ def _cards(config: RunConfig, faults: list[str]) -> dict[str, dict[str, Any]]:
             faults.append(f"value model '{name}' needs its pixel reward: add '{name}' under 'rewards'")
         try:
             if vae_fingerprint(config.model.get("path", "")) != card["vae_sha256"]:
-                faults.append(f"'values.{name}': {config.values[name]} reads latents of another autoencoder than model {config.model['path']}: stitch one for this model with launch/stitch.py")
+                faults.append(
+                    f"'values.{name}': {config.values[name]} reads latents of another autoencoder than model {config.model['path']}: stitch one for this model with launch/stitch.py"
+                )
         except UserError:
             continue  # the missing model is reported already
     return cards
@@ -102,13 +116,18 @@ def _pairings(config: RunConfig, cards: dict[str, dict[str, Any]], faults: list[
     outside = [k for k in stops if not low - 1e-6 <= grid[k] <= high + 1e-6]
     if outside:
         k = outside[0]
-        faults.append(f"'stop' may halt after {k} steps at sigma {grid[k]:.3f}, but {config.oracle['_target_']} answers only for sigma in [{low:g}, {high:g}]: " + ("use rlstitch.stops.End" if high == 0 else "choose other steps"))
+        faults.append(
+            f"'stop' may halt after {k} steps at sigma {grid[k]:.3f}, but {config.oracle['_target_']} answers only for sigma in [{low:g}, {high:g}]: "
+            + ("use rlstitch.stops.End" if high == 0 else "choose other steps")
+        )
     blind = [n for n in weights if n in config.rewards and not cards and not cfg.load_class(config.rewards[n]["_target_"]).differentiable]
     missing = [n for n in weights if n not in config.rewards and not cards]
     faults += [f"'oracle.weights' names '{n}', which is not under 'rewards'{cfg.nearest(n, config.rewards)}" for n in missing]
     if algorithm.needs_gradient and (blind or getattr(oracle, "differentiable", True) is False):
         what = ", ".join(blind) or config.oracle["_target_"]
-        faults.append(f"'algorithm' {config.algorithm['_target_']} needs gradients, and {what} has none: use a differentiable reward, or a StitchVM of a surrogate of it")
+        faults.append(
+            f"'algorithm' {config.algorithm['_target_']} needs gradients, and {what} has none: use a differentiable reward, or a StitchVM of a surrogate of it"
+        )
     faults += algorithm.faults({k: v for k, v in config.algorithm.items() if k != "_target_"}, stops)
 
 

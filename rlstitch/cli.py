@@ -34,7 +34,9 @@ def run_and_overrides(arguments: list[str]) -> tuple[Path, dict[str, Any]]:
     folder = Path(chosen[0].removeprefix("run="))
     if not (folder / "recipe.yaml").is_file():
         raise UserError(f"{folder} is no run folder: it has no recipe.yaml")
-    return folder, cfg.merge(cfg.compose(str(folder / "recipe.yaml")), cfg.parse_overrides([a for a in arguments if not a.startswith("run=")]))
+    return folder, cfg.merge(
+        cfg.compose(str(folder / "recipe.yaml")), cfg.parse_overrides([a for a in arguments if not a.startswith("run=")])
+    )
 
 
 def main(run: Callable[[list[str]], None]) -> None:

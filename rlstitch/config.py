@@ -131,7 +131,20 @@ CHOICES = {
     "distributed.zero_stage": (0, 1, 2, 3),
     "logging.wandb": ("auto", "offline", "online", "off"),
 }
-POSITIVE = ("updates", "sampler.num_steps", "sampler.shift", "batch.prompts_per_update", "batch.images_per_prompt", "batch.micro_batch", "lora.rank", "optimiser.lr", "evaluation.num_steps", "evaluation.batch_size", "checkpoint.keep", "checkpoint.every")
+POSITIVE = (
+    "updates",
+    "sampler.num_steps",
+    "sampler.shift",
+    "batch.prompts_per_update",
+    "batch.images_per_prompt",
+    "batch.micro_batch",
+    "lora.rank",
+    "optimiser.lr",
+    "evaluation.num_steps",
+    "evaluation.batch_size",
+    "checkpoint.keep",
+    "checkpoint.every",
+)
 INJECTED = ("self", "backbone", "rewards", "values", "policy", "velocity")  # given by the trainer, not by the recipe
 
 
@@ -168,7 +181,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def compose(name: str, folder: Path | None = None) -> dict[str, Any]:
-    """The recipe merged over the pieces it names under `use`, in order. """
+    """The recipe merged over the pieces it names under `use`, in order."""
     content = _read(find_recipe(name, folder))
     merged: dict[str, Any] = {}
     for piece in content.pop("use", []):
@@ -306,7 +319,9 @@ def build(node: dict[str, Any], **injected: Any) -> Any:
 
 
 def report(faults: list[str], recipe: str) -> UserError:
-    return UserError(f"recipe '{recipe}' has {len(faults)} fault{'s' * (len(faults) > 1)}:\n" + "\n".join(f"  - {fault}" for fault in faults))
+    return UserError(
+        f"recipe '{recipe}' has {len(faults)} fault{'s' * (len(faults) > 1)}:\n" + "\n".join(f"  - {fault}" for fault in faults)
+    )
 
 
 def hardware() -> str:

@@ -90,7 +90,9 @@ def resolve_geometry(prompts: int, images: int, micro_batch: int, world: int, nu
         step = next(k for k in range(1, world + 1) if k * images % world == 0)
         below, above = prompts // step * step, (prompts // step + 1) * step
         near = " or ".join(str(p) for p in (below, above) if p)
-        raise UserError(f"{prompts} prompts x {images} images = {samples} samples cannot be shared by {world} ranks: set batch.prompts_per_update={near}")
+        raise UserError(
+            f"{prompts} prompts x {images} images = {samples} samples cannot be shared by {world} ranks: set batch.prompts_per_update={near}"
+        )
     share = samples // world
     micro = max(m for m in range(1, min(micro_batch, share) + 1) if share % m == 0)
     return Geometry(prompts, images, world, micro, share // micro)

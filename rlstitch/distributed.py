@@ -38,11 +38,23 @@ class Engine:
             os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
             if not cuda:
                 os.environ["DS_ACCELERATOR"] = "cpu"
-            for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}.items():
+            for key, value in {
+                "RANK": "0",
+                "LOCAL_RANK": "0",
+                "WORLD_SIZE": "1",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": "29511",
+            }.items():
                 os.environ.setdefault(key, value)
             plugin = DeepSpeedPlugin(
                 hf_ds_config={
-                    "zero_optimization": {"stage": zero_stage, "overlap_comm": False, "contiguous_gradients": False, "reduce_bucket_size": 50_000_000, "stage3_param_persistence_threshold": 0},
+                    "zero_optimization": {
+                        "stage": zero_stage,
+                        "overlap_comm": False,
+                        "contiguous_gradients": False,
+                        "reduce_bucket_size": 50_000_000,
+                        "stage3_param_persistence_threshold": 0,
+                    },
                     "gradient_accumulation_steps": accumulation,
                     "gradient_clipping": clip_norm,
                     "train_micro_batch_size_per_gpu": micro_batch,
@@ -51,14 +63,21 @@ class Engine:
                     "steps_per_print": 10**9,
                 }
             )
-        self.accelerator = Accelerator(mixed_precision="no" if zero_stage else _PRECISION[precision], deepspeed_plugin=plugin, kwargs_handlers=handlers, cpu=not cuda and not zero_stage)
+        self.accelerator = Accelerator(
+            mixed_precision="no" if zero_stage else _PRECISION[precision],
+            deepspeed_plugin=plugin,
+            kwargs_handlers=handlers,
+            cpu=not cuda and not zero_stage,
+        )
         if zero_stage == 3:  # else transformers would load the reward models in parts, too
             unset_hf_deepspeed_config()
         expected = DistributedType.DEEPSPEED if zero_stage else None
         if expected and self.accelerator.distributed_type is not expected:
             raise RuntimeError(f"DeepSpeed was asked for but accelerate runs {self.accelerator.distributed_type}")
         if self.accelerator.num_processes != world:
-            raise RuntimeError(f"torchrun started {world} ranks but accelerate sees {self.accelerator.num_processes}: the process group did not form")
+            raise RuntimeError(
+                f"torchrun started {world} ranks but accelerate sees {self.accelerator.num_processes}: the process group did not form"
+            )
         self.rank, self.world, self.device = self.accelerator.process_index, world, self.accelerator.device
         self.is_main = self.rank == 0
         self._bad = False

@@ -31,7 +31,22 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(backbone: Any, policy: Policy, adapter: str, prompts: PromptSet, rewards: Mapping[str, Reward], grid: Tensor, engine: Engine, *, guidance: float, batch_size: int, seed: int, limit: int = 0, label: str = "evaluation", progress: bool = True) -> Evaluation:
+def evaluate(
+    backbone: Any,
+    policy: Policy,
+    adapter: str,
+    prompts: PromptSet,
+    rewards: Mapping[str, Reward],
+    grid: Tensor,
+    engine: Engine,
+    *,
+    guidance: float,
+    batch_size: int,
+    seed: int,
+    limit: int = 0,
+    label: str = "evaluation",
+    progress: bool = True,
+) -> Evaluation:
     """Score `adapter` (default, ema or reference) on the first `limit` prompts (0: all), one picture each with noise from (seed, prompt).
 
     Every rank takes every world-th prompt, padded to equal numbers; the padding is dropped after gathering, so means and counts are exact.

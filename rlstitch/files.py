@@ -29,7 +29,10 @@ def require(path: str | Path, what: str) -> Path:
     if not found.exists():
         parent = found.parent
         beside = sorted(p.name for p in parent.iterdir() if not p.name.startswith(".")) if parent.is_dir() else []
-        raise UserError(f"{what} '{path}' is not there ({found}). " + (f"Beside it: {', '.join(beside[:12])}." if beside else f"The folder {parent} does not exist either."))
+        raise UserError(
+            f"{what} '{path}' is not there ({found}). "
+            + (f"Beside it: {', '.join(beside[:12])}." if beside else f"The folder {parent} does not exist either.")
+        )
     return found
 
 
@@ -77,11 +80,15 @@ def vae_fingerprint(model: str | Path) -> str:
 def read_tensors(path: Path, expected_sha256: str | None = None) -> dict[str, Tensor]:
     """Tensors of a safetensors file; UserError where it is corrupt or is not the file that was meant."""
     if expected_sha256 is not None and (found := sha256(path)) != expected_sha256:
-        raise UserError(f"{path} is not the file that was saved: sha256 {found[:16]}... instead of {expected_sha256[:16]}.... Restore it or make it again.")
+        raise UserError(
+            f"{path} is not the file that was saved: sha256 {found[:16]}... instead of {expected_sha256[:16]}.... Restore it or make it again."
+        )
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise UserError(f"{path} cannot be read as safetensors ({error}); its sha256 is {sha256(path)[:16]}.... The file is corrupt: restore it or make it again.") from error
+        raise UserError(
+            f"{path} cannot be read as safetensors ({error}); its sha256 is {sha256(path)[:16]}.... The file is corrupt: restore it or make it again."
+        ) from error
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

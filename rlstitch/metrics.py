@@ -51,7 +51,16 @@ class Log:
         if mode != "off":
             import wandb
 
-            self.wandb = wandb.init(project=project, name=run.name, id=run.name.replace("/", "-"), resume="allow", dir=str(run), mode=mode, config=config, settings=wandb.Settings(silent=True))
+            self.wandb = wandb.init(
+                project=project,
+                name=run.name,
+                id=run.name.replace("/", "-"),
+                resume="allow",
+                dir=str(run),
+                mode=mode,
+                config=config,
+                settings=wandb.Settings(silent=True),
+            )
             self.wandb.define_metric(x_axis)
             self.wandb.define_metric("*", step_metric=x_axis)
 

@@ -41,7 +41,9 @@ class Terminal(_Mixed):
 
     def __call__(self, latent: Latent, batch: Batch) -> Tensor:
         if bool((latent.sigma > 0).any()):
-            raise UserError(f"a terminal reward scores finished pictures (sigma = 0), not latents at sigma {latent.sigma.max().item():g}: use stop End, or a Stitched or Tweedie oracle")
+            raise UserError(
+                f"a terminal reward scores finished pictures (sigma = 0), not latents at sigma {latent.sigma.max().item():g}: use stop End, or a Stitched or Tweedie oracle"
+            )
         return _scores(self.rewards, self.backbone.decode(latent.z), batch)
 
 
@@ -69,7 +71,17 @@ class MonteCarlo(_Mixed):
     sigma_range = (0.0, 1.0)
     differentiable = False
 
-    def __init__(self, backbone: Backbone, rewards: Mapping[str, Reward], weights: Mapping[str, float], *, rollouts: int = 4, num_steps: int = 10, shift: float = 3.0, seed: int = 0):
+    def __init__(
+        self,
+        backbone: Backbone,
+        rewards: Mapping[str, Reward],
+        weights: Mapping[str, float],
+        *,
+        rollouts: int = 4,
+        num_steps: int = 10,
+        shift: float = 3.0,
+        seed: int = 0,
+    ):
         super().__init__(weights)
         self.backbone, self.rewards, self.rollouts = backbone, {name: rewards[name] for name in weights}, rollouts
         self.grid, self.seed = schedule.sigmas(num_steps, shift, "plain"), seed
@@ -111,7 +123,9 @@ class Weighted(_Mixed):
     def __init__(self, oracles: Sequence[Oracle], weights: Sequence[float]):
         if len(oracles) != len(weights):
             raise UserError(f"{len(oracles)} oracles but {len(weights)} weights")
-        super().__init__({f"{i}.{name}": w * inner for i, (o, w) in enumerate(zip(oracles, weights)) for name, inner in zip(o.names, o.weights)})
+        super().__init__(
+            {f"{i}.{name}": w * inner for i, (o, w) in enumerate(zip(oracles, weights)) for name, inner in zip(o.names, o.weights)}
+        )
         self.oracles = list(oracles)
         self.differentiable = all(o.differentiable for o in oracles)
         self.sigma_range = (max(o.sigma_range[0] for o in oracles), min(o.sigma_range[1] for o in oracles))

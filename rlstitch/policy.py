@@ -102,7 +102,11 @@ class Policy:
     def state_dict(self) -> dict[str, Tensor]:
         """Raw and EMA weights, apart: `raw.<name>` and `ema.<name>`. A collective under ZeRO-3."""
         with self.gathered():
-            return {f"{kind}.{n}": pair[k].detach().float().cpu().clone() for (n, _), pair in zip(self.named_parameters(), self._pairs) for k, kind in enumerate(("raw", "ema"))}
+            return {
+                f"{kind}.{n}": pair[k].detach().float().cpu().clone()
+                for (n, _), pair in zip(self.named_parameters(), self._pairs)
+                for k, kind in enumerate(("raw", "ema"))
+            }
 
     @torch.no_grad()
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
@@ -111,13 +115,17 @@ class Policy:
         wanted = {f"{kind}.{n}" for n in names for kind in ("raw", "ema")}
         if wanted != set(tensors):
             odd = sorted(wanted ^ set(tensors))
-            raise UserError(f"the saved LoRA does not fit this model: {len(odd)} tensors differ, e.g. {odd[0]}. It was trained on another architecture or with other targets.")
+            raise UserError(
+                f"the saved LoRA does not fit this model: {len(odd)} tensors differ, e.g. {odd[0]}. It was trained on another architecture or with other targets."
+            )
         with self.gathered():
             for n, pair in zip(names, self._pairs):
                 for p, kind in zip(pair, ("raw", "ema")):
                     value = tensors[f"{kind}.{n}"]
                     if value.shape != p.shape:
-                        raise UserError(f"the saved LoRA does not fit this model: {n} is {list(value.shape)} there and {list(p.shape)} here (another rank or width)")
+                        raise UserError(
+                            f"the saved LoRA does not fit this model: {n} is {list(value.shape)} there and {list(p.shape)} here (another rank or width)"
+                        )
                     p.copy_(value)
 
     def export(self, folder: Path, name: str = EMA) -> None:
@@ -126,4 +134,8 @@ class Policy:
             layers = get_peft_model_state_dict(self.transformer, adapter_name=name)
             settings = self.transformer.peft_config[name]
             metadata = {"r": settings.r, "lora_alpha": settings.lora_alpha, "target_modules": sorted(settings.target_modules)}
-            StableDiffusion3Pipeline.save_lora_weights(folder, transformer_lora_layers={k: v.detach().float().contiguous() for k, v in layers.items()}, transformer_lora_adapter_metadata=metadata)
+            StableDiffusion3Pipeline.save_lora_weights(
+                folder,
+                transformer_lora_layers={k: v.detach().float().contiguous() for k, v in layers.items()},
+                transformer_lora_adapter_metadata=metadata,
+            )

@@ -15,7 +15,9 @@ COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#4a5568")
 _STYLE = "body{font:15px/1.5 system-ui,sans-serif;max-width:980px;margin:2em auto;padding:0 1em;color:#1a202c}table{border-collapse:collapse}td,th{padding:.25em .9em;text-align:right;border-bottom:1px solid #e2e8f0}td:first-child,th:first-child{text-align:left}img{max-width:100%;border:1px solid #e2e8f0}figure{margin:1em 0}h2{margin-top:1.6em}svg text{font:12px system-ui,sans-serif}.pair{display:grid;grid-template-columns:1fr 1fr;gap:1em}"
 
 
-def line_plot(series: dict[str, list[tuple[float, float]]], *, x_label: str, y_label: str, offset: float = 0.0, width: int = 460, height: int = 260) -> str:
+def line_plot(
+    series: dict[str, list[tuple[float, float]]], *, x_label: str, y_label: str, offset: float = 0.0, width: int = 460, height: int = 260
+) -> str:
     """An SVG of lines; `offset` marks where the one-off cost ends on the x axis."""
     points = [p for line in series.values() for p in line]
     if not points:
@@ -33,17 +35,24 @@ def line_plot(series: dict[str, list[tuple[float, float]]], *, x_label: str, y_l
     for k in range(5):
         y = y0 + (y1 - y0) * k / 4
         px, py = place(x0, y)
-        out.append(f'<line x1="{px:.1f}" x2="{width - right}" y1="{py:.1f}" y2="{py:.1f}" stroke="#edf2f7"/><text x="{left - 6}" y="{py + 4:.1f}" text-anchor="end">{y:.3g}</text>')
+        out.append(
+            f'<line x1="{px:.1f}" x2="{width - right}" y1="{py:.1f}" y2="{py:.1f}" stroke="#edf2f7"/><text x="{left - 6}" y="{py + 4:.1f}" text-anchor="end">{y:.3g}</text>'
+        )
         x = x0 + (x1 - x0) * k / 4
         px, _ = place(x, y0)
         out.append(f'<text x="{px:.1f}" y="{height - bottom + 16}" text-anchor="middle">{x:.3g}</text>')
     if offset > 0:
         px, _ = place(min(offset, x1), y0)
-        out.append(f'<rect x="{left}" y="{top}" width="{px - left:.1f}" height="{height - bottom - top}" fill="#faf5ff"/><text x="{left + 4}" y="{top + 12}" fill="#6b46c1">stitching</text>')
+        out.append(
+            f'<rect x="{left}" y="{top}" width="{px - left:.1f}" height="{height - bottom - top}" fill="#faf5ff"/><text x="{left + 4}" y="{top + 12}" fill="#6b46c1">stitching</text>'
+        )
     for colour, line in zip(COLOURS, series.values()):
         path = " ".join(f"{'M' if k == 0 else 'L'}{place(*p)[0]:.1f},{place(*p)[1]:.1f}" for k, p in enumerate(line))
         out.append(f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="1.8"/>')
-        out += [f'<circle cx="{place(*p)[0]:.1f}" cy="{place(*p)[1]:.1f}" r="2.4" fill="{colour}"/>' for p in (line if len(line) < 25 else line[-1:])]
+        out += [
+            f'<circle cx="{place(*p)[0]:.1f}" cy="{place(*p)[1]:.1f}" r="2.4" fill="{colour}"/>'
+            for p in (line if len(line) < 25 else line[-1:])
+        ]
     out.append(f'<text x="{(left + width - right) / 2}" y="{height - 6}" text-anchor="middle">{html.escape(x_label)}</text>')
     legend = " ".join(f'<tspan fill="{c}">{html.escape(n)}</tspan>' for c, n in zip(COLOURS, series))
     return "".join(out) + f'<text x="{width - right}" y="{height - bottom - 8}" text-anchor="end">{legend}</text></svg>'
@@ -59,7 +68,9 @@ def _image(path: Path, caption: str) -> str:
 def _table(results: dict[str, dict[str, float]]) -> str:
     names = list(next(iter(results.values())))
     head = "".join(f"<th>{html.escape(who)}</th>" for who in results)
-    rows = "".join(f"<tr><td>{html.escape(n)}</td>" + "".join(f"<td>{result[n]:.4f}</td>" for result in results.values()) + "</tr>" for n in names)
+    rows = "".join(
+        f"<tr><td>{html.escape(n)}</td>" + "".join(f"<td>{result[n]:.4f}</td>" for result in results.values()) + "</tr>" for n in names
+    )
     return f"<table><tr><th></th>{head}</tr>{rows}</table>"
 
 
@@ -74,14 +85,20 @@ def write(run: Path) -> Path:
     trained = {n: [(r[unit]["total"], r["rewards"][n]) for r in train] for n in (train[0]["rewards"] if train else {})}
     judges = {n: [(r[unit]["total"], r["eval"][n]) for r in evals] for n in (evals[0]["eval"] if evals else {}) if "/" not in n}
     plots = [line_plot({name: line}, x_label=unit.replace("_", "-"), y_label=name, offset=offset) for name, line in trained.items()]
-    held = [f"<figure>{line_plot({name: line}, x_label=unit.replace('_', '-'), y_label=name, offset=offset)}<figcaption>{html.escape(name)}</figcaption></figure>" for name, line in judges.items()]
+    held = [
+        f"<figure>{line_plot({name: line}, x_label=unit.replace('_', '-'), y_label=name, offset=offset)}<figcaption>{html.escape(name)}</figcaption></figure>"
+        for name, line in judges.items()
+    ]
     hours = ", ".join(f"{k} {v:.4f}" for k, v in summary["device_hours"].items())
     body = [
         f"<h1>{html.escape(run.name)}</h1><p>{summary['steps']} updates, {summary['samples']} samples, seed {summary['seed']}, peak memory {summary['peak_memory_mb']:.0f} MB. Device-hours: {hours}.</p>",
         "<h2>Final evaluation</h2>" + _table(summary["eval"]),
         "<h2>The oracle's scores while training</h2><div class=pair>" + "".join(plots) + "</div>",
         "<h2>Clean rewards and held-out judges</h2><div class=pair>" + "".join(held) + "</div>" if held else "",
-        "<h2>Before and after, same prompts and noise</h2><div class=pair>" + _image(run / "samples" / "base.png", "base model") + _image(run / "samples" / "ema.png", "finetuned (EMA)") + "</div>",
+        "<h2>Before and after, same prompts and noise</h2><div class=pair>"
+        + _image(run / "samples" / "base.png", "base model")
+        + _image(run / "samples" / "ema.png", "finetuned (EMA)")
+        + "</div>",
         f"<h2>Recipe</h2><pre>{html.escape((run / 'recipe.yaml').read_text())}</pre>",
     ]
     page = f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(run.name)}</title><style>{_STYLE}</style><body>{''.join(body)}</body></html>"

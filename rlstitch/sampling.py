@@ -24,7 +24,9 @@ def square_diffusion(sigma: float, norm: float = 3.0) -> float:
     return norm * sigma**2
 
 
-def linear_sde(z: Tensor, v: Tensor, sigma: float, sigma_next: float, g: Callable[[float], float] = square_diffusion) -> tuple[Tensor, float]:
+def linear_sde(
+    z: Tensor, v: Tensor, sigma: float, sigma_next: float, g: Callable[[float], float] = square_diffusion
+) -> tuple[Tensor, float]:
     """Mean and standard deviation of one Euler-Maruyama step of the SDE with the ODE's marginals and diffusion g: (mean [B, ...], std)."""
     h, diffusion = sigma - sigma_next, g(sigma)
     drift = -v.float() + 0.5 * diffusion**2 * schedule.score(z, v, sigma)
@@ -36,7 +38,9 @@ def stochastic(step: Callable[..., tuple[Tensor, float]], **options) -> Kernel:
 
     def kernel(z: Tensor, v: Tensor, sigma: float, sigma_next: float, generator: torch.Generator | None = None) -> Tensor:
         mean, std = step(z, v, sigma, sigma_next, **options)
-        return mean + std * torch.randn(z.shape, generator=generator, device=generator.device if generator else z.device, dtype=z.dtype).to(z.device)
+        return mean + std * torch.randn(z.shape, generator=generator, device=generator.device if generator else z.device, dtype=z.dtype).to(
+            z.device
+        )
 
     return kernel
 

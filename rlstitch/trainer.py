@@ -59,24 +59,48 @@ class Trainer:
         batch = config.batch
         world = world_size()
         self.geometry = resolve_geometry(batch.prompts_per_update, batch.images_per_prompt, batch.micro_batch, world, len(prompts))
-        self.engine = Engine(zero_stage=config.distributed.zero_stage, precision=config.distributed.precision, accumulation=self.geometry.accumulation, micro_batch=self.geometry.micro_batch, clip_norm=config.optimiser.clip_norm)
+        self.engine = Engine(
+            zero_stage=config.distributed.zero_stage,
+            precision=config.distributed.precision,
+            accumulation=self.geometry.accumulation,
+            micro_batch=self.geometry.micro_batch,
+            clip_norm=config.optimiser.clip_norm,
+        )
         device = str(self.engine.device)
         self.backbone = cfg.build(config.model, device=device)
         self.rewards = {name: cfg.build(node, device=device) for name, node in config.rewards.items()}
         used = config.oracle["weights"] if config.oracle["_target_"].endswith(".Stitched") else {}
         share = config.distributed.zero_stage < 3
-        self.values = {name: StitchedValueModel.from_pretrained(config.values[name], backbone=self.backbone, reward=self.rewards[name], share=share) for name in used}
+        self.values = {
+            name: StitchedValueModel.from_pretrained(config.values[name], backbone=self.backbone, reward=self.rewards[name], share=share)
+            for name in used
+        }
         stitching = sum(read_card(config.values[name]).get("device_hours", 0.0) for name in used)
         self.prompts, self.held_out = self._encode(prompts), self._encode(read_prompts(config.evaluation.prompts))
         lora = config.lora
-        self.policy = Policy(self.backbone.transformer, rank=lora.rank, alpha=lora.alpha, targets=self.backbone.lora_targets, seed=config.seed, ema_decay=config.ema_decay)
+        self.policy = Policy(
+            self.backbone.transformer,
+            rank=lora.rank,
+            alpha=lora.alpha,
+            targets=self.backbone.lora_targets,
+            seed=config.seed,
+            ema_decay=config.ema_decay,
+        )
         o = config.optimiser
         optimiser = torch.optim.AdamW(self.policy.parameters(), lr=o.lr, betas=(o.beta1, o.beta2), weight_decay=o.weight_decay)
         self.engine.prepare(self.backbone.transformer, optimiser, self.policy.parameters())
         self.oracle = cfg.build(config.oracle, backbone=self.backbone, rewards=self.rewards, values=self.values)
         self.grid = schedule.sigmas(config.sampler.num_steps, config.sampler.shift, config.sampler.spacing)
         self.stop = cfg.build(config.stop)
-        self.algorithm = cfg.build(config.algorithm, backbone=self.backbone, policy=self.policy, oracle=self.oracle, grid=self.grid, guidance=config.sampler.guidance, activation_checkpointing=config.sampler.activation_checkpointing)
+        self.algorithm = cfg.build(
+            config.algorithm,
+            backbone=self.backbone,
+            policy=self.policy,
+            oracle=self.oracle,
+            grid=self.grid,
+            guidance=config.sampler.guidance,
+            activation_checkpointing=config.sampler.activation_checkpointing,
+        )
         self.stream = UpdateStream(self.prompts, self.geometry, config.seed)
         self.clock = Clock(self.engine.world, stitching=stitching)
         self.step, self.bad = 0, 0
@@ -86,7 +110,9 @@ class Trainer:
         cut = self.backbone.too_long(prompts.prompts)
         if cut and not self.config.data.truncate:
             shown = "; ".join(f"'{p[:60]}...' ({n} tokens)" for p, n, _ in cut[:3])
-            raise UserError(f"{len(cut)} of {len(prompts)} prompts are longer than the {cut[0][2]} tokens that the text encoder takes: {shown}. Shorten them, or set data.truncate=true")
+            raise UserError(
+                f"{len(cut)} of {len(prompts)} prompts are longer than the {cut[0][2]} tokens that the text encoder takes: {shown}. Shorten them, or set data.truncate=true"
+            )
         prompts.text = self.backbone.encode_prompts(prompts.prompts)
         return prompts
 
@@ -96,7 +122,13 @@ class Trainer:
         """Run to the end (or from the last checkpoint to it), evaluate, write summary, report and LoRA. Raises Interrupted after a signal."""
         self._start()
         caught: list[int] = []
-        bar = tqdm(total=self.config.updates, initial=self.step, desc=self.config.name, disable=not (self.config.logging.progress and self.engine.is_main), unit="update")
+        bar = tqdm(
+            total=self.config.updates,
+            initial=self.step,
+            desc=self.config.name,
+            disable=not (self.config.logging.progress and self.engine.is_main),
+            unit="update",
+        )
         with _signals(caught):
             if self.step == 0:
                 self._evaluate_now()
@@ -163,9 +195,13 @@ class Trainer:
         """Count updates skipped for NaN or Inf; give up after too many in a row, with the weights as they were."""
         self.bad = self.bad + 1 if norm is None else 0
         if norm is None and self.engine.is_main:
-            tqdm.write(f"update {self.step}: loss {means.get('loss')} or its gradient is not finite; skipped ({self.bad} in a row), weights untouched")
+            tqdm.write(
+                f"update {self.step}: loss {means.get('loss')} or its gradient is not finite; skipped ({self.bad} in a row), weights untouched"
+            )
         if self.bad >= self.config.max_bad_steps:
-            raise UserError(f"{self.bad} updates in a row had a NaN or Inf in loss or gradient (max_bad_steps); stopped with the weights of the last good one. Lower optimiser.lr, or try distributed.precision=fp32.")
+            raise UserError(
+                f"{self.bad} updates in a row had a NaN or Inf in loss or gradient (max_bad_steps); stopped with the weights of the last good one. Lower optimiser.lr, or try distributed.precision=fp32."
+            )
 
     def _hours(self) -> dict[str, Any]:
         """Device-hours so far, by phase; `total` counts training and the one-off cost of the value models, not evaluation."""
@@ -176,7 +212,15 @@ class Trainer:
     def _start(self) -> None:
         """Resume, or begin a clean folder; open the logs."""
         config, found = self.config, checkpoint.folders(self.run)
-        source = None if config.resume == "never" else found[-1] if config.resume == "auto" and found else Path(config.resume) if config.resume != "auto" else None
+        source = (
+            None
+            if config.resume == "never"
+            else found[-1]
+            if config.resume == "auto" and found
+            else Path(config.resume)
+            if config.resume != "auto"
+            else None
+        )
         if self.engine.is_main:
             self.run.mkdir(parents=True, exist_ok=True)
             if source is None:
@@ -190,7 +234,15 @@ class Trainer:
         if self.engine.is_main:
             write_text(self.run / "recipe.yaml", cfg.to_yaml(config))
             print(f"{self.run}: {self.geometry}" + (f"; resumed from {source.name}" if source else ""), flush=True)
-        self.log = Log(self.run, active=self.engine.is_main, start_step=self.step, wandb_mode=config.logging.wandb, project=config.logging.project, x_axis=f"{self.clock.unit}/total", config=dataclasses.asdict(config))
+        self.log = Log(
+            self.run,
+            active=self.engine.is_main,
+            start_step=self.step,
+            wandb_mode=config.logging.wandb,
+            project=config.logging.project,
+            x_axis=f"{self.clock.unit}/total",
+            config=dataclasses.asdict(config),
+        )
         self.engine.barrier()
 
     def _checkpoint(self) -> None:
@@ -199,12 +251,29 @@ class Trainer:
     def evaluate(self, adapter: str, limit: int, label: str) -> Evaluation:
         e = self.config.evaluation
         with self.clock.phase("eval"):
-            return evaluate(self.backbone, self.policy, adapter, self.held_out, {n: self.rewards[n] for n in e.rewards}, schedule.sigmas(e.num_steps, e.shift, e.spacing), self.engine, guidance=e.guidance, batch_size=e.batch_size, seed=e.seed, limit=limit, label=label, progress=self.config.logging.progress)
+            return evaluate(
+                self.backbone,
+                self.policy,
+                adapter,
+                self.held_out,
+                {n: self.rewards[n] for n in e.rewards},
+                schedule.sigmas(e.num_steps, e.shift, e.spacing),
+                self.engine,
+                guidance=e.guidance,
+                batch_size=e.batch_size,
+                seed=e.seed,
+                limit=limit,
+                label=label,
+                progress=self.config.logging.progress,
+            )
 
     def evaluate_all(self) -> dict[str, Evaluation]:
         """Base, raw and EMA weights on the whole evaluation set."""
         limit = self.config.evaluation.max_prompts
-        return {name: self.evaluate(adapter, limit, f"evaluation, {name}") for name, adapter in (("base", REFERENCE), ("raw", CURRENT), ("ema", EMA))}
+        return {
+            name: self.evaluate(adapter, limit, f"evaluation, {name}")
+            for name, adapter in (("base", REFERENCE), ("raw", CURRENT), ("ema", EMA))
+        }
 
     def evaluate_checkpoint(self, run: Path) -> dict[str, dict[str, float]]:
         """Means of base, raw and EMA weights of a run's last checkpoint."""
@@ -268,6 +337,13 @@ def describe(config: RunConfig) -> str:
     base, trained = sum(v for k, v in sizes.items() if k != "lora"), sizes["lora"]
     partitions = geometry.world if config.distributed.zero_stage else 1
     memory = base * width + trained * 4 * 3 + trained * 8 / partitions
-    lines = [cfg.to_yaml(config).rstrip(), "", f"geometry: {geometry}", "parameters: " + ", ".join(f"{k} {v / 1e6:.2f} M" for k, v in sizes.items())]
-    lines.append(f"memory without activations: about {memory / 2**20:.0f} MiB a rank (frozen weights {base * width / 2**20:.0f}, LoRA with gradient, EMA and AdamW {(memory - base * width) / 2**20:.0f})")
+    lines = [
+        cfg.to_yaml(config).rstrip(),
+        "",
+        f"geometry: {geometry}",
+        "parameters: " + ", ".join(f"{k} {v / 1e6:.2f} M" for k, v in sizes.items()),
+    ]
+    lines.append(
+        f"memory without activations: about {memory / 2**20:.0f} MiB a rank (frozen weights {base * width / 2**20:.0f}, LoRA with gradient, EMA and AdamW {(memory - base * width) / 2**20:.0f})"
+    )
     return "\n".join(lines)

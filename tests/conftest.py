@@ -30,14 +30,67 @@ def write_sd3(folder, *, qk_norm="rms_norm", dual=(), patch=2, layers=3, sample=
     tokenizer = shapes_tokenizer.build(folder / "tokenizer")
 
     def text(width):
-        return CLIPTextModelWithProjection(CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=24, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, projection_dim=width))
+        return CLIPTextModelWithProjection(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=width,
+                intermediate_size=2 * width,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                max_position_embeddings=24,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+                projection_dim=width,
+            )
+        )
 
-    transformer = SD3Transformer2DModel(sample_size=sample, patch_size=patch, in_channels=4, out_channels=4, num_layers=layers, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=32, pos_embed_max_size=sample * 2, qk_norm=qk_norm, dual_attention_layers=dual)
-    vae = AutoencoderKL(in_channels=3, out_channels=3, down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=16, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1, scaling_factor=1.3)
+    transformer = SD3Transformer2DModel(
+        sample_size=sample,
+        patch_size=patch,
+        in_channels=4,
+        out_channels=4,
+        num_layers=layers,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=16,
+        pooled_projection_dim=32,
+        pos_embed_max_size=sample * 2,
+        qk_norm=qk_norm,
+        dual_attention_layers=dual,
+    )
+    vae = AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        shift_factor=0.1,
+        scaling_factor=1.3,
+    )
     extra = {"text_encoder_3": None, "tokenizer_3": None}
     if t5:
-        extra = {"text_encoder_3": T5EncoderModel(T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)), "tokenizer_3": tokenizer}
-    pipeline = StableDiffusion3Pipeline(transformer=transformer, vae=vae, text_encoder=text(16), text_encoder_2=text(16), tokenizer=tokenizer, tokenizer_2=tokenizer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), **extra)
+        extra = {
+            "text_encoder_3": T5EncoderModel(T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)),
+            "tokenizer_3": tokenizer,
+        }
+    pipeline = StableDiffusion3Pipeline(
+        transformer=transformer,
+        vae=vae,
+        text_encoder=text(16),
+        text_encoder_2=text(16),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        **extra,
+    )
     pipeline.save_pretrained(folder)
     return folder
 
@@ -50,8 +103,20 @@ def write_clip(folder, *, size=16, patch=4, width=16, layers=3, seed=0):
 
     torch.manual_seed(seed)
     tokenizer = shapes_tokenizer.build(folder)
-    text = dict(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=24, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    vision = dict(hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=2, image_size=size, patch_size=patch)
+    text = dict(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=24,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    vision = dict(
+        hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=2, image_size=size, patch_size=patch
+    )
     CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.3] * 3}))
     return folder

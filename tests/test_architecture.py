@@ -34,7 +34,10 @@ def imports(path: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("rlstitch"):
-            found |= {f"{node.module}.{alias.name}" if (PACKAGE.parent / node.module.replace(".", "/")).is_dir() else node.module for alias in node.names}
+            found |= {
+                f"{node.module}.{alias.name}" if (PACKAGE.parent / node.module.replace(".", "/")).is_dir() else node.module
+                for alias in node.names
+            }
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names if alias.name.startswith("rlstitch")}
     return {name.removeprefix("rlstitch.") for name in found if name != "rlstitch"}
@@ -68,7 +71,12 @@ def test_nobody_imports_backbones_or_rewards():
 
 
 def test_files_stay_under_400_lines():
-    long = [f"{p.relative_to(ROOT)} ({n})" for folder in ("rlstitch", "launch", "benchmarks", "tests") for p in (ROOT / folder).rglob("*.py") if (n := len(p.read_text().splitlines())) > 400]
+    long = [
+        f"{p.relative_to(ROOT)} ({n})"
+        for folder in ("rlstitch", "launch", "benchmarks", "tests")
+        for p in (ROOT / folder).rglob("*.py")
+        if (n := len(p.read_text().splitlines())) > 400
+    ]
     assert not long, long
     assert all(len(p.read_text().splitlines()) < 40 for p in (ROOT / "launch").glob("*.py"))
 

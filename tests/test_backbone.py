@@ -27,18 +27,27 @@ def any_backbone(request, tmp_path_factory):
 
 def inputs(backbone, height=8, width=8, n=2):
     g = torch.Generator().manual_seed(3)
-    return torch.randn(n, 4, height, width, generator=g), torch.tensor([0.3, 0.9])[:n], backbone.encode_prompts(["a red circle", "two stars"][:n])
+    return (
+        torch.randn(n, 4, height, width, generator=g),
+        torch.tensor([0.3, 0.9])[:n],
+        backbone.encode_prompts(["a red circle", "two stars"][:n]),
+    )
 
 
 @pytest.mark.parametrize("size", [(8, 8), (4, 12)])
 def test_velocity_prefix_and_resume_equal_diffusers(any_backbone, size):
     z, sigma, text = inputs(any_backbone, *size)
     with torch.no_grad():
-        expected = any_backbone.transformer(hidden_states=z, encoder_hidden_states=text.tokens, pooled_projections=text.pooled, timestep=1000 * sigma).sample
+        expected = any_backbone.transformer(
+            hidden_states=z, encoder_hidden_states=text.tokens, pooled_projections=text.pooled, timestep=1000 * sigma
+        ).sample
         assert torch.equal(any_backbone.velocity(z, sigma, text), expected)
         for blocks in range(any_backbone.num_blocks + 1):
             state = any_backbone.prefix(z, sigma, blocks, text)
-            assert state.block == blocks and state.grid.shape[-2:] == (size[0] // any_backbone.transformer.patch_size, size[1] // any_backbone.transformer.patch_size)
+            assert state.block == blocks and state.grid.shape[-2:] == (
+                size[0] // any_backbone.transformer.patch_size,
+                size[1] // any_backbone.transformer.patch_size,
+            )
             torch.testing.assert_close(any_backbone.resume(state), expected, atol=1e-6, rtol=1e-5)
 
 
@@ -111,7 +120,17 @@ def test_whole_sampling_equals_the_stock_pipeline(sd3_dir):
     pipeline = StableDiffusion3Pipeline.from_pretrained(sd3_dir, text_encoder_3=None, tokenizer_3=None)
     pipeline.set_progress_bar_config(disable=True)
     for guidance in (1.0, 2.5):
-        stock = pipeline("a red circle", negative_prompt="", num_inference_steps=4, guidance_scale=guidance, latents=z.clone(), height=16, width=16, max_sequence_length=0, output_type="pt").images
+        stock = pipeline(
+            "a red circle",
+            negative_prompt="",
+            num_inference_steps=4,
+            guidance_scale=guidance,
+            latents=z.clone(),
+            height=16,
+            width=16,
+            max_sequence_length=0,
+            output_type="pt",
+        ).images
         with torch.no_grad():
             done = sample(backbone.bind(backbone.encode_prompts(["a red circle"]), guidance), z, schedule.sigmas(4, 3.0))
             ours = backbone.decode(done.z)

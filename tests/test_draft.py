@@ -66,7 +66,9 @@ def test_gradient_by_finite_differences_on_one_lora_direction(setup, oracle, sto
             p.add_(h * direction)
             z = entry
             for j in range(stop - k, stop):
-                z = sampling.euler(z, backbone.velocity(z, torch.full((2,), float(GRID[j])), batch.text), float(GRID[j]), float(GRID[j + 1]))
+                z = sampling.euler(
+                    z, backbone.velocity(z, torch.full((2,), float(GRID[j])), batch.text), float(GRID[j]), float(GRID[j + 1])
+                )
             value = -2.0 * oracles[oracle](Latent(z, torch.full((2,), float(GRID[stop]))), batch)[:, 0].mean()
             p.sub_(h * direction)
         return value.double()
@@ -77,7 +79,10 @@ def test_gradient_by_finite_differences_on_one_lora_direction(setup, oracle, sto
 
 def test_checkpointing_and_guidance(setup):
     backbone, policy, batch, oracles = setup
-    losses = [run(Draft(backbone, policy, oracles["stitched"], GRID, grad_steps=2, guidance=2.0, activation_checkpointing=c), batch, 3)[0] for c in (False, True)]
+    losses = [
+        run(Draft(backbone, policy, oracles["stitched"], GRID, grad_steps=2, guidance=2.0, activation_checkpointing=c), batch, 3)[0]
+        for c in (False, True)
+    ]
     grads = [torch.autograd.grad(loss, policy.parameters()) for loss in losses]
     for a, b in zip(*grads):
         torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-4)

@@ -96,7 +96,9 @@ def test_export_loads_in_stock_diffusers_with_the_same_picture(sd3_dir, tmp_path
     pipeline.load_lora_weights(tmp_path)
     z, sigma, text = inputs(backbone)
     with torch.no_grad(), policy.use(name):
-        stock = pipeline.transformer(hidden_states=z, encoder_hidden_states=text.tokens, pooled_projections=text.pooled, timestep=1000 * sigma).sample
+        stock = pipeline.transformer(
+            hidden_states=z, encoder_hidden_states=text.tokens, pooled_projections=text.pooled, timestep=1000 * sigma
+        ).sample
         torch.testing.assert_close(backbone.velocity(z, sigma, text), stock, atol=1e-5, rtol=1e-5)
 
 

@@ -30,7 +30,10 @@ def test_draft_and_draft_stitch_differ_in_oracle_and_stop_only():
 
 
 def test_overrides_reach_any_depth_and_a_new_target_keeps_what_it_takes():
-    given = cfg.merge(cfg.compose("draft_stitch"), cfg.parse_overrides(["oracle._target_=rlstitch.oracles.Terminal", "stop._target_=rlstitch.stops.End", "optimiser.lr=1e-3"]))
+    given = cfg.merge(
+        cfg.compose("draft_stitch"),
+        cfg.parse_overrides(["oracle._target_=rlstitch.oracles.Terminal", "stop._target_=rlstitch.stops.End", "optimiser.lr=1e-3"]),
+    )
     assert given["oracle"] == {"_target_": "rlstitch.oracles.Terminal", "weights": {"clip": 1.0, "hps": 1.0}}
     assert given["stop"] == {"_target_": "rlstitch.stops.End"} and given["optimiser"]["lr"] == 1e-3 and given["optimiser"]["warmup"] > 0
 

@@ -68,7 +68,9 @@ def test_checkpointed_velocity_has_the_same_gradient():
     assert torch.equal(*grads)
 
 
-@pytest.mark.parametrize("bad", [dict(stop=0), dict(stop=6), dict(num_grad_steps=6), dict(stop=2, num_grad_steps=3), dict(num_grad_steps=-1)])
+@pytest.mark.parametrize(
+    "bad", [dict(stop=0), dict(stop=6), dict(num_grad_steps=6), dict(stop=2, num_grad_steps=3), dict(num_grad_steps=-1)]
+)
 def test_bad_stops_are_refused(bad):
     with pytest.raises(ValueError, match="must be within"):
         sampling.sample(lambda z, s: z, torch.ones(1, 1), schedule.sigmas(5), **bad)

@@ -8,7 +8,18 @@ from transformers import CLIPTokenizer
 
 from rlstitch.shapes import detector, prompts, tokenizer
 from rlstitch.shapes.looks import balance, contrast, saturation
-from rlstitch.shapes.prompts import FactTable, Need, Prompt, PromptTable, draw_prompt, fractions, full_captions, make_splits, met, scenes_for
+from rlstitch.shapes.prompts import (
+    FactTable,
+    Need,
+    Prompt,
+    PromptTable,
+    draw_prompt,
+    fractions,
+    full_captions,
+    make_splits,
+    met,
+    scenes_for,
+)
 from rlstitch.shapes.reward import DetectorReward
 from rlstitch.shapes.scenes import COLOURS, SHAPES, coverage, patch_labels, render, sample_scenes
 from rlstitch.types import Batch, UserError
@@ -32,7 +43,12 @@ def test_rendering_is_deterministic_in_range_and_without_overlap(world):
 def test_areas_are_those_of_the_shapes():
     """Anti-aliased coverage integrates to the exact area of circle, square, ring and cross."""
     r = 12.0
-    exact = {"circle": torch.pi * r**2, "square": (2 * 0.84 * r) ** 2, "ring": torch.pi * r**2 * (1 - 0.52**2), "cross": 4 * 0.34 * 2 * r * r - (2 * 0.34 * r) ** 2}
+    exact = {
+        "circle": torch.pi * r**2,
+        "square": (2 * 0.84 * r) ** 2,
+        "ring": torch.pi * r**2 * (1 - 0.52**2),
+        "cross": 4 * 0.34 * 2 * r * r - (2 * 0.34 * r) ** 2,
+    }
     for name, area in exact.items():
         mask = coverage(torch.tensor([SHAPES.index(name)]), torch.tensor([[31.7, 32.2]]), torch.tensor([r]), torch.tensor([0.0]))
         assert mask.sum().item() == pytest.approx(area, rel=0.01)
@@ -66,7 +82,9 @@ def test_detector_sees_nothing_in_noise_or_on_an_empty_picture():
 
 def test_facts_by_hand():
     """Two red circles left of a blue star."""
-    facts = FactTable.from_objects(torch.tensor([[0, 0, 3]]), torch.tensor([[0, 0, 4]]), torch.tensor([[[10.0, 10], [12, 50], [50, 30]]]), torch.tensor([True]))
+    facts = FactTable.from_objects(
+        torch.tensor([[0, 0, 3]]), torch.tensor([[0, 0, 4]]), torch.tensor([[[10.0, 10], [12, 50], [50, 30]]]), torch.tensor([True])
+    )
     assert facts.counts[0, 0, 0] == 2 and facts.counts[0, -1, -1] == 3 and facts.counts[0, 3, -1] == 1
 
     def share(*needs, relation=None):

@@ -29,8 +29,30 @@ def stitched(backbone, reward, *, i=2, j=1, normalise=False, sigma_range=(0.0, 1
 
     result = search(backbone, reward, IMAGES, max_reward_block=2)
     pair = next(p for p in result.table if (p.i, p.j) == (i, j))
-    card = {"backbone": {"_target_": "rlstitch.backbones.sd3.SD3Backbone", "path": str(backbone.path), "max_sequence_length": 0}, "reward": {"_target_": "rlstitch.rewards.clip.ClipReward", "path": reward.path}, "vae_sha256": vae_fingerprint(backbone.path), "blocks": i, "reward_block": j}
-    return StitchedValueModel.from_search(backbone, reward, i, j, pair.weight, pair.bias, cls_state=result.cls[j].float(), norm=2.0, normalise=normalise, sigma_range=sigma_range, card=card), pair, result
+    card = {
+        "backbone": {"_target_": "rlstitch.backbones.sd3.SD3Backbone", "path": str(backbone.path), "max_sequence_length": 0},
+        "reward": {"_target_": "rlstitch.rewards.clip.ClipReward", "path": reward.path},
+        "vae_sha256": vae_fingerprint(backbone.path),
+        "blocks": i,
+        "reward_block": j,
+    }
+    return (
+        StitchedValueModel.from_search(
+            backbone,
+            reward,
+            i,
+            j,
+            pair.weight,
+            pair.bias,
+            cls_state=result.cls[j].float(),
+            norm=2.0,
+            normalise=normalise,
+            sigma_range=sigma_range,
+            card=card,
+        ),
+        pair,
+        result,
+    )
 
 
 def test_search_equals_naive_least_squares_for_every_pair(backbone, reward):
@@ -118,7 +140,9 @@ def test_minimiser_of_the_distillation_is_the_conditional_mean():
         student = Student(normalise)
         optimiser = torch.optim.SGD(student.parameters(), lr=0.2)
         for _ in range(400):
-            loss, _ = distilling.distillation_loss(student, torch.zeros(4, 1), torch.ones(4), targets, torch.zeros(4, 1, 1), DistillConfig())
+            loss, _ = distilling.distillation_loss(
+                student, torch.zeros(4, 1), torch.ones(4), targets, torch.zeros(4, 1, 1), DistillConfig()
+            )
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -132,7 +156,14 @@ def test_distillation_lowers_the_loss_and_touches_stitch_and_tail_only(backbone,
     reward_before = reward.fingerprint()
     targets, tokens, _ = distilling.targets_of(reward, IMAGES)
     latents, losses = distilling.latents_of(backbone, IMAGES), []
-    distill(model, latents, targets, tokens, DistillConfig(steps=60, batch_size=16, lr=2e-3, warmup=5, autocast=False), progress=lambda _, m: losses.append(m["loss"]))
+    distill(
+        model,
+        latents,
+        targets,
+        tokens,
+        DistillConfig(steps=60, batch_size=16, lr=2e-3, warmup=5, autocast=False),
+        progress=lambda _, m: losses.append(m["loss"]),
+    )
     assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
     changed = {n.split(".")[0] for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert changed == {"stitch", "tail"} and reward.fingerprint() == reward_before
@@ -155,7 +186,10 @@ def test_value_gradient_by_finite_differences(backbone, reward, j):
     latent = Latent(z.requires_grad_(True), torch.tensor([0.3, 0.8]))
     model.embed = lambda grid: (model.tail(model.stitch(grid))[0], None)
     gradient = torch.autograd.grad(model.value(latent, batch_of(["a", "b"])).sum(), latent.z)[0]
-    direction, h = torch.randn(z.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64), 2e-3  # the denoiser's norms are float32 inside
+    direction, h = (
+        torch.randn(z.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64),
+        2e-3,
+    )  # the denoiser's norms are float32 inside
     with torch.no_grad():
         ahead, behind = (model.value(Latent(z + s * h * direction, latent.sigma), batch_of(["a", "b"])).sum() for s in (1, -1))
     assert (gradient * direction).sum().item() == pytest.approx(((ahead - behind) / (2 * h)).item(), rel=2e-3)
@@ -166,7 +200,10 @@ def test_files_round_trip_and_refuse_what_is_foreign(backbone, reward, tmp_path)
     nn.init.normal_(model.stitch.residual[-1].weight, std=0.1)
     model.save_pretrained(tmp_path / "v", half=False)
     latent, batch = Latent(torch.randn(2, 4, 8, 8), torch.tensor([0.5, 0.5])), batch_of(["a red circle", "two stars"])
-    for again in (StitchedValueModel.from_pretrained(tmp_path / "v", backbone=backbone, reward=reward), StitchedValueModel.from_pretrained(tmp_path / "v")):
+    for again in (
+        StitchedValueModel.from_pretrained(tmp_path / "v", backbone=backbone, reward=reward),
+        StitchedValueModel.from_pretrained(tmp_path / "v"),
+    ):
         torch.testing.assert_close(again.value(latent, batch), model.value(latent, batch))
         assert not any(p.requires_grad for p in again.parameters())
     with pytest.raises(UserError, match=r"sigma in \[0.1, 0.9\]"):

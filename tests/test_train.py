@@ -30,7 +30,9 @@ def world(tmp_path_factory):
     write_clip(folder / "clip")
     backbone, reward = SD3Backbone(str(folder / "sd3"), max_sequence_length=0), ClipReward(str(folder / "clip"))
     stitched(backbone, reward, sigma_range=(0.05, 0.98))[0].save_pretrained(folder / "value")
-    (folder / "prompts.txt").write_text("\n".join(f"{n} {c} {s}" for n in ("a", "two") for c in ("red", "blue") for s in ("circle", "star")))
+    (folder / "prompts.txt").write_text(
+        "\n".join(f"{n} {c} {s}" for n in ("a", "two") for c in ("red", "blue") for s in ("circle", "star"))
+    )
     (folder / "recipe.yaml").write_text(
         f"""
 name: tiny
@@ -58,7 +60,11 @@ checkpoint: {{every: 2}}
 
 
 def start(world, *overrides, ranks=1, wait=True, env=None):
-    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port", str(29600 + os.getpid() % 300)] if ranks > 1 else [sys.executable]
+    launcher = (
+        [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port", str(29600 + os.getpid() % 300)]
+        if ranks > 1
+        else [sys.executable]
+    )
     command = [*launcher, str(ROOT / "launch" / "train.py"), f"recipe={world / 'recipe.yaml'}", *overrides]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=world)
@@ -116,7 +122,9 @@ def test_lora_of_a_run_loads_in_stock_diffusers_with_the_same_picture(world, ref
 
     with torch.no_grad(), policy.use(EMA):
         ours = backbone.decode(sampling.sample(backbone.bind(text), z, schedule.sigmas(3, 3.0)).z)
-    stock = pipeline("a red star", num_inference_steps=3, guidance_scale=1.0, latents=z, height=16, width=16, max_sequence_length=0, output_type="pt").images
+    stock = pipeline(
+        "a red star", num_inference_steps=3, guidance_scale=1.0, latents=z, height=16, width=16, max_sequence_length=0, output_type="pt"
+    ).images
     torch.testing.assert_close(ours, stock, atol=2e-4, rtol=0)
 
 
@@ -231,7 +239,9 @@ def test_long_prompts_are_named_and_cut_only_on_request(world):
     code, output = start(world, "name=long", f"data.prompts={world / 'long.txt'}", "batch.prompts_per_update=2", "updates=1")
     assert code == 2 and "1 of 2 prompts" in output and "24 tokens" in output and "Traceback" not in output, output
     assert not (world / "runs" / "long").exists()
-    code, output = start(world, "name=long", f"data.prompts={world / 'long.txt'}", "batch.prompts_per_update=2", "updates=1", "data.truncate=true")
+    code, output = start(
+        world, "name=long", f"data.prompts={world / 'long.txt'}", "batch.prompts_per_update=2", "updates=1", "data.truncate=true"
+    )
     assert code == 0, output
 
 

@@ -22,7 +22,19 @@ class Draft:
 
     needs_gradient = True
 
-    def __init__(self, backbone: Any, policy: Policy, oracle: Oracle, grid: Tensor, *, guidance: float = 1.0, activation_checkpointing: bool = False, grad_steps: int = 1, regulariser: float = 0.01, variance_reduction: int = 0):
+    def __init__(
+        self,
+        backbone: Any,
+        policy: Policy,
+        oracle: Oracle,
+        grid: Tensor,
+        *,
+        guidance: float = 1.0,
+        activation_checkpointing: bool = False,
+        grad_steps: int = 1,
+        regulariser: float = 0.01,
+        variance_reduction: int = 0,
+    ):
         self.backbone, self.policy, self.oracle, self.grid = backbone, policy, oracle, grid
         self.guidance, self.checkpointing = guidance, activation_checkpointing
         self.grad_steps, self.regulariser, self.variance_reduction = grad_steps, regulariser, variance_reduction
@@ -78,7 +90,17 @@ class Draft:
         """Oracle scores [B, K] of the stopped latents, averaged over DRaFT-LV's copies."""
         copies = 1 + self.variance_reduction
         batch, b = rollout.batch, len(rollout.batch)
-        wide = batch if copies == 1 else Batch(batch.prompts * copies, batch.group.repeat(copies), batch.seeds.repeat(copies), batch.facts * copies, batch.text[torch.arange(b).repeat(copies)])
+        wide = (
+            batch
+            if copies == 1
+            else Batch(
+                batch.prompts * copies,
+                batch.group.repeat(copies),
+                batch.seeds.repeat(copies),
+                batch.facts * copies,
+                batch.text[torch.arange(b).repeat(copies)],
+            )
+        )
         return self.oracle(rollout.latent, wide).view(copies, b, -1).mean(0)
 
     def losses(self, rollout: Rollout) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:

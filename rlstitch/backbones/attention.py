@@ -20,7 +20,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class PlainJointAttention:
     """A diffusers attention processor for SD3's blocks (joint, and image-only where a block has dual attention); same maths as the stock one."""
 
-    def __call__(self, attn, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: Tensor | None = None, **_) -> Tensor | tuple[Tensor, Tensor]:
+    def __call__(
+        self, attn, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: Tensor | None = None, **_
+    ) -> Tensor | tuple[Tensor, Tensor]:
         if attention_mask is not None:
             raise ValueError("SD3's attention takes no mask")
         streams = [(hidden_states, attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k)]

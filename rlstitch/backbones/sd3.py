@@ -89,7 +89,16 @@ class SD3Backbone:
     image_size: side in pixels (default: the transformer's own); cache: folder of encoded prompts, None for none.
     """
 
-    def __init__(self, path: str, *, dtype: str = "float32", max_sequence_length: int = 256, image_size: int | None = None, device: str = "cpu", cache: str | None = None):
+    def __init__(
+        self,
+        path: str,
+        *,
+        dtype: str = "float32",
+        max_sequence_length: int = 256,
+        image_size: int | None = None,
+        device: str = "cpu",
+        cache: str | None = None,
+    ):
         self.path, self.device, self.dtype = require(path, "the model directory"), torch.device(device), getattr(torch, dtype)
         for part in ("transformer", "vae"):
             require(self.path / part, f"the {part} of model '{path}'")
@@ -103,7 +112,9 @@ class SD3Backbone:
         self.scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         side = image_size or self.transformer.config.sample_size * self.scale_factor
         if side % (self.scale_factor * self.transformer.config.patch_size):
-            raise UserError(f"image_size {side} does not divide into patches of {self.scale_factor * self.transformer.config.patch_size} pixels")
+            raise UserError(
+                f"image_size {side} does not divide into patches of {self.scale_factor * self.transformer.config.patch_size} pixels"
+            )
         self.image_size = side
         self.latent_shape = (self.transformer.config.in_channels, side // self.scale_factor, side // self.scale_factor)
         self._null: Conditioning | None = None
@@ -154,7 +165,14 @@ class SD3Backbone:
             for start in range(0, len(missing), batch_size):
                 part = missing[start : start + batch_size]
                 with torch.no_grad():
-                    tokens, _, pooled, _ = pipeline.encode_prompt(part, None, None, do_classifier_free_guidance=False, device=self.device, max_sequence_length=self.max_sequence_length)
+                    tokens, _, pooled, _ = pipeline.encode_prompt(
+                        part,
+                        None,
+                        None,
+                        do_classifier_free_guidance=False,
+                        device=self.device,
+                        max_sequence_length=self.max_sequence_length,
+                    )
                 for prompt, t, p in zip(part, tokens.cpu(), pooled.cpu()):
                     known[prompt] = Conditioning(t.clone(), p.clone())
                     if files[prompt] is not None:
@@ -195,7 +213,13 @@ class SD3Backbone:
         return lambda z, sigma: self.velocity(z, sigma, text, guidance=guidance)
 
     def _forward(self, z: Tensor, sigma: Tensor, text: Conditioning) -> Tensor:
-        output = self.transformer(hidden_states=z.to(self.dtype), encoder_hidden_states=text.tokens, pooled_projections=text.pooled, timestep=1000 * sigma, return_dict=False)
+        output = self.transformer(
+            hidden_states=z.to(self.dtype),
+            encoder_hidden_states=text.tokens,
+            pooled_projections=text.pooled,
+            timestep=1000 * sigma,
+            return_dict=False,
+        )
         return output[0].float()
 
     def prefix(self, z: Tensor, sigma: Tensor, blocks: int, text: Conditioning | None = None) -> Activations:

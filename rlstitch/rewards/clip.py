@@ -97,13 +97,28 @@ class ClipReward:
 
     differentiable = True
 
-    def __init__(self, path: str, *, resize: Resize = "shortest_crop", scale: float | str = 1.0, head: str | None = None, head_activation: str = "none", device: str = "cpu", dtype: str = "float32"):
+    def __init__(
+        self,
+        path: str,
+        *,
+        resize: Resize = "shortest_crop",
+        scale: float | str = 1.0,
+        head: str | None = None,
+        head_activation: str = "none",
+        device: str = "cpu",
+        dtype: str = "float32",
+    ):
         folder = require(path, "the reward model")
         self.path, self.device, self.resize = str(path), torch.device(device), resize
         try:
             # On a CPU the fused kernel's backward is several times slower than plain attention at these lengths.
             kernel = "eager" if self.device.type == "cpu" else "sdpa"
-            self.model = CLIPModel.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation=kernel).to(self.device).requires_grad_(False).eval()
+            self.model = (
+                CLIPModel.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation=kernel)
+                .to(self.device)
+                .requires_grad_(False)
+                .eval()
+            )
             self.tokenizer = CLIPTokenizer.from_pretrained(folder)
         except Exception as error:  # transformers raises many kinds for a missing or damaged file
             raise UserError(f"the reward model '{path}' cannot be loaded: {error}") from error
@@ -133,7 +148,13 @@ class ClipReward:
         """Unit text embeddings [B, D]. Each prompt is encoded once and by itself: in a batch, its last bits would depend on its neighbours, and with
         them on what was scored before a resume."""
         for prompt in dict.fromkeys(p for p in prompts if p not in self._texts):
-            ids = self.tokenizer(prompt, padding="max_length", truncation=True, max_length=self.model.config.text_config.max_position_embeddings, return_tensors="pt").input_ids
+            ids = self.tokenizer(
+                prompt,
+                padding="max_length",
+                truncation=True,
+                max_length=self.model.config.text_config.max_position_embeddings,
+                return_tensors="pt",
+            ).input_ids
             with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
                 embedding = self.model.text_projection(self.model.text_model(input_ids=ids.to(self.device)).pooler_output).float()
             self._texts[prompt] = F.normalize(embedding, dim=-1)[0]

@@ -97,7 +97,9 @@ def _label(kind: Tensor) -> Tensor:
         spread = ids.flatten()
         spread = torch.zeros(int(rows[-1]) + 1, dtype=torch.long).scatter_reduce_(0, rows, spread, "amax", include_self=False)[rows]
         spread = spread.view(kind.shape).transpose(1, 2).flatten()
-        spread = torch.zeros(int(columns[-1]) + 1, dtype=torch.long).scatter_reduce_(0, columns, spread, "amax", include_self=False)[columns]
+        spread = torch.zeros(int(columns[-1]) + 1, dtype=torch.long).scatter_reduce_(0, columns, spread, "amax", include_self=False)[
+            columns
+        ]
         spread = spread.view(kind.shape[0], kind.shape[2], kind.shape[1]).transpose(1, 2).contiguous()
         if torch.equal(spread, ids):
             return ids

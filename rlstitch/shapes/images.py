@@ -29,7 +29,9 @@ def images_from_folder(path: str, size: int, *, skip_unreadable: bool = False) -
     from rlstitch.files import require
     from rlstitch.types import UserError
 
-    files = sorted(p for p in require(path, "the image folder").rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp"))
+    files = sorted(
+        p for p in require(path, "the image folder").rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+    )
     good, bad = [], []
     for file in files:
         try:
@@ -39,7 +41,9 @@ def images_from_folder(path: str, size: int, *, skip_unreadable: bool = False) -
         except (UnidentifiedImageError, OSError) as error:
             bad.append(f"{file.name} ({type(error).__name__})")
     if bad and not skip_unreadable:
-        raise UserError(f"{len(bad)} of {len(files)} pictures under {path} cannot be read: {', '.join(bad[:8])}{'...' if len(bad) > 8 else ''}. Mend or remove them, or set skip_unreadable: true")
+        raise UserError(
+            f"{len(bad)} of {len(files)} pictures under {path} cannot be read: {', '.join(bad[:8])}{'...' if len(bad) > 8 else ''}. Mend or remove them, or set skip_unreadable: true"
+        )
     if bad:
         print(f"left out {len(bad)} unreadable pictures of {len(files)}: {', '.join(bad[:8])}", flush=True)
     if not good:

@@ -98,7 +98,9 @@ def scenes_for(prompts: list[Prompt], seed: int) -> Scenes:
     relation = torch.full((len(prompts),), -1)
     for row, prompt in enumerate(prompts):
         shared = rng.choice(COLOURS) if rng.random() < 0.5 else None
-        objects = [(n.shape, n.colour or (shared if n.count > 1 and shared else rng.choice(COLOURS))) for n in prompt.needs for _ in range(n.count)]
+        objects = [
+            (n.shape, n.colour or (shared if n.count > 1 and shared else rng.choice(COLOURS))) for n in prompt.needs for _ in range(n.count)
+        ]
         for k, (s, c) in enumerate(objects):
             shape[row, k], colour[row, k] = SHAPES.index(s), COLOURS.index(c)
         if prompt.relation is not None:

@@ -15,7 +15,9 @@ def _prompts(rows: list[dict[str, Any]]) -> list[Prompt]:
     try:
         return [Prompt.from_json(row) for row in rows]
     except KeyError as error:
-        raise UserError(f"the detector needs prompts with facts (a .jsonl of the shapes world); a row lacks {error}: leave the detector out for free text") from error
+        raise UserError(
+            f"the detector needs prompts with facts (a .jsonl of the shapes world); a row lacks {error}: leave the detector out for free text"
+        ) from error
 
 
 class DetectorReward:

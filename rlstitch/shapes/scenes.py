@@ -161,7 +161,9 @@ def render(scenes: Scenes, size: int = SIZE) -> Tensor:
     for k in range(MAX_OBJECTS):
         has = scenes.shape[:, k] >= 0
         if has.any():
-            mask = coverage(scenes.shape[has, k], scenes.centre[has, k] * scale, scenes.radius[has, k] * scale, scenes.angle[has, k], size)[:, None]
+            mask = coverage(scenes.shape[has, k], scenes.centre[has, k] * scale, scenes.radius[has, k] * scale, scenes.angle[has, k], size)[
+                :, None
+            ]
             image[has] = image[has] * (1 - mask) + scenes.rgb[has, k, :, None, None] * mask
     return image
 

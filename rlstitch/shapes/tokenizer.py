@@ -18,7 +18,18 @@ BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 def build(folder: Path) -> CLIPTokenizer:
     """Write a CLIP tokenizer to `folder`. Its end token has the largest id (never 2, which transformers' CLIP takes for a legacy case)."""
-    text = " ".join([*SHAPES, *(s + ("es" if s == "cross" else "s") for s in SHAPES), *COLOURS, *RELATIONS, *NUMBERS.values(), *TEMPLATES, *BACKGROUNDS, "an and ,"])
+    text = " ".join(
+        [
+            *SHAPES,
+            *(s + ("es" if s == "cross" else "s") for s in SHAPES),
+            *COLOURS,
+            *RELATIONS,
+            *NUMBERS.values(),
+            *TEMPLATES,
+            *BACKGROUNDS,
+            "an and ,",
+        ]
+    )
     words = sorted({w for w in text.replace("{}", " ").split()})
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -31,6 +42,8 @@ def build(folder: Path) -> CLIPTokenizer:
         vocab.setdefault(token, len(vocab))
     folder.mkdir(parents=True, exist_ok=True)
     merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model["merges"]]
-    clip = CLIPTokenizer(vocab=vocab, merges=merges, bos_token=BOS, eos_token=EOS, pad_token=EOS, unk_token=EOS, model_max_length=MAX_LENGTH)
+    clip = CLIPTokenizer(
+        vocab=vocab, merges=merges, bos_token=BOS, eos_token=EOS, pad_token=EOS, unk_token=EOS, model_max_length=MAX_LENGTH
+    )
     clip.save_pretrained(folder)
     return clip

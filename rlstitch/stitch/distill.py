@@ -54,7 +54,9 @@ def _error(a: Tensor, b: Tensor, kind: str) -> Tensor:
     return (a - b).square() if kind == "squared" else F.smooth_l1_loss(a, b, reduction="none")
 
 
-def distillation_loss(model: StitchedValueModel, z: Tensor, sigma: Tensor, target: Tensor, target_tokens: Tensor, config: DistillConfig) -> tuple[Tensor, dict[str, Tensor]]:
+def distillation_loss(
+    model: StitchedValueModel, z: Tensor, sigma: Tensor, target: Tensor, target_tokens: Tensor, config: DistillConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Eq. (8): embedding error (summed over channels) + lambda_tok token error (mean over tokens and channels) + lambda_sc head error.
 
     target [B, D] is the frozen reward's unit embedding of the clean picture, target_tokens [B, N + 1, W] its output tokens. With an un-normalised student
@@ -63,7 +65,10 @@ def distillation_loss(model: StitchedValueModel, z: Tensor, sigma: Tensor, targe
     with torch.no_grad():
         grid = model.activations(z, sigma).grid
     embedding, tokens = model.embed(grid)
-    parts = {"embedding": _error(embedding, target, config.loss).sum(-1).mean(), "tokens": _error(tokens, target_tokens, config.loss).mean()}
+    parts = {
+        "embedding": _error(embedding, target, config.loss).sum(-1).mean(),
+        "tokens": _error(tokens, target_tokens, config.loss).mean(),
+    }
     loss = parts["embedding"] + config.token_weight * parts["tokens"]
     if model.reward.head is not None:
         parts["head"] = _error(model.reward.head(embedding), model.reward.head(target), config.loss).mean()
@@ -93,7 +98,15 @@ def _pixels(images: Tensor) -> Tensor:
     return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
-def distill(model: StitchedValueModel, latents: Tensor, targets: Tensor, target_tokens: Tensor, config: DistillConfig, *, progress: Callable[[int, dict[str, float]], None] | None = None) -> float:
+def distill(
+    model: StitchedValueModel,
+    latents: Tensor,
+    targets: Tensor,
+    target_tokens: Tensor,
+    config: DistillConfig,
+    *,
+    progress: Callable[[int, dict[str, float]], None] | None = None,
+) -> float:
     """Train stitch and tail in place on N clean latents with their targets; returns the seconds it took. `progress(step, metrics)` is called every step."""
     generator = torch.Generator().manual_seed(config.seed)
     stitch, tail = list(model.stitch.parameters()), [p for p in model.tail.parameters() if p.requires_grad]

@@ -53,7 +53,19 @@ class StitchedValueModel(nn.Module):
     magnitude is not E[r | z]); otherwise it is the raw projection over `norm`, and V is E[r | z] at the minimiser of the distillation.
     """
 
-    def __init__(self, prefix: nn.Module, null: Conditioning, stitch: StitchLayer, tail: nn.Module, reward: Any, *, normalise: bool, norm: float, sigma_range: tuple[float, float], card: dict[str, Any]):
+    def __init__(
+        self,
+        prefix: nn.Module,
+        null: Conditioning,
+        stitch: StitchLayer,
+        tail: nn.Module,
+        reward: Any,
+        *,
+        normalise: bool,
+        norm: float,
+        sigma_range: tuple[float, float],
+        card: dict[str, Any],
+    ):
         super().__init__()
         self.prefix, self.stitch, self.tail = prefix, stitch, tail
         self.register_buffer("null_tokens", null.tokens.clone(), persistent=False)
@@ -61,13 +73,38 @@ class StitchedValueModel(nn.Module):
         self.reward, self.normalise, self.norm, self.sigma_range, self.card = reward, normalise, norm, sigma_range, card
 
     @classmethod
-    def from_search(cls, backbone: Any, reward: Any, blocks: int, reward_block: int, weight: Tensor, bias: Tensor, *, cls_state: Tensor, norm: float, normalise: bool, sigma_range: tuple[float, float], card: dict[str, Any], share: bool = True) -> StitchedValueModel:
+    def from_search(
+        cls,
+        backbone: Any,
+        reward: Any,
+        blocks: int,
+        reward_block: int,
+        weight: Tensor,
+        bias: Tensor,
+        *,
+        cls_state: Tensor,
+        norm: float,
+        normalise: bool,
+        sigma_range: tuple[float, float],
+        card: dict[str, Any],
+        share: bool = True,
+    ) -> StitchedValueModel:
         """Put a stitch together from the closed-form map; the tail is a trainable copy of the reward's."""
         stitch = StitchLayer(weight.float(), bias.float(), reward.grid).to(weight.device)
         tail = reward.tail(reward_block)
         if reward_block > 1:
             tail.cls.data.copy_(cls_state)
-        return cls(backbone.make_prefix(blocks, share=share), backbone.null, stitch, tail, reward, normalise=normalise, norm=norm, sigma_range=sigma_range, card=card)
+        return cls(
+            backbone.make_prefix(blocks, share=share),
+            backbone.null,
+            stitch,
+            tail,
+            reward,
+            normalise=normalise,
+            norm=norm,
+            sigma_range=sigma_range,
+            card=card,
+        )
 
     def activations(self, z: Tensor, sigma: Tensor) -> Any:
         """The frozen prefix under the null text, in the prefix's own precision."""
@@ -83,7 +120,9 @@ class StitchedValueModel(nn.Module):
     def check_range(self, sigma: Tensor) -> None:
         low, high = self.sigma_range
         if bool((sigma < low - 1e-6).any()) or bool((sigma > high + 1e-6).any()):
-            raise UserError(f"the value model was trained for sigma in [{low:g}, {high:g}] and was asked at {sigma.min().item():g}..{sigma.max().item():g}: choose a stop inside the range or distil it over a wider one")
+            raise UserError(
+                f"the value model was trained for sigma in [{low:g}, {high:g}] and was asked at {sigma.min().item():g}..{sigma.max().item():g}: choose a stop inside the range or distil it over a wider one"
+            )
 
     def value(self, latent: Latent, batch: Batch) -> Tensor:
         """V [B] of a latent; differentiable in z. Raises UserError outside the trained sigma range."""
@@ -102,7 +141,14 @@ class StitchedValueModel(nn.Module):
         tensors = {k: v for k, v in self.state_dict().items() if k.startswith(("stitch.", "tail."))}
         tensors |= {"null_tokens": self.null_tokens, "null_pooled": self.null_pooled}
         write_tensors(folder / WEIGHTS, {k: v.half() if half else v for k, v in tensors.items()})
-        card = self.card | {"normalise": self.normalise, "norm": self.norm, "sigma_range": list(self.sigma_range), "sha256": sha256(folder / WEIGHTS), "prefix_sha256": self.prefix.fingerprint(), "reward_sha256": self.reward.fingerprint()}
+        card = self.card | {
+            "normalise": self.normalise,
+            "norm": self.norm,
+            "sigma_range": list(self.sigma_range),
+            "sha256": sha256(folder / WEIGHTS),
+            "prefix_sha256": self.prefix.fingerprint(),
+            "reward_sha256": self.reward.fingerprint(),
+        }
         write_json(folder / CARD, card)
 
     @classmethod
@@ -118,14 +164,31 @@ class StitchedValueModel(nn.Module):
         check_vae(card, backbone.path, path)
         linear = tensors["stitch.linear.weight"]
         if linear.shape[1] != backbone.width or card["blocks"] > backbone.num_blocks:
-            raise UserError(f"value model '{path}' is for a denoiser of width {linear.shape[1]} cut after block {card['blocks']}; this one has width {backbone.width} and {backbone.num_blocks} blocks")
+            raise UserError(
+                f"value model '{path}' is for a denoiser of width {linear.shape[1]} cut after block {card['blocks']}; this one has width {backbone.width} and {backbone.num_blocks} blocks"
+            )
         null = Conditioning(tensors["null_tokens"].to(backbone.dtype), tensors["null_pooled"].to(backbone.dtype)).to(backbone.device)
         stitch = StitchLayer(linear[:, :, 0, 0].float(), tensors["stitch.linear.bias"].float(), reward.grid)
         tail = reward.tail(card["reward_block"])
-        model = cls(backbone.make_prefix(card["blocks"], share=share), null, stitch, tail, reward, normalise=card["normalise"], norm=card["norm"], sigma_range=tuple(card["sigma_range"]), card=card)
-        for what, found, wanted in (("denoiser", model.prefix.fingerprint(), card["prefix_sha256"]), ("reward model", reward.fingerprint(), card["reward_sha256"])):
+        model = cls(
+            backbone.make_prefix(card["blocks"], share=share),
+            null,
+            stitch,
+            tail,
+            reward,
+            normalise=card["normalise"],
+            norm=card["norm"],
+            sigma_range=tuple(card["sigma_range"]),
+            card=card,
+        )
+        for what, found, wanted in (
+            ("denoiser", model.prefix.fingerprint(), card["prefix_sha256"]),
+            ("reward model", reward.fingerprint(), card["reward_sha256"]),
+        ):
             if found != wanted:
-                raise UserError(f"value model '{path}' was stitched from another {what} (hash {wanted[:12]}..., this one has {found[:12]}...): stitch it again with launch/stitch.py")
+                raise UserError(
+                    f"value model '{path}' was stitched from another {what} (hash {wanted[:12]}..., this one has {found[:12]}...): stitch it again with launch/stitch.py"
+                )
         trained = {k: v.float() for k, v in tensors.items() if k.startswith(("stitch.", "tail."))}
         try:
             _, unexpected = model.load_state_dict(trained, strict=False)
@@ -144,14 +207,18 @@ def read_card(path: str | Path) -> dict[str, Any]:
 def check_vae(card: dict[str, Any], backbone_path: str | Path, path: str | Path) -> None:
     """Latents of different autoencoders are not comparable: refuse."""
     if (found := vae_fingerprint(backbone_path)) != card["vae_sha256"]:
-        raise UserError(f"value model '{path}' reads latents of another autoencoder (vae hash {card['vae_sha256'][:12]}..., model '{backbone_path}' has {found[:12]}...): stitch one for this model")
+        raise UserError(
+            f"value model '{path}' reads latents of another autoencoder (vae hash {card['vae_sha256'][:12]}..., model '{backbone_path}' has {found[:12]}...): stitch one for this model"
+        )
 
 
 def build(spec: dict[str, Any]) -> Any:
     """Build a part that a card names. Cards may only name rlstitch's own classes: anything else must be passed in by hand."""
     target = spec["_target_"]
     if not target.startswith("rlstitch."):
-        raise UserError(f"the card names '{target}', which is not part of rlstitch and will not be imported from a file: build it and pass it to from_pretrained")
+        raise UserError(
+            f"the card names '{target}', which is not part of rlstitch and will not be imported from a file: build it and pass it to from_pretrained"
+        )
     module, _, name = target.rpartition(".")
     return getattr(import_module(module), name)(**{k: v for k, v in spec.items() if k != "_target_"})
 

@@ -87,12 +87,16 @@ def choose(result: SearchResult, recipe: StitchRecipe):
         pairs = [p for p in result.table if p.i == int(recipe.blocks)]
     pairs = [p for p in pairs if not recipe.reward_block or p.j == recipe.reward_block]
     if not pairs:
-        raise UserError(f"no pair with blocks={recipe.blocks}, reward_block={recipe.reward_block}: the denoiser has {result.num_blocks} blocks, the search went to reward block {max(p.j for p in result.table)}")
+        raise UserError(
+            f"no pair with blocks={recipe.blocks}, reward_block={recipe.reward_block}: the denoiser has {result.num_blocks} blocks, the search went to reward block {max(p.j for p in result.table)}"
+        )
     return min(pairs, key=lambda p: p.normalised)
 
 
 @torch.no_grad()
-def quality(model: StitchedValueModel, latents: Tensor, prompts: list[str], clean: Tensor, *, sigmas: tuple[float, ...] = SIGMAS, seed: int = 0) -> dict[str, dict[str, float]]:
+def quality(
+    model: StitchedValueModel, latents: Tensor, prompts: list[str], clean: Tensor, *, sigmas: tuple[float, ...] = SIGMAS, seed: int = 0
+) -> dict[str, dict[str, float]]:
     """By sigma: Recall@1 image to text over the N prompts (where the reward reads text) and the correlation of V with the clean score [N] of the own prompt."""
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(latents.device)
     out = {}
@@ -124,14 +128,40 @@ def run(recipe: StitchRecipe) -> StitchedValueModel:
     require(recipe.model["path"], "the model directory")
     images, _ = cfg.build(recipe.images)
     started = time.perf_counter()
-    result = search(backbone, reward, images[: recipe.search_images].float() / 255, max_reward_block=recipe.max_reward_block, seed=recipe.seed)
+    result = search(
+        backbone, reward, images[: recipe.search_images].float() / 255, max_reward_block=recipe.max_reward_block, seed=recipe.seed
+    )
     searched = time.perf_counter() - started
     pair = choose(result, recipe)
-    print(f"{recipe.name}: search over {len(result.table)} pairs took {searched:.1f} s; best {result.best.i, result.best.j} ({result.best.normalised:.4f} of the variance), taken {pair.i, pair.j} ({pair.normalised:.4f})", flush=True)
+    print(
+        f"{recipe.name}: search over {len(result.table)} pairs took {searched:.1f} s; best {result.best.i, result.best.j} ({result.best.normalised:.4f} of the variance), taken {pair.i, pair.j} ({pair.normalised:.4f})",
+        flush=True,
+    )
     latents = latents_of(backbone, images)
     targets, tokens, norm = targets_of(reward, images)
-    card = {"name": recipe.name, "backbone": recipe.model, "reward": recipe.reward, "vae_sha256": vae_fingerprint(recipe.model["path"]), "blocks": pair.i, "reward_block": pair.j, "search": result.rows(), "distill": dataclasses.asdict(recipe.distill)}
-    model = StitchedValueModel.from_search(backbone, reward, pair.i, pair.j, pair.weight, pair.bias, cls_state=result.cls[pair.j].float(), norm=norm, normalise=recipe.normalise, sigma_range=(recipe.sigma_low, recipe.sigma_high), card=card)
+    card = {
+        "name": recipe.name,
+        "backbone": recipe.model,
+        "reward": recipe.reward,
+        "vae_sha256": vae_fingerprint(recipe.model["path"]),
+        "blocks": pair.i,
+        "reward_block": pair.j,
+        "search": result.rows(),
+        "distill": dataclasses.asdict(recipe.distill),
+    }
+    model = StitchedValueModel.from_search(
+        backbone,
+        reward,
+        pair.i,
+        pair.j,
+        pair.weight,
+        pair.bias,
+        cls_state=result.cls[pair.j].float(),
+        norm=norm,
+        normalise=recipe.normalise,
+        sigma_range=(recipe.sigma_low, recipe.sigma_high),
+        card=card,
+    )
     bar = tqdm(total=recipe.distill.steps, desc=recipe.name, unit="step")
 
     def progress(step: int, metrics: dict[str, float]) -> None:
@@ -145,7 +175,13 @@ def run(recipe: StitchRecipe) -> StitchedValueModel:
     with torch.no_grad():
         held_latents, held_targets = latents_of(backbone, held), targets_of(reward, held)[0]
         clean = reward.score_embedding(held_targets, Batch(prompts, torch.arange(len(prompts)), torch.arange(len(prompts))))
-    model.card |= {"quality": quality(model, held_latents, prompts, clean), "search_seconds": round(searched, 1), "distill_seconds": round(seconds, 1), "device_hours": round((time.perf_counter() - started) / 3600, 5), "hardware": cfg.hardware()}
+    model.card |= {
+        "quality": quality(model, held_latents, prompts, clean),
+        "search_seconds": round(searched, 1),
+        "distill_seconds": round(seconds, 1),
+        "device_hours": round((time.perf_counter() - started) / 3600, 5),
+        "hardware": cfg.hardware(),
+    }
     if reward.head is None:
         model.card["clean_recall_at_1"] = round(recall(F.normalize(held_targets, dim=-1), reward.embed_texts(prompts)), 4)
     folder = Path(recipe.out) / recipe.name

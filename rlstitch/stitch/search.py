@@ -50,7 +50,9 @@ class SearchResult:
 
 
 @torch.no_grad()
-def features(backbone: Any, reward: Any, images: Tensor, max_reward_block: int, generator: torch.Generator) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+def features(
+    backbone: Any, reward: Any, images: Tensor, max_reward_block: int, generator: torch.Generator
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """One batch's denoiser features after every block and reward inputs of every early block, float64 [B N', W] on the reward's grid, and [CLS] states."""
     z0 = backbone.encode(images.to(backbone.device))
     sigma = torch.rand(len(z0), generator=generator).to(z0.device)

@@ -85,7 +85,18 @@ def patch_loss(logits: Tensor, labels: tuple[Tensor, Tensor], weight: Tensor) ->
     return (weight * sum(losses)).mean()
 
 
-def train(size: str, out: Path, work: Path, *, seed: int, steps: int, minutes: float | None, lr: float = 1.5e-3, batch: int = 64, pool_size: int = 24_000) -> None:
+def train(
+    size: str,
+    out: Path,
+    work: Path,
+    *,
+    seed: int,
+    steps: int,
+    minutes: float | None,
+    lr: float = 1.5e-3,
+    batch: int = 64,
+    pool_size: int = 24_000,
+) -> None:
     torch.manual_seed(seed)
     rank, world = ranks()
     folder, batch = out / size, batch // world
@@ -97,7 +108,9 @@ def train(size: str, out: Path, work: Path, *, seed: int, steps: int, minutes: f
     encoders[0].text_model.load_state_dict(clip.text_model.state_dict())
     encoders[0].text_projection.load_state_dict(clip.text_projection.state_dict())
     probe = nn.Linear(transformer.inner_dim, len(SHAPES) + len(COLOURS) + 2)
-    model = nn.ModuleDict({"transformer": transformer, "text_encoder": encoders[0], "text_encoder_2": encoders[1], "probe": probe}).to(device())
+    model = nn.ModuleDict({"transformer": transformer, "text_encoder": encoders[0], "text_encoder_2": encoders[1], "probe": probe}).to(
+        device()
+    )
     pool = make_pool(pool_size, seed + 1)
     latents = encode_latents(vae, pool.images)
     labels = labels_of(pool)
@@ -125,12 +138,16 @@ def train(size: str, out: Path, work: Path, *, seed: int, steps: int, minutes: f
         z = torch.lerp(z0, noise, t.view(-1, 1, 1, 1))
         with autocast():
             context, pooled = conditioning(encoders, batch_ids.to(device()))
-            v = model["transformer"](hidden_states=z, encoder_hidden_states=context, pooled_projections=pooled, timestep=1000 * t, return_dict=False)[0]
+            v = model["transformer"](
+                hidden_states=z, encoder_hidden_states=context, pooled_projections=pooled, timestep=1000 * t, return_dict=False
+            )[0]
         error = (v.float() - (noise - z0)).square().mean()
         dense = patch_loss(probe(seen.pop("tokens").float()), tuple(label[index].to(t.device) for label in labels), 1 - t)
         return error + 0.1 * dense, {"loss": error.detach(), "dense": dense.detach()}
 
-    facts = fit(size, model, loss_of, steps=steps, lr=lr, seed=seed, work=work, minutes=minutes, weight_decay=0.01, ema_decay=0.999, log_every=100)
+    facts = fit(
+        size, model, loss_of, steps=steps, lr=lr, seed=seed, work=work, minutes=minutes, weight_decay=0.01, ema_decay=0.999, log_every=100
+    )
     hook.remove()
     if rank:
         return

@@ -41,7 +41,15 @@ def clip_config(tokenizer, width: int, vision_layers: int, text_layers: int, pro
             pad_token_id=tokenizer.pad_token_id,
             projection_dim=projection,
         ),
-        vision_config=dict(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=vision_layers, num_attention_heads=heads, image_size=64, patch_size=8, projection_dim=projection),
+        vision_config=dict(
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=vision_layers,
+            num_attention_heads=heads,
+            image_size=64,
+            patch_size=8,
+            projection_dim=projection,
+        ),
         projection_dim=projection,
     )
 
@@ -78,7 +86,11 @@ class Embedder:
         with autocast():
             output = vision(pixel_values=normalise(images).to(device()))
             embedding = self.model.visual_projection(output.pooler_output)
-        return F.normalize(embedding.float(), dim=-1), output.pooler_output.float(), vision.post_layernorm(output.last_hidden_state[:, 1:].float())
+        return (
+            F.normalize(embedding.float(), dim=-1),
+            output.pooler_output.float(),
+            vision.post_layernorm(output.last_hidden_state[:, 1:].float()),
+        )
 
     def texts(self, texts: list[str]) -> Tensor:
         ids = self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device())
@@ -139,7 +151,20 @@ def save_reward(model: CLIPModel, tokenizer, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     model.float()
     size = model.config.vision_config.image_size
-    processor = dict(image_processor_type="CLIPImageProcessor", do_resize=True, do_center_crop=True, do_normalize=True, do_rescale=True, do_convert_rgb=True, resample=3, rescale_factor=1 / 255, size={"shortest_edge": size}, crop_size={"height": size, "width": size}, image_mean=MEAN, image_std=STD)
+    processor = dict(
+        image_processor_type="CLIPImageProcessor",
+        do_resize=True,
+        do_center_crop=True,
+        do_normalize=True,
+        do_rescale=True,
+        do_convert_rgb=True,
+        resample=3,
+        rescale_factor=1 / 255,
+        size={"shortest_edge": size},
+        crop_size={"height": size, "width": size},
+        image_mean=MEAN,
+        image_std=STD,
+    )
     (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=1) + "\n")
 
 
@@ -184,7 +209,9 @@ def train_clip(out: Path, work: Path, vae: AutoencoderKL, *, seed: int, steps: i
         images[dull] = degrade(images[dull], generator)
         image, pooled, tokens = embedder.images(images)
         facts = pool.facts[index]
-        loss, accuracy = contrastive(image, embedder.texts([p.text for p in prompts]), model.logit_scale, facts, PromptTable.from_prompts(prompts))
+        loss, accuracy = contrastive(
+            image, embedder.texts([p.text for p in prompts]), model.logit_scale, facts, PromptTable.from_prompts(prompts)
+        )
         aux, dense = probe(pooled, facts), probe.patches(tokens, (shapes[index], colours[index]))
         return loss + aux + 4 * dense, {"loss": loss.detach(), "aux": aux.detach(), "dense": dense.detach(), "accuracy": accuracy}
 
@@ -195,7 +222,13 @@ def train_clip(out: Path, work: Path, vae: AutoencoderKL, *, seed: int, steps: i
     clean = recall_at_1(embedder, held.images.float() / 255, captions)
     decoded = recall_at_1(embedder, reconstruct(vae, held.images).float() / 255, captions)
     save_reward(model, tokenizer, out / "clip")
-    facts |= {"part": "clip", "seed": seed, "recall_at_1": clean[0], "recall_at_1_text_to_image": clean[1], "recall_at_1_decoded": decoded[0]}
+    facts |= {
+        "part": "clip",
+        "seed": seed,
+        "recall_at_1": clean[0],
+        "recall_at_1_text_to_image": clean[1],
+        "recall_at_1_decoded": decoded[0],
+    }
     write_card(out / "clip", facts)
     print(facts, flush=True)
 
@@ -218,7 +251,12 @@ class Pairs:
         twin[same] = pool.images[same]
         odd = torch.arange(1, n, 2)
         pool.images[odd], twin[odd] = reconstruct(vae, pool.images[odd]), reconstruct(vae, twin[odd])
-        second = FactTable(*(torch.where(same.view(-1, *[1] * (a.ndim - 1)), a, b) for a, b in zip(vars(self.facts[0]).values(), vars(self.facts[1]).values())))
+        second = FactTable(
+            *(
+                torch.where(same.view(-1, *[1] * (a.ndim - 1)), a, b)
+                for a, b in zip(vars(self.facts[0]).values(), vars(self.facts[1]).values())
+            )
+        )
         worsen = [torch.rand(n, generator=generator) < 0.5 for _ in range(2)]
         worsen[1] |= same
         self.images, self.utility = [], []
@@ -248,7 +286,18 @@ def pair_accuracy(embedder: Embedder, pairs: Pairs) -> float:
     return float(torch.cat(hits).float().mean())
 
 
-def train_preference(name: str, out: Path, work: Path, vae: AutoencoderKL, *, seed: int, steps: int, minutes: float | None, batch: int = 64, start_from: Path | None = None) -> None:
+def train_preference(
+    name: str,
+    out: Path,
+    work: Path,
+    vae: AutoencoderKL,
+    *,
+    seed: int,
+    steps: int,
+    minutes: float | None,
+    batch: int = 64,
+    start_from: Path | None = None,
+) -> None:
     """A CLIPModel trained on preference pairs (Bradley-Terry on scaled cosines) with a contrastive term; from `start_from` or from scratch."""
     torch.manual_seed(seed)
     tokenizer = shapes_tokenizer.build(out / name)
@@ -273,14 +322,31 @@ def train_preference(name: str, out: Path, work: Path, vae: AutoencoderKL, *, se
         preference = F.softplus(-sign * margin).mean()
         facts = pairs.scene_facts[index]
         captions = [pairs.captions[i] for i in rows]
-        nce, _ = contrastive(first, embedder.texts([c.text for c in captions]), model.logit_scale, facts, PromptTable.from_prompts(captions))
+        nce, _ = contrastive(
+            first, embedder.texts([c.text for c in captions]), model.logit_scale, facts, PromptTable.from_prompts(captions)
+        )
         aux = probe(pooled[:batch], facts) + 4 * probe.patches(tokens[:batch], tuple(label[index] for label in pairs.labels))
         accuracy = (sign * margin > 0).float().mean()
         return preference + 0.2 * nce + 0.2 * aux, {"preference": preference.detach(), "nce": nce.detach(), "accuracy": accuracy}
 
     both = nn.ModuleDict({"clip": model, "probe": probe})
-    facts = fit(name, both, loss_of, steps=steps, lr=1.0e-3 if start_from is None else 5e-4, seed=seed, work=work, minutes=minutes, weight_decay=0.02)
-    facts |= {"part": name, "seed": seed, "utility": UTILITY[name], "pair_accuracy": pair_accuracy(embedder, Pairs(2000, seed + 999, name, vae))}
+    facts = fit(
+        name,
+        both,
+        loss_of,
+        steps=steps,
+        lr=1.0e-3 if start_from is None else 5e-4,
+        seed=seed,
+        work=work,
+        minutes=minutes,
+        weight_decay=0.02,
+    )
+    facts |= {
+        "part": name,
+        "seed": seed,
+        "utility": UTILITY[name],
+        "pair_accuracy": pair_accuracy(embedder, Pairs(2000, seed + 999, name, vae)),
+    }
     save_reward(model, tokenizer, out / name)
     write_card(out / name, facts)
     print(facts, flush=True)

@@ -45,7 +45,12 @@ def trainers(out: Path, work: Path, seed: int) -> dict[str, Callable[[], None]]:
 
 
 def main(arguments: list[str], default_out: Path) -> int:
-    options = {"parts": "prompts,vae,clip,shapes,hps,aesthetic,preference_b,shapes-large", "seed": "0", "out": str(default_out), "threads": "0"}
+    options = {
+        "parts": "prompts,vae,clip,shapes,hps,aesthetic,preference_b,shapes-large",
+        "seed": "0",
+        "out": str(default_out),
+        "threads": "0",
+    }
     for argument in arguments:
         key, found, value = argument.partition("=")
         if not found or key not in options:
@@ -58,7 +63,9 @@ def main(arguments: list[str], default_out: Path) -> int:
     work = out / ".work"
     work.mkdir(parents=True, exist_ok=True)
     steps = trainers(out, work, int(options["seed"]))
-    steps["prompts"] = lambda: [prompts.write_prompts(out / f"{name}.jsonl", rows) for name, rows in prompts.make_splits(int(options["seed"])).items()]
+    steps["prompts"] = lambda: [
+        prompts.write_prompts(out / f"{name}.jsonl", rows) for name, rows in prompts.make_splits(int(options["seed"])).items()
+    ]
     wanted = options["parts"].split(",")
     unknown = [p for p in wanted if p not in steps]
     if unknown:

@@ -59,6 +59,11 @@ def train(out: Path, work: Path, *, seed: int, steps: int, minutes: float | None
         latents = torch.cat([vae.encode(2 * held_out[p].to(device()) - 1).latent_dist.mode() for p in batches(512, 64)])
     vae.register_to_config(scaling_factor=float(1 / latents.std()), shift_factor=float(latents.mean()))
     vae.half().save_pretrained(out / "vae")
-    facts |= {"part": "vae", "seed": seed, "psnr_db": round(psnr(vae.float(), held_out), 2), "channel_std": [round(s, 3) for s in latents.std((0, 2, 3)).tolist()]}
+    facts |= {
+        "part": "vae",
+        "seed": seed,
+        "psnr_db": round(psnr(vae.float(), held_out), 2),
+        "channel_std": [round(s, 3) for s in latents.std((0, 2, 3)).tolist()],
+    }
     write_card(out / "vae", facts)
     print(facts, flush=True)
