@@ -14,7 +14,7 @@ from rlstitch import sampling
 from rlstitch.data import PromptSet
 from rlstitch.distributed import Engine
 from rlstitch.policy import Policy
-from rlstitch.types import Reward, noise_like
+from rlstitch.types import Judge, Reward, noise_like
 
 
 @dataclass
@@ -79,7 +79,7 @@ def evaluate(
     scores = {name: whole(column) for name, column in columns.items()}
     means = {name: float(column.mean()) for name, column in scores.items()}
     for name, reward in rewards.items():
-        if hasattr(reward, "breakdown"):
+        if isinstance(reward, Judge):
             means |= {f"{name}/{k}": v for k, v in reward.breakdown(scores[name], prompts.rows[:count]).items()}
             means[name] = means.pop(f"{name}/overall")
     return Evaluation(means, scores, whole(parts))

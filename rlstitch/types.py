@@ -92,6 +92,13 @@ class Reward(Protocol):
 
 
 @runtime_checkable
+class Judge(Protocol):
+    """A reward that also splits its mean into classes, with the figure to report as `overall`."""
+
+    def breakdown(self, scores: Tensor, rows: list[dict[str, Any]]) -> dict[str, float]: ...
+
+
+@runtime_checkable
 class StitchableReward(Protocol):
     """A feed-forward reward that can be entered at block j (1-based; j = 1 is what the patch embedding produces)."""
 

@@ -93,19 +93,27 @@ def choose(result: SearchResult, recipe: StitchRecipe):
     return min(pairs, key=lambda p: p.normalised)
 
 
+def scores_under(reward: Any, embedding: Tensor, prompts: list[str], others: int = 3) -> Tensor:
+    """Scores of N embeddings under their own prompt and under those of the next `others` rows, so that matches and mismatches both count: [N (1 + others)]."""
+    out = []
+    for roll in range(1 + others):
+        asked = prompts[roll:] + prompts[:roll]
+        out.append(reward.score_embedding(embedding, Batch(asked, torch.arange(len(asked)), torch.arange(len(asked)))))
+    return torch.cat(out)
+
+
 @torch.no_grad()
 def quality(
-    model: StitchedValueModel, latents: Tensor, prompts: list[str], clean: Tensor, *, sigmas: tuple[float, ...] = SIGMAS, seed: int = 0
+    model: StitchedValueModel, latents: Tensor, prompts: list[str], targets: Tensor, *, sigmas: tuple[float, ...] = SIGMAS, seed: int = 0
 ) -> dict[str, dict[str, float]]:
-    """By sigma: Recall@1 image to text over the N prompts (where the reward reads text) and the correlation of V with the clean score [N] of the own prompt."""
+    """By sigma: Recall@1 image to text over the N prompts (where the reward reads text), and the correlation of V with the clean reward over matched and mismatched prompts."""
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(latents.device)
-    out = {}
+    clean, out = scores_under(model.reward, targets, prompts), {}
     for level in sigmas:
         sigma = torch.full((len(latents),), level, device=latents.device)
         z = schedule.interpolate(latents, noise, sigma)
         embedding = torch.cat([model.embed(model.activations(z[k : k + 64], sigma[k : k + 64]).grid)[0] for k in range(0, len(z), 64)])
-        batch = Batch(prompts, torch.arange(len(prompts)), torch.arange(len(prompts)))
-        value = model.reward.score_embedding(embedding, batch)
+        value = scores_under(model.reward, embedding, prompts)
         row = {"correlation": float(torch.corrcoef(torch.stack([value, clean]))[0, 1])}
         if model.reward.head is None:
             row["recall_at_1"] = recall(embedding, model.reward.embed_texts(prompts))
@@ -174,9 +182,8 @@ def run(recipe: StitchRecipe) -> StitchedValueModel:
     held, prompts = cfg.build(recipe.held_out)
     with torch.no_grad():
         held_latents, held_targets = latents_of(backbone, held), targets_of(reward, held)[0]
-        clean = reward.score_embedding(held_targets, Batch(prompts, torch.arange(len(prompts)), torch.arange(len(prompts))))
     model.card |= {
-        "quality": quality(model, held_latents, prompts, clean),
+        "quality": quality(model, held_latents, prompts, held_targets),
         "search_seconds": round(searched, 1),
         "distill_seconds": round(seconds, 1),
         "device_hours": round((time.perf_counter() - started) / 3600, 5),
