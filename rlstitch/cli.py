@@ -45,7 +45,6 @@ def main(run: Callable[[list[str]], None]) -> None:
         os.environ.setdefault(name, "error")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters on one base are what we want
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch|diffusers|deepspeed")
     import torch.distributed as dist

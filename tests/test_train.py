@@ -129,6 +129,20 @@ def test_lora_of_a_run_loads_in_stock_diffusers_with_the_same_picture(world, ref
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
+def test_evaluating_a_run_again_gives_the_same_figures_on_any_number_of_ranks(world, reference, ranks):
+    run = world / "runs" / reference
+    launcher = (
+        [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port", "29477"]
+    )
+    command = [*launcher, str(ROOT / "launch" / "evaluate.py"), f"run={run}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, env=environment, capture_output=True, cwd=world)
+    again, first = json.loads((run / "evaluation.json").read_text()), json.loads((run / "summary.json").read_text())["eval"]
+    for which, means in first.items():
+        assert again[which]["clip"] == pytest.approx(means["clip"], abs=1e-6)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_kill_and_resume_is_bit_for_bit(world, reference, ranks):
     """4 updates equal 2 + kill -9 + resume + 2, in metrics and weights."""
     whole = reference
