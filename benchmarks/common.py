@@ -65,6 +65,6 @@ def peak_megabytes(case: Callable[[], Any]) -> float:
 
 def save(name: str, result: dict[str, Any]) -> None:
     """results/<name>.json, with the machine's name."""
-    result = {"hardware": hardware(), "command": " ".join(["python", *sys.argv]), **result}
+    result = {"hardware": hardware(), "command": " ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]), **result}
     write_json(RESULTS / f"{name}.json", result)
     print(json.dumps(result, indent=1))

@@ -193,7 +193,9 @@ def batches(n: int, size: int) -> Iterator[slice]:
 
 def write_card(folder: Path, facts: dict) -> None:
     """`card.json` beside the weights: what made them."""
-    facts = {"command": " ".join(["python", *sys.argv]), "hardware": hardware(), **facts}
+    told = [a for a in sys.argv[1:] if not a.startswith(("out=", "threads=", "parts="))]
+    command = " ".join(["python launch/pretrain_shapes.py", f"parts={facts['part']}", *told])
+    facts = {"command": command, "hardware": hardware(), **facts}
     temporary = folder / "card.json.tmp"
     temporary.write_text(json.dumps(facts, indent=1) + "\n")
     os.replace(temporary, folder / "card.json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 
 import torch
@@ -88,6 +89,7 @@ def patch_loss(logits: Tensor, labels: tuple[Tensor, Tensor], weight: Tensor) ->
 def train(
     size: str,
     out: Path,
+    vae_folder: Path,
     work: Path,
     *,
     seed: int,
@@ -100,7 +102,7 @@ def train(
     torch.manual_seed(seed)
     rank, world = ranks()
     folder, batch = out / size, batch // world
-    vae = AutoencoderKL.from_pretrained(out / "vae", dtype=torch.float32).to(device())
+    vae = AutoencoderKL.from_pretrained(vae_folder, dtype=torch.float32).to(device())
     tokenizer = shapes_tokenizer.build(folder / "tokenizer")
     shapes_tokenizer.build(folder / "tokenizer_2")
     transformer, encoders = build_transformer(size), [text_encoder(tokenizer, 96, 3), text_encoder(tokenizer, 32, 2)]
@@ -163,5 +165,6 @@ def train(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )
     pipeline.save_pretrained(folder)
+    shutil.copy(vae_folder / "card.json", folder / "vae" / "card.json")
     write_card(folder, facts | {"part": size, "seed": seed, "parameters": sum(p.numel() for p in transformer.parameters())})
     print(facts, flush=True)

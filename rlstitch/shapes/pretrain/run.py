@@ -25,8 +25,13 @@ BUDGET = {
 SEEDS = {"vae": 0, "clip": 1, "shapes": 2, "shapes-large": 3, "hps": 4, "aesthetic": 5, "preference_b": 61}
 
 
+def vae_folder(out: Path) -> Path:
+    """Where the autoencoder lies: by itself while the world is trained, inside the pipeline where only that was shipped."""
+    return out / "vae" if (out / "vae").exists() else out / "shapes" / "vae"
+
+
 def load_vae(out: Path) -> AutoencoderKL:
-    return AutoencoderKL.from_pretrained(out / "vae", dtype=torch.float32).to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return AutoencoderKL.from_pretrained(vae_folder(out), dtype=torch.float32).to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 def trainers(out: Path, work: Path, seed: int) -> dict[str, Callable[[], None]]:
@@ -36,11 +41,11 @@ def trainers(out: Path, work: Path, seed: int) -> dict[str, Callable[[], None]]:
     return {
         "vae": lambda: vae.train(**args("vae")),
         "clip": lambda: rewards.train_clip(vae=load_vae(out), **args("clip")),
-        "shapes": lambda: generator.train("shapes", **args("shapes")),
+        "shapes": lambda: generator.train("shapes", vae_folder=vae_folder(out), **args("shapes")),
         "hps": lambda: rewards.train_preference("hps", vae=load_vae(out), start_from=out / "clip", **args("hps")),
         "aesthetic": lambda: rewards.train_aesthetic(vae=load_vae(out), **args("aesthetic")),
         "preference_b": lambda: rewards.train_preference("preference_b", vae=load_vae(out), **args("preference_b")),
-        "shapes-large": lambda: generator.train("shapes-large", **args("shapes-large")),
+        "shapes-large": lambda: generator.train("shapes-large", vae_folder=vae_folder(out), **args("shapes-large")),
     }
 
 
@@ -72,8 +77,9 @@ def main(arguments: list[str], default_out: Path) -> int:
         print(f"pretrain_shapes: no part named {', '.join(unknown)}; there are {', '.join(steps)}", file=sys.stderr)
         return 2
     for part in wanted:
-        if (out / part / "card.json").exists():
-            print(f"{part}: done already ({out / part / 'card.json'})")
+        folder = vae_folder(out) if part == "vae" else out / part
+        if (folder / "card.json").exists():
+            print(f"{part}: done already ({folder / 'card.json'})")
             continue
         steps[part]()
     return 0
