@@ -2,6 +2,8 @@
 
     python launch/pretrain_shapes.py                          # all parts, on 2 cores in about three hours
     python launch/pretrain_shapes.py parts=clip,hps seed=1 out=my_shapes threads=1
+    torchrun --nproc_per_node=2 launch/pretrain_shapes.py parts=shapes threads=1      # the generator on two ranks of one thread, faster than one of two
+    torchrun --nproc_per_node=2 launch/pretrain_shapes.py parts=shapes threads=1 init=shapes:shapes out=longer     # go on from shipped weights
 
 Parts are done in order and resume where they stopped (state under <out>/.work). A part that has a card.json is left alone.
 """

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTextConfig, CLIPTextModelWithProjection
 
+from rlstitch.files import require
 from rlstitch.shapes import tokenizer as shapes_tokenizer
 from rlstitch.shapes.pretrain.common import autocast, batches, device, fit, ranks, write_card
 from rlstitch.shapes.pretrain.pool import labels_of, make_pool
@@ -86,6 +87,19 @@ def patch_loss(logits: Tensor, labels: tuple[Tensor, Tensor], weight: Tensor) ->
     return (weight * sum(losses)).mean()
 
 
+def start(transformer: SD3Transformer2DModel, encoders: list[CLIPTextModelWithProjection], clip_folder: Path, init: str) -> None:
+    """Weights to begin with: those of the pipeline `init`, or a fresh denoiser whose first text encoder is clip's text tower."""
+    if init:
+        folder = require(init, "the pipeline to go on from")
+        transformer.load_state_dict(SD3Transformer2DModel.from_pretrained(folder / "transformer", dtype=torch.float32).state_dict())
+        for encoder, name in zip(encoders, ("text_encoder", "text_encoder_2")):
+            encoder.load_state_dict(CLIPTextModelWithProjection.from_pretrained(folder / name, dtype=torch.float32).state_dict())
+        return
+    clip = CLIPModel.from_pretrained(clip_folder, dtype=torch.float32)
+    encoders[0].text_model.load_state_dict(clip.text_model.state_dict())
+    encoders[0].text_projection.load_state_dict(clip.text_projection.state_dict())
+
+
 def train(
     size: str,
     out: Path,
@@ -95,6 +109,7 @@ def train(
     seed: int,
     steps: int,
     minutes: float | None,
+    init: str = "",
     lr: float = 1.5e-3,
     batch: int = 64,
     pool_size: int = 24_000,
@@ -106,9 +121,7 @@ def train(
     tokenizer = shapes_tokenizer.build(folder / "tokenizer")
     shapes_tokenizer.build(folder / "tokenizer_2")
     transformer, encoders = build_transformer(size), [text_encoder(tokenizer, 96, 3), text_encoder(tokenizer, 32, 2)]
-    clip = CLIPModel.from_pretrained(out / "clip", dtype=torch.float32)  # the first encoder starts from clip's text tower
-    encoders[0].text_model.load_state_dict(clip.text_model.state_dict())
-    encoders[0].text_projection.load_state_dict(clip.text_projection.state_dict())
+    start(transformer, encoders, out / "clip", init)
     probe = nn.Linear(transformer.inner_dim, len(SHAPES) + len(COLOURS) + 2)
     model = nn.ModuleDict({"transformer": transformer, "text_encoder": encoders[0], "text_encoder_2": encoders[1], "probe": probe}).to(
         device()

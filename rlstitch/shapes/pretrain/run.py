@@ -12,15 +12,15 @@ from diffusers import AutoencoderKL
 from rlstitch.shapes import prompts
 from rlstitch.shapes.pretrain import generator, rewards, vae
 
-# Minutes are those of one busy core; a part ends with its steps or its minutes, whichever comes first.
+# Minutes are wall time on one core (vae, clip and the rewards) or two (shapes: two ranks under torchrun); a part ends with its steps or its minutes, whichever comes first.
 BUDGET = {
     "vae": dict(steps=20_000, minutes=28),
     "clip": dict(steps=4_000, minutes=18),
     "shapes": dict(steps=20_000, minutes=60),
     "shapes-large": dict(steps=9_000, minutes=180),
-    "hps": dict(steps=1_500, minutes=7),
+    "hps": dict(steps=1_500, minutes=9),
     "aesthetic": dict(steps=3_000, minutes=None),
-    "preference_b": dict(steps=2_500, minutes=8),
+    "preference_b": dict(steps=2_500, minutes=10),
 }
 SEEDS = {"vae": 0, "clip": 1, "shapes": 2, "shapes-large": 3, "hps": 4, "aesthetic": 5, "preference_b": 61}
 
@@ -34,14 +34,14 @@ def load_vae(out: Path) -> AutoencoderKL:
     return AutoencoderKL.from_pretrained(vae_folder(out), dtype=torch.float32).to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
-def trainers(out: Path, work: Path, seed: int) -> dict[str, Callable[[], None]]:
+def trainers(out: Path, work: Path, seed: int, init: str = "") -> dict[str, Callable[[], None]]:
     def args(part: str) -> dict:
         return dict(out=out, work=work, seed=SEEDS[part] + 1000 * seed, **BUDGET[part])
 
     return {
         "vae": lambda: vae.train(**args("vae")),
         "clip": lambda: rewards.train_clip(vae=load_vae(out), **args("clip")),
-        "shapes": lambda: generator.train("shapes", vae_folder=vae_folder(out), **args("shapes")),
+        "shapes": lambda: generator.train("shapes", vae_folder=vae_folder(out), init=init, **args("shapes")),
         "hps": lambda: rewards.train_preference("hps", vae=load_vae(out), start_from=out / "clip", **args("hps")),
         "aesthetic": lambda: rewards.train_aesthetic(vae=load_vae(out), **args("aesthetic")),
         "preference_b": lambda: rewards.train_preference("preference_b", vae=load_vae(out), **args("preference_b")),
@@ -55,6 +55,7 @@ def main(arguments: list[str], default_out: Path) -> int:
         "seed": "0",
         "out": str(default_out),
         "threads": "0",
+        "init": "",  # a pipeline whose weights the generator goes on from
     }
     for argument in arguments:
         key, found, value = argument.partition("=")
@@ -67,7 +68,7 @@ def main(arguments: list[str], default_out: Path) -> int:
     out = Path(options["out"])
     work = out / ".work"
     work.mkdir(parents=True, exist_ok=True)
-    steps = trainers(out, work, int(options["seed"]))
+    steps = trainers(out, work, int(options["seed"]), options["init"])
     steps["prompts"] = lambda: [
         prompts.write_prompts(out / f"{name}.jsonl", rows) for name, rows in prompts.make_splits(int(options["seed"])).items()
     ]
