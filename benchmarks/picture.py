@@ -1,6 +1,6 @@
 """Before and after, side by side, from a finished run's sample grids.
 
-    python -m benchmarks.picture run=runs/draft_stitch
+python -m benchmarks.picture run=runs/draft_stitch
 """
 
 from pathlib import Path

@@ -294,7 +294,7 @@ class Trainer:
             self._draw(result, f"step-{self.step:06d}")
 
     def _draw(self, result: Evaluation, name: str) -> Path:
-        n = self.config.evaluation.grid
+        n = min(self.config.evaluation.grid, len(result.images))
         path = self.run / "samples" / f"{name}.png"
         draw_grid(result.images[:n], result.captions(self.held_out.prompts[:n]), path)
         self.log.image("samples", path, self.clock.training + self.clock.stitching)

@@ -51,7 +51,7 @@ data: {{prompts: {folder / "prompts.txt"}}}
 batch: {{prompts_per_update: 4, images_per_prompt: 1, micro_batch: 2}}
 lora: {{rank: 2, alpha: 4}}
 optimiser: {{lr: 0.01}}
-evaluation: {{prompts: {folder / "prompts.txt"}, num_steps: 3, max_prompts: 5, batch_size: 2, rewards: [clip], grid: 4}}
+evaluation: {{prompts: {folder / "prompts.txt"}, num_steps: 3, max_prompts: 5, batch_size: 2, rewards: [clip], grid: 16}}
 logging: {{wandb: "off", progress: false}}
 checkpoint: {{every: 2}}
 """
