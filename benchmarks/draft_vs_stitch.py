@@ -49,9 +49,9 @@ def main() -> None:
         pixel = train("draft", f"draft-k{k}-seed{seed}", out, f"seed={seed}", common[0], f"updates={updates}")
         rows.append({"seed": int(seed), "draft_stitch": stitched, "draft": pixel})
 
-    def spread(recipe: str, which: str, metric: str) -> dict[str, float]:
+    def spread(recipe: str, which: str, metric: str) -> dict[str, float | None]:
         values = [r[recipe]["eval"][which][metric] for r in rows]
-        return {"mean": round(statistics.mean(values), 4), "stdev": round(statistics.stdev(values), 4) if len(values) > 1 else 0.0}
+        return {"mean": round(statistics.mean(values), 4), "stdev": round(statistics.stdev(values), 4) if len(values) > 1 else None}
 
     metrics = ("clip", "hps", "aesthetic", "preference_b", "detector")
     table = {"base": {m: spread("draft_stitch", "base", m) for m in metrics}} | {
@@ -60,7 +60,7 @@ def main() -> None:
     hours = {r: round(statistics.mean(training_hours(row[r]) for row in rows), 4) for r in ("draft_stitch", "draft")}
     lines = ["| | device-hours | " + " | ".join(metrics) + " |", "|---|---|" + "---|" * len(metrics)]
     for name, row in table.items():
-        cells = [f"{c['mean']:.4f} ± {c['stdev']:.4f}" for c in row.values()]
+        cells = [f"{c['mean']:.4f}" + ("" if c["stdev"] is None else f" ± {c['stdev']:.4f}") for c in row.values()]
         lines.append(f"| {name} | {hours.get(name, '')} | " + " | ".join(cells) + " |")
     (Path(__file__).parent / "results" / f"draft_vs_stitch_k{k}.md").write_text("\n".join(lines) + "\n")
     save(
