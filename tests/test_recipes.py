@@ -3,7 +3,6 @@
 import pytest
 
 from rlstitch import config as cfg
-from rlstitch.files import SHAPES
 from rlstitch.stitch import recipe as stitch
 from rlstitch.types import UserError
 
@@ -43,7 +42,6 @@ def test_unknown_recipes_name_the_nearest():
         cfg.compose("draft_stich")
 
 
-@pytest.mark.skipif(not (SHAPES / "shapes" / "card.json").exists(), reason="the world's weights are not in this checkout")
 @pytest.mark.parametrize("name", ["draft", "draft_stitch"])
 def test_shipped_recipes_pass_every_check(name):
     from rlstitch.checks import checked
