@@ -134,10 +134,7 @@ def _pairings(config: RunConfig, cards: dict[str, dict[str, Any]], faults: list[
 def checked(given: dict[str, Any], name: str) -> RunConfig:
     """The typed config, or one UserError that lists every fault."""
     config, faults = cfg.structure(given)
-    if not faults:
-        faults = recipe_faults(config)
-    else:
-        faults += [f for f in recipe_faults(config) if f not in faults]
+    faults += recipe_faults(config)
     if faults:
         raise cfg.report(list(dict.fromkeys(faults)), name)
     if not config.name:

@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlstitch.types import UserError
@@ -233,18 +233,24 @@ def leaves(schema: Any, given: dict, prefix: str, faults: list[str], accepted: l
             accepted.append((path, value))
 
 
-def structure(given: dict[str, Any]) -> tuple[RunConfig, list[str]]:
-    """The typed config and every fault of keys, types, choices and ranges."""
+def fill(schema: type, given: dict[str, Any]) -> tuple[DictConfig, list[str]]:
+    """A dataclass schema filled leaf by leaf, and every key and type that did not fit."""
     faults: list[str] = []
     accepted: list[tuple[str, Any]] = []
-    leaves(RunConfig(), given, "", faults, accepted)
-    config = OmegaConf.structured(RunConfig)
+    leaves(schema(), given, "", faults, accepted)
+    config = OmegaConf.structured(schema)
     for path, value in accepted:
         value = "off" if path == "logging.wandb" and value is False else value  # YAML reads a bare off as false
         try:
             OmegaConf.update(config, path, value, merge=False)
         except OmegaConfBaseException as error:
             faults.append(f"'{path}': {str(error).splitlines()[0]}")
+    return config, faults
+
+
+def structure(given: dict[str, Any]) -> tuple[RunConfig, list[str]]:
+    """The typed config and every fault of keys, types, choices and ranges."""
+    config, faults = fill(RunConfig, given)
     for path, choices in CHOICES.items():
         if (value := OmegaConf.select(config, path)) not in choices:
             faults.append(f"'{path}' must be one of {', '.join(map(str, choices))}, not {value!r}")

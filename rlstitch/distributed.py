@@ -24,6 +24,16 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def average_gradients(parameters: list[nn.Parameter], world: int) -> None:
+    """Mean of every gradient over the ranks, in one all-reduce; a parameter without gradient counts as zero."""
+    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    flat /= world
+    for p, part in zip(parameters, flat.split([g.numel() for g in gradients])):
+        p.grad = part.view_as(p)
+
+
 class Engine:
     """One rank's view of the run. Loss is averaged over ranks and micro-batches; a step with NaN or Inf leaves the weights untouched."""
 
@@ -131,7 +141,7 @@ class Engine:
         norm = None
         if not self._bad:
             if self.world > 1:
-                self._average_gradients()
+                average_gradients(self.parameters, self.world)
             if self.precision == "fp16":
                 self.accelerator.unscale_gradients(self.optimiser)
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
@@ -153,14 +163,6 @@ class Engine:
                 group["lr"] = lr
             return None
         return float(self.deepspeed.get_global_grad_norm())
-
-    def _average_gradients(self) -> None:
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
-        flat = torch.cat([g.flatten() for g in gradients])
-        dist.all_reduce(flat)
-        flat /= self.world
-        for p, part in zip(self.parameters, flat.split([g.numel() for g in gradients])):
-            p.grad = part.view_as(p)
 
     # ------------------------------------------------------------------------------------------------ collectives
 

@@ -38,7 +38,8 @@ class Policy:
         for name, p in transformer.named_parameters():
             p.requires_grad_(f".{CURRENT}." in name)
         self._switch(CURRENT)
-        self._pairs = [(p, dict(transformer.named_parameters())[n.replace(f".{CURRENT}.", f".{EMA}.")]) for n, p in self.named_parameters()]
+        named = dict(transformer.named_parameters())
+        self._pairs = [(p, named[n.replace(f".{CURRENT}.", f".{EMA}.")]) for n, p in self.named_parameters()]
         self.updates = 0
         with torch.no_grad():
             for current, ema in self._pairs:

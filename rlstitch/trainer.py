@@ -224,7 +224,7 @@ class Trainer:
         if self.engine.is_main:
             self.run.mkdir(parents=True, exist_ok=True)
             if source is None:
-                for stale in ("metrics.jsonl", "summary.json", "evaluations.json"):
+                for stale in ("metrics.jsonl", "summary.json", "evaluation.json"):
                     (self.run / stale).unlink(missing_ok=True)
                 shutil.rmtree(self.run / "checkpoints", ignore_errors=True)
         if source is not None:

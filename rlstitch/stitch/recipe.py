@@ -55,15 +55,7 @@ class StitchRecipe:
 
 def checked(given: dict[str, Any], name: str) -> StitchRecipe:
     """The typed recipe, or one UserError that lists every fault."""
-    faults: list[str] = []
-    accepted: list[tuple[str, Any]] = []
-    cfg.leaves(StitchRecipe(), given, "", faults, accepted)
-    config = OmegaConf.structured(StitchRecipe)
-    for path, value in accepted:
-        try:
-            OmegaConf.update(config, path, value, merge=False)
-        except Exception as error:  # omegaconf's validation errors share no public base for enums and literals
-            faults.append(f"'{path}': {str(error).splitlines()[0]}")
+    config, faults = cfg.fill(StitchRecipe, given)
     recipe = OmegaConf.to_object(config)
     for part in ("model", "reward", "images", "held_out"):
         faults += cfg.check_part(part, getattr(recipe, part))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rlstitch.config import hardware
-from rlstitch.distributed import world_size
+from rlstitch.distributed import average_gradients, world_size
 
 
 def device() -> torch.device:
@@ -64,15 +64,6 @@ def ranks() -> tuple[int, int]:
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     return (dist.get_rank(), world) if world > 1 else (0, 1)
-
-
-def average_gradients(params: list[nn.Parameter], world: int) -> None:
-    """One all-reduce of all gradients."""
-    flat = torch.cat([p.grad.flatten() for p in params])
-    dist.all_reduce(flat)
-    flat /= world
-    for p, part in zip(params, flat.split([p.numel() for p in params])):
-        p.grad = part.view_as(p)
 
 
 class Ema:
