@@ -127,7 +127,7 @@ class RunConfig:
 CHOICES = {
     "sampler.spacing": ("plain", "diffusers"),
     "evaluation.spacing": ("plain", "diffusers"),
-    "distributed.precision": ("fp32", "bf16", "fp16"),
+    "distributed.precision": ("auto", "fp32", "bf16", "fp16"),
     "distributed.zero_stage": (0, 1, 2, 3),
     "logging.wandb": ("auto", "offline", "online", "off"),
 }

@@ -19,6 +19,13 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
+def native_bf16(device_type: str) -> bool:
+    """Does the hardware multiply bf16 itself? Where a CPU only emulates it, bf16 is ten and more times slower than fp32."""
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device_type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
 def world_size() -> int:
     """Ranks that torchrun started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -38,8 +45,10 @@ class Engine:
     """One rank's view of the run. Loss is averaged over ranks and micro-batches; a step with NaN or Inf leaves the weights untouched."""
 
     def __init__(self, *, zero_stage: int, precision: str, accumulation: int, micro_batch: int, clip_norm: float):
-        self.zero_stage, self.precision, self.accumulation, self.clip_norm = zero_stage, precision, accumulation, clip_norm
         cuda = torch.cuda.is_available()
+        if precision == "auto":
+            precision = "bf16" if native_bf16("cuda" if cuda else "cpu") else "fp32"
+        self.zero_stage, self.precision, self.accumulation, self.clip_norm = zero_stage, precision, accumulation, clip_norm
         world = world_size()
         launched = "WORLD_SIZE" in os.environ or bool(zero_stage)
         handlers = [InitProcessGroupKwargs(backend="gloo")] if launched and not cuda else []

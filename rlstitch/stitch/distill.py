@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rlstitch import schedule
+from rlstitch.distributed import native_bf16
 from rlstitch.stitch.model import StitchedValueModel
 
 
@@ -125,7 +126,7 @@ def distill(
         noise = torch.randn(config.batch_size, *latents.shape[1:], generator=generator).to(latents.device)
         sigma = draw_sigma(config.batch_size, config, model.sigma_range, generator).to(latents.device)
         z = schedule.interpolate(latents[index].float(), noise, sigma)
-        with torch.autocast(latents.device.type, dtype=torch.bfloat16, enabled=config.autocast):
+        with torch.autocast(latents.device.type, dtype=torch.bfloat16, enabled=config.autocast and native_bf16(latents.device.type)):
             loss, parts = distillation_loss(model, z, sigma, targets[index], target_tokens[index].float(), config)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(stitch + tail, config.clip_norm)
