@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,10 +59,15 @@ class Tweedie(_Mixed):
         self.differentiable = all(r.differentiable for r in self.rewards.values())
 
     def __call__(self, latent: Latent, batch: Batch) -> Tensor:
+        if not bool((latent.sigma > 0).any()):
+            return _scores(self.rewards, self.backbone.decode(latent.z), batch)
         text = batch.text if self.prompt else self.backbone.null.expand(len(latent.z))
         if text is None:
             raise UserError("a Tweedie oracle with prompt=true needs the batch's encoded prompts")
-        v = self.backbone.velocity(latent.z, latent.sigma, text)
+        return self.from_velocity(latent, self.backbone.velocity(latent.z, latent.sigma, text), batch)
+
+    def from_velocity(self, latent: Latent, v: Tensor, batch: Batch) -> Tensor:
+        """Scores [B, K] by a velocity that is known already, guided or not."""
         return _scores(self.rewards, self.backbone.decode(schedule.posterior_mean(latent.z, v, latent.sigma)), batch)
 
 
@@ -113,8 +119,8 @@ class Stitched(_Mixed):
         self.models = [values[name] for name in weights]
         self.sigma_range = (max(m.sigma_range[0] for m in self.models), min(m.sigma_range[1] for m in self.models))
 
-    def __call__(self, latent: Latent, batch: Batch) -> Tensor:
-        return values(self.models, latent, batch)
+    def __call__(self, latent: Latent, batch: Batch, activations: Callable[[StitchedValueModel], Any] | None = None) -> Tensor:
+        return values(self.models, latent, batch, activations)
 
 
 class Weighted(_Mixed):

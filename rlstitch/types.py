@@ -60,6 +60,16 @@ class Batch:
         text = None if self.text is None else self.text[index]
         return Batch(self.prompts[index], self.group[index], self.seeds[index], self.facts[index], text)
 
+    def interleave(self, copies: int) -> Batch:
+        """Every row `copies` times, the copies side by side; seeds are repeated, too."""
+        if copies == 1:
+            return self
+        index = torch.arange(len(self)).repeat_interleave(copies)
+        rows = index.tolist()
+        text = None if self.text is None else self.text[index.to(self.text.tokens.device)]
+        facts = [self.facts[i] for i in rows] if self.facts else []
+        return Batch([self.prompts[i] for i in rows], self.group[index], self.seeds[index], facts, text)
+
 
 @dataclass
 class Rollout:

@@ -9,7 +9,7 @@ import copy
 import gc
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +40,20 @@ class Activations:
         """The image stream as a map [B, W, h, w] of patches."""
         b, _, w = self.image.shape
         return self.image.transpose(1, 2).reshape(b, w, *self.size)
+
+    def _map(self, change: Callable[[Tensor, Tensor], Tensor], other: Activations) -> Activations:
+        text = None if self.text is None or other.text is None else change(self.text, other.text)
+        return Activations(change(self.image, other.image), text, change(self.modulation, other.modulation), self.block, self.size)
+
+    def detach(self) -> Activations:
+        return self._map(lambda mine, _: mine.detach(), self)
+
+    def rows(self, index: Tensor) -> Activations:
+        return self._map(lambda mine, _: mine[index], self)
+
+    def join(self, other: Activations) -> Activations:
+        """Two batches after the same block, one behind the other."""
+        return self._map(lambda mine, theirs: torch.cat([mine, theirs.to(mine.dtype)]), other)
 
 
 def enter(model: nn.Module, z: Tensor, sigma: Tensor, text: Conditioning) -> Activations:
@@ -226,6 +240,10 @@ class SD3Backbone:
         """Run only the first `blocks` blocks (text None: the null text). `resume` finishes them into a velocity."""
         text = self.null.expand(len(z)) if text is None else text
         state = enter(self.transformer, z.to(self.dtype), sigma, text)
+        return advance(self.transformer.transformer_blocks, state, blocks)
+
+    def extend(self, state: Activations, blocks: int) -> Activations:
+        """Go on from a prefix's activations until `blocks` blocks have run."""
         return advance(self.transformer.transformer_blocks, state, blocks)
 
     def walk(self, z: Tensor, sigma: Tensor) -> Iterator[Activations]:

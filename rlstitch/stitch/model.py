@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -223,12 +223,20 @@ def build(spec: dict[str, Any]) -> Any:
     return getattr(import_module(module), name)(**{k: v for k, v in spec.items() if k != "_target_"})
 
 
-def values(models: Sequence[StitchedValueModel], latent: Latent, batch: Batch) -> Tensor:
-    """[B, K] of several value models; those cut at the same block of the same prefix share its activations."""
+def values(
+    models: Sequence[StitchedValueModel], latent: Latent, batch: Batch, activations: Callable[[StitchedValueModel], Any] | None = None
+) -> Tensor:
+    """[B, K] of several value models; those cut at the same block of the same prefix share its activations.
+
+    activations: where a caller has them at hand already (guidance's unconditional branch), it gives them by model.
+    """
     cache: dict[tuple[int, ...], Any] = {}
     out = []
     for model in models:
         model.check_range(latent.sigma)
+        if activations is not None:
+            out.append(model.value_from(activations(model), batch))
+            continue
         key = (len(model.prefix.blocks), *(p.data_ptr() for p in model.prefix.parameters()))
         if key not in cache:
             cache[key] = model.activations(latent.z, latent.sigma)

@@ -1,0 +1,143 @@
+"""Steering a stock diffusers pipeline: callbacks for `callback_on_step_end`, for any flow-matching scheduler.
+
+value = StitchedValueModel.from_pretrained("shapes:value_clip")
+guide = GradientGuide(value, prompts, scale=2.0)
+pipe(prompts, callback_on_step_end=guide)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlstitch.steering.dps import tilt, value_gradient
+from rlstitch.steering.particles import Potential, Potentials, Scheme, Trace, effective_size, normalised, resample
+from rlstitch.stitch.model import StitchedValueModel
+from rlstitch.types import Batch, Latent, UserError
+
+
+def flow_sigma(pipe: Any, step: int) -> float:
+    """Flow time of the latents that enter step `step` of a pipeline's schedule (its length: the finished latent, 0). Refuses schedulers of other paths."""
+    config, timesteps = pipe.scheduler.config, pipe.scheduler.timesteps
+    kind = type(pipe.scheduler).__name__
+    if not ("FlowMatch" in kind or config.get("use_flow_sigmas", False) or config.get("prediction_type", "") == "flow_prediction"):
+        raise UserError(
+            f"a value of flow-matching latents cannot read those of {kind}: use a flow-matching scheduler, e.g. FlowMatchEulerDiscreteScheduler"
+        )
+    return float(timesteps[step]) / config.num_train_timesteps if step < len(timesteps) else 0.0
+
+
+class _Bound:
+    """A value model (or an oracle) with the prompts of one pipeline call bound in."""
+
+    def __init__(self, value: Any, prompts: str | Sequence[str]):
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not prompts:
+            raise UserError("no prompt was given to steer by")
+        index = torch.arange(len(prompts))
+        self.batch = Batch(prompts, index, index)
+        self.ask: Callable[[Latent, Batch], Tensor] = (
+            value.value if isinstance(value, StitchedValueModel) else lambda latent, batch: value.total(value(latent, batch))
+        )
+        self.sigma_range = value.sigma_range
+
+    def __call__(self, z: Tensor, sigma: Tensor) -> Tensor:
+        copies, rest = divmod(len(z), len(self.batch))
+        if rest:
+            raise UserError(
+                f"the pipeline holds {len(z)} latents, no multiple of the {len(self.batch)} prompts that the guide was made with"
+            )
+        return self.ask(Latent(z.float(), sigma), self.batch.interleave(copies))
+
+    def answers(self, sigma: float) -> bool:
+        return self.sigma_range[0] <= sigma <= self.sigma_range[1]
+
+
+class GradientGuide:
+    """DPS by operator splitting: after every step the latents gain h scale sigma / (1 - sigma) grad V, h the length of the step to come.
+
+    The same first-order law as `steering.dps`, without touching the pipeline's solver. steps: indices after which to guide (None: all that the value
+    answers for). value: a StitchedValueModel or an oracle; prompts: those of the call (its num_images_per_prompt may be any).
+    """
+
+    tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        value: Any,
+        prompts: str | Sequence[str],
+        *,
+        scale: float = 1.0,
+        steps: Collection[int] | None = None,
+        max_coefficient: float = 20.0,
+    ):
+        self.value, self.scale, self.steps, self.max_coefficient = _Bound(value, prompts), scale, steps, max_coefficient
+
+    def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        sigma, after = flow_sigma(pipe, step + 1), flow_sigma(pipe, step + 2)
+        if sigma == 0 or self.scale == 0 or not self.value.answers(sigma) or (self.steps is not None and step not in self.steps):
+            return tensors
+        latents = tensors["latents"]
+        _, gradient = value_gradient(self.value, latents.float(), torch.full((len(latents),), sigma, device=latents.device))
+        shift = (sigma - after) * tilt(sigma, self.scale, self.max_coefficient)
+        return tensors | {"latents": (latents.float() + shift * gradient).to(latents.dtype)}
+
+
+class ParticleGuide:
+    """FK steering of a pipeline called with num_images_per_prompt = N: after the steps in `resample_steps`, and at the end, latents are resampled by value.
+
+    The scheduler must add noise (FlowMatchEulerDiscreteScheduler with stochastic_sampling=True): copies would never part under a deterministic one.
+    """
+
+    tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        value: Any,
+        prompts: str | Sequence[str],
+        *,
+        num_particles: int,
+        resample_steps: Collection[int],
+        lam: float,
+        potential: Potential = "diff",
+        resampling: Scheme = "systematic",
+        generator: torch.Generator | None = None,
+    ):
+        if num_particles < 1:
+            raise UserError(f"num_particles must be at least 1, not {num_particles}")
+        self.value, self.particles, self.steps = _Bound(value, prompts), num_particles, set(resample_steps)
+        self.lam, self.potential, self.resampling, self.generator = lam, potential, resampling, generator
+        self.trace = Trace(lam=lam)
+        self._potentials: Potentials | None = None
+
+    def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if not pipe.scheduler.config.get("stochastic_sampling", False):
+            raise UserError(
+                "this pipeline's scheduler adds no noise, so resampled copies would stay identical: "
+                "set pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, stochastic_sampling=True)"
+            )
+        latents, last = tensors["latents"], len(pipe.scheduler.timesteps) - 1
+        if outside := [k for k in self.steps if not 0 <= k <= last]:
+            raise UserError(f"resample_steps {outside[:5]} lie beyond the schedule: its steps are 0..{last}")
+        if len(latents) != len(self.value.batch) * self.particles:
+            raise UserError(
+                f"the pipeline holds {len(latents)} latents, not {len(self.value.batch)} prompts x {self.particles} particles: call it with num_images_per_prompt={self.particles}"
+            )
+        if step == 0:
+            self._potentials = Potentials(self.potential, self.lam, len(self.value.batch), self.particles)
+        if step not in self.steps and step != last:
+            return tensors
+        sigma = torch.full((len(latents),), flow_sigma(pipe, step + 1), device=latents.device)
+        with torch.no_grad():
+            values = self.value(latents.float(), sigma).view(-1, self.particles)
+        self.trace.queries += len(latents)
+        weights, bad = normalised(self._potentials.step(values, last=step == last))
+        self.trace.fallbacks += int(bad.sum())
+        self.trace.ess.append(float(effective_size(weights).mean()))
+        ancestors = resample(weights, self.resampling, self.generator)
+        self._potentials.select(ancestors)
+        rows = (torch.arange(len(ancestors))[:, None] * self.particles + ancestors).flatten()
+        return tensors | {"latents": latents[rows.to(latents.device)]}
