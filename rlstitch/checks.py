@@ -10,6 +10,7 @@ from rlstitch.config import RunConfig
 from rlstitch.data import PromptSet, read_prompts, resolve_geometry
 from rlstitch.distributed import world_size
 from rlstitch.files import require, vae_fingerprint
+from rlstitch.oracles import values_used
 from rlstitch.stitch.model import read_card
 from rlstitch.types import UserError
 
@@ -24,27 +25,17 @@ def _catch(faults: list[str], where: str, action, *args):
 
 def recipe_faults(config: RunConfig) -> list[str]:
     """All faults of a structurally sound config, in the recipe's order."""
-    faults: list[str] = []
-    faults += cfg.check_part("model", config.model)
-    for name, node in config.rewards.items():
-        faults += cfg.check_part(f"rewards.{name}", node)
-        for key in ("path", "head"):
-            if isinstance(node.get(key), str):
-                _catch(faults, f"rewards.{name}.{key}", require, node[key], "the reward's file")
+    faults = part_faults(config)
     for where in ("algorithm", "oracle", "stop"):
         extra = {"algorithm": (), "oracle": ("weights",), "stop": ()}[where]
         faults += [f for f in cfg.check_part(where, getattr(config, where), extra=extra) if not _given(f)]
-    if "path" in config.model:
-        _catch(faults, "model.path", require, config.model["path"], "the model directory")
     prompts = _catch(faults, "data.prompts", read_prompts, config.data.prompts)
     _catch(faults, "evaluation.prompts", read_prompts, config.evaluation.prompts)
-    for name in config.evaluation.rewards:
-        if name not in config.rewards:
-            faults.append(f"'evaluation.rewards' names '{name}', which is not under 'rewards'{cfg.nearest(name, config.rewards)}")
+    faults += unknown_rewards("evaluation.rewards", config.evaluation.rewards, config.rewards)
     _geometry(config, prompts, faults)
     if config.resume not in ("auto", "never"):
         _catch(faults, "resume", require, config.resume, "the checkpoint to resume from")
-    cards = _cards(config, faults)
+    cards = value_cards(config, faults)
     if not any(
         f.startswith(("'oracle", "unknown key 'oracle", "'stop", "unknown key 'stop", "'sampler", "'algorithm", "unknown key 'algorithm"))
         for f in faults
@@ -72,10 +63,13 @@ def _geometry(config: RunConfig, prompts: PromptSet | None, faults: list[str]) -
     )
 
 
-def _cards(config: RunConfig, faults: list[str]) -> dict[str, dict[str, Any]]:
-    """Cards of the value models in use; each must read this model's latents."""
+def value_cards(config: Any, faults: list[str]) -> dict[str, dict[str, Any]]:
+    """Cards of the value models that a recipe's oracle uses; each must read this model's latents. `config` has model, rewards, values and oracle."""
     cards = {}
-    used = config.oracle.get("weights", {}) if str(config.oracle.get("_target_", "")).endswith(".Stitched") else {}
+    try:
+        used = values_used(config.oracle)
+    except (UserError, KeyError, TypeError):
+        return {}  # the broken oracle is reported already
     for name in used:
         if name not in config.values:
             faults.append(f"'oracle.weights' names '{name}', which is not under 'values'{cfg.nearest(name, config.values)}")
@@ -94,6 +88,23 @@ def _cards(config: RunConfig, faults: list[str]) -> dict[str, dict[str, Any]]:
         except UserError:
             continue  # the missing model is reported already
     return cards
+
+
+def part_faults(config: Any) -> list[str]:
+    """Faults of the parts that every recipe has: model and rewards, with their files."""
+    faults = cfg.check_part("model", config.model)
+    for name, node in config.rewards.items():
+        faults += cfg.check_part(f"rewards.{name}", node)
+        for key in ("path", "head"):
+            if isinstance(node.get(key), str):
+                _catch(faults, f"rewards.{name}.{key}", require, node[key], "the reward's file")
+    if "path" in config.model:
+        _catch(faults, "model.path", require, config.model["path"], "the model directory")
+    return faults
+
+
+def unknown_rewards(where: str, names: list[str], rewards: dict[str, Any]) -> list[str]:
+    return [f"'{where}' names '{n}', which is not under 'rewards'{cfg.nearest(n, rewards)}" for n in names if n not in rewards]
 
 
 def _pairings(config: RunConfig, cards: dict[str, dict[str, Any]], faults: list[str]) -> None:
@@ -121,8 +132,7 @@ def _pairings(config: RunConfig, cards: dict[str, dict[str, Any]], faults: list[
             + ("use rlstitch.stops.End" if high == 0 else "choose other steps")
         )
     blind = [n for n in weights if n in config.rewards and not cards and not cfg.load_class(config.rewards[n]["_target_"]).differentiable]
-    missing = [n for n in weights if n not in config.rewards and not cards]
-    faults += [f"'oracle.weights' names '{n}', which is not under 'rewards'{cfg.nearest(n, config.rewards)}" for n in missing]
+    faults += [] if cards else unknown_rewards("oracle.weights", list(weights), config.rewards)
     if algorithm.needs_gradient and (blind or getattr(oracle, "differentiable", True) is False):
         what = ", ".join(blind) or config.oracle["_target_"]
         faults.append(
@@ -133,6 +143,7 @@ def _pairings(config: RunConfig, cards: dict[str, dict[str, Any]], faults: list[
 
 def checked(given: dict[str, Any], name: str) -> RunConfig:
     """The typed config, or one UserError that lists every fault."""
+    cfg.for_launcher(given, "train.py", name)
     config, faults = cfg.structure(given)
     faults += recipe_faults(config)
     if faults:

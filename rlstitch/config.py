@@ -145,7 +145,10 @@ POSITIVE = (
     "checkpoint.keep",
     "checkpoint.every",
 )
-INJECTED = ("self", "backbone", "rewards", "values", "policy", "velocity")  # given by the trainer, not by the recipe
+INJECTED = (  # given by the job, not by the recipe
+    *("self", "backbone", "rewards", "values", "policy"),
+    *("velocity", "value", "z", "sigmas", "kernel", "generator", "trace"),
+)
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -212,6 +215,16 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
         return typing.cast(dict, OmegaConf.to_container(OmegaConf.from_dotlist(arguments)))
     except Exception as error:
         raise UserError(f"cannot read the overrides {arguments}: {error}") from error
+
+
+LAUNCHERS = {"algorithm": "train.py", "method": "steer.py", "distill": "stitch.py"}  # the key that tells what a recipe is for
+
+
+def for_launcher(given: dict[str, Any], script: str, name: str) -> None:
+    """Refuse a recipe of another launcher, naming that launcher."""
+    other = next((launcher for key, launcher in LAUNCHERS.items() if key in given), script)
+    if other != script:
+        raise UserError(f"recipe '{name}' is not for launch/{script}: run `launch/{other} recipe={name}`")
 
 
 # ---------------------------------------------------------------------------------------------------- checking

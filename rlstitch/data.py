@@ -63,6 +63,18 @@ def read_prompts(path: str) -> PromptSet:
     return PromptSet([row["prompt"] for row in rows], rows)
 
 
+def encode(backbone: Any, prompts: PromptSet, *, truncate: bool = False) -> PromptSet:
+    """Encode a prompt set once. Prompts that the encoders would cut are refused by name unless `truncate` allows it."""
+    cut = backbone.too_long(prompts.prompts)
+    if cut and not truncate:
+        shown = "; ".join(f"'{p[:60]}...' ({n} tokens)" for p, n, _ in cut[:3])
+        raise UserError(
+            f"{len(cut)} of {len(prompts)} prompts are longer than the {cut[0][2]} tokens that the text encoder takes: {shown}. Shorten them, or set truncate to true"
+        )
+    prompts.text = backbone.encode_prompts(prompts.prompts)
+    return prompts
+
+
 @dataclass
 class Geometry:
     """How a global batch is done: samples = prompts x images; each rank runs `accumulation` micro-batches of `micro_batch`."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlstitch import sampling, schedule
+from rlstitch.config import load_class
 from rlstitch.stitch.model import StitchedValueModel, values
 from rlstitch.types import Backbone, Batch, Latent, Oracle, Reward, UserError
 
@@ -138,3 +139,19 @@ class Weighted(_Mixed):
 
     def __call__(self, latent: Latent, batch: Batch) -> Tensor:
         return torch.cat([oracle(latent, batch) for oracle in self.oracles], 1)
+
+
+def values_used(node: Mapping[str, Any]) -> list[str]:
+    """Names of the value models that a recipe's oracle node asks for: the columns of a Stitched one, else none."""
+    weights = node.get("weights", {})
+    return list(weights) if isinstance(weights, Mapping) and issubclass(load_class(node["_target_"]), Stitched) else []
+
+
+def load_values(
+    node: Mapping[str, Any], paths: Mapping[str, str], backbone: Backbone, rewards: Mapping[str, Reward], *, share: bool = True
+) -> dict[str, StitchedValueModel]:
+    """The value models of a recipe's oracle node, stitched onto this backbone and these rewards. Call it before LoRA is added."""
+    return {
+        name: StitchedValueModel.from_pretrained(paths[name], backbone=backbone, reward=rewards[name], share=share)
+        for name in values_used(node)
+    }

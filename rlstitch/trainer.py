@@ -17,14 +17,14 @@ from tqdm import tqdm
 from rlstitch import checkpoint, report, schedule
 from rlstitch import config as cfg
 from rlstitch.config import RunConfig
-from rlstitch.data import PromptSet, UpdateStream, read_prompts, resolve_geometry
+from rlstitch.data import UpdateStream, encode, read_prompts, resolve_geometry
 from rlstitch.distributed import Engine, world_size
 from rlstitch.evaluate import Evaluation, evaluate
 from rlstitch.files import write_json, write_text
 from rlstitch.metrics import Clock, Log, peak_memory_mb
 from rlstitch.metrics import grid as draw_grid
+from rlstitch.oracles import load_values
 from rlstitch.policy import CURRENT, EMA, REFERENCE, Policy
-from rlstitch.stitch.model import StitchedValueModel, read_card
 from rlstitch.types import UserError
 
 
@@ -69,14 +69,11 @@ class Trainer:
         device = str(self.engine.device)
         self.backbone = cfg.build(config.model, device=device)
         self.rewards = {name: cfg.build(node, device=device) for name, node in config.rewards.items()}
-        used = config.oracle["weights"] if config.oracle["_target_"].endswith(".Stitched") else {}
-        share = config.distributed.zero_stage < 3
-        self.values = {
-            name: StitchedValueModel.from_pretrained(config.values[name], backbone=self.backbone, reward=self.rewards[name], share=share)
-            for name in used
-        }
-        stitching = sum(read_card(config.values[name]).get("device_hours", 0.0) for name in used)
-        self.prompts, self.held_out = self._encode(prompts), self._encode(read_prompts(config.evaluation.prompts))
+        self.values = load_values(config.oracle, config.values, self.backbone, self.rewards, share=config.distributed.zero_stage < 3)
+        stitching = sum(model.card.get("device_hours", 0.0) for model in self.values.values())
+        cut = config.data.truncate
+        self.prompts = encode(self.backbone, prompts, truncate=cut)
+        self.held_out = encode(self.backbone, read_prompts(config.evaluation.prompts), truncate=cut)
         lora = config.lora
         self.policy = Policy(
             self.backbone.transformer,
@@ -104,17 +101,6 @@ class Trainer:
         self.stream = UpdateStream(self.prompts, self.geometry, config.seed)
         self.clock = Clock(self.engine.world, stitching=stitching)
         self.step, self.bad = 0, 0
-
-    def _encode(self, prompts: PromptSet) -> PromptSet:
-        """Encode a prompt set once; prompts that the encoders would cut are refused unless data.truncate allows it."""
-        cut = self.backbone.too_long(prompts.prompts)
-        if cut and not self.config.data.truncate:
-            shown = "; ".join(f"'{p[:60]}...' ({n} tokens)" for p, n, _ in cut[:3])
-            raise UserError(
-                f"{len(cut)} of {len(prompts)} prompts are longer than the {cut[0][2]} tokens that the text encoder takes: {shown}. Shorten them, or set data.truncate=true"
-            )
-        prompts.text = self.backbone.encode_prompts(prompts.prompts)
-        return prompts
 
     # ------------------------------------------------------------------------------------------------ the loop
 

@@ -7,9 +7,27 @@ from rlstitch.stitch import recipe as stitch
 from rlstitch.types import UserError
 
 NAMES = sorted(str(p.relative_to(cfg.RECIPES).with_suffix("")) for p in cfg.RECIPES.glob("*.yaml"))
+TRAINING = [n for n in NAMES if "algorithm" in cfg.compose(n)]
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if not n.startswith("stitch")])
+def test_every_recipe_is_of_a_kind_that_a_launcher_takes():
+    for name in NAMES:
+        given = cfg.compose(name)
+        assert [s for s in cfg.LAUNCHERS.values() if not _refused(given, s, name)] == [
+            next(v for k, v in cfg.LAUNCHERS.items() if k in given)
+        ]
+
+
+def _refused(given, script, name):
+    try:
+        cfg.for_launcher(given, script, name)
+    except UserError as error:
+        assert f"recipe={name}" in str(error)
+        return True
+    return False
+
+
+@pytest.mark.parametrize("name", TRAINING)
 def test_training_recipes_resolve(name):
     config, faults = cfg.structure(cfg.compose(name))
     assert not faults

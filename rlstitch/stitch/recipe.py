@@ -55,6 +55,7 @@ class StitchRecipe:
 
 def checked(given: dict[str, Any], name: str) -> StitchRecipe:
     """The typed recipe, or one UserError that lists every fault."""
+    cfg.for_launcher(given, "stitch.py", name)
     config, faults = cfg.fill(StitchRecipe, given)
     recipe = OmegaConf.to_object(config)
     for part in ("model", "reward", "images", "held_out"):

@@ -1,0 +1,17 @@
+"""Steer generation: `python launch/steer.py recipe=fk_stitch prompts=prompts.txt [key=value ...]`. Pictures, a captioned grid and scores.json in steered/NAME."""
+
+import json
+
+from rlstitch import cli
+
+
+def run(arguments: list[str]) -> None:
+    from rlstitch import steer
+
+    name, given = cli.recipe_and_overrides(arguments)
+    result = steer.Job(steer.checked(given, name)).run()
+    print(json.dumps({k: v for k, v in result.items() if k != "images"}, indent=1))
+
+
+if __name__ == "__main__":
+    cli.main(run)

@@ -1,0 +1,288 @@
+"""The steering job: prompts in, steered pictures with their scores out. `launch/steer.py` runs it from a recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from rlstitch import config as cfg
+from rlstitch import sampling, schedule
+from rlstitch.checks import part_faults, unknown_rewards, value_cards
+from rlstitch.config import SamplerConfig
+from rlstitch.data import PromptSet, encode, read_prompts
+from rlstitch.distributed import native_bf16
+from rlstitch.files import write_json, write_text
+from rlstitch.metrics import grid as draw_grid
+from rlstitch.metrics import peak_memory_mb
+from rlstitch.oracles import load_values
+from rlstitch.steering.model import Steered
+from rlstitch.steering.particles import Trace
+from rlstitch.types import Judge, UserError, noise_like
+
+
+@dataclass
+class SteerConfig:
+    """method: a function of rlstitch.steering. kernel: ode or sde (diffusion norm sigma^2). judges: rewards that score the finished pictures.
+
+    guided_tweedie: Tweedie's guess from the guided velocity. baseline: sample the same noise unsteered, too, and put both side by side.
+    prompts_per_batch is part of what a seed means, as the kernel's noise is drawn batch by batch.
+    """
+
+    name: str = ""
+    out: str = "steered"
+    seed: int = 0
+    prompts: str = "shapes:held_out.jsonl"
+    max_prompts: int = 0
+    images_per_prompt: int = 1
+    prompts_per_batch: int = 16
+    truncate: bool = False
+    threads: int = 0
+    precision: str = "auto"
+    progress: bool = True
+    baseline: bool = False
+    grid: int = 16
+    kernel: str = "sde"
+    diffusion: float = 3.0
+    guided_tweedie: bool = True
+    model: dict[str, Any] = field(default_factory=dict)
+    rewards: dict[str, Any] = field(default_factory=dict)
+    values: dict[str, str] = field(default_factory=dict)
+    oracle: dict[str, Any] = field(default_factory=dict)
+    method: dict[str, Any] = field(default_factory=dict)
+    sampler: SamplerConfig = field(default_factory=lambda: SamplerConfig(num_steps=40, spacing="diffusers", guidance=3.0))
+    judges: list[str] = field(default_factory=list)
+
+
+POSITIVE = ("images_per_prompt", "prompts_per_batch", "sampler.num_steps", "sampler.shift", "diffusion")
+CHOICES = {"kernel": ("ode", "sde"), "precision": ("auto", "fp32", "bf16"), "sampler.spacing": ("plain", "diffusers")}
+
+
+def kernel_of(config: SteerConfig) -> sampling.Kernel:
+    if config.kernel == "ode":
+        return sampling.euler
+    return sampling.stochastic(sampling.linear_sde, g=lambda sigma: sampling.square_diffusion(sigma, config.diffusion))
+
+
+def particles_of(config: SteerConfig) -> int:
+    """Latents that a prompt starts with."""
+    return int(config.method.get("num_particles", 1))
+
+
+def call(config: SteerConfig, velocity, value, z: Tensor, generator: torch.Generator, trace: Trace) -> Tensor:
+    """The recipe's method with everything bound in."""
+    sampler, method = config.sampler, cfg.load_class(config.method["_target_"])
+    given = {
+        "velocity": velocity,
+        "value": value,
+        "z": z,
+        "sigmas": schedule.sigmas(sampler.num_steps, sampler.shift, sampler.spacing),
+        "kernel": kernel_of(config),
+        "generator": generator,
+        "trace": trace,
+    }
+    takes = inspect.signature(method).parameters
+    return method(**{k: v for k, v in given.items() if k in takes}, **{k: v for k, v in config.method.items() if k != "_target_"})
+
+
+def _rehearsal(config: SteerConfig, sigma_range: tuple[float, float], differentiable: bool) -> list[str]:
+    """Faults of method and oracle together, found by running the method on a toy latent and watching what it asks."""
+    asked: dict[float, bool] = {}
+
+    def value(z: Tensor, sigma: Tensor) -> Tensor:
+        asked[float(sigma[0])] = asked.get(float(sigma[0]), False) or torch.is_grad_enabled()
+        return z.flatten(1).sum(1)
+
+    try:
+        z = torch.randn(max(1, particles_of(config)), 1, 2, 2, generator=torch.Generator().manual_seed(0))
+        call(config, lambda z, sigma: 0.5 * z, value, z, torch.Generator().manual_seed(0), Trace())
+    except (ValueError, TypeError) as error:
+        return [f"'method': {error}"]
+    low, high = sigma_range
+    faults = []
+    if outside := sorted(s for s in asked if not low - 1e-6 <= s <= high + 1e-6):
+        faults.append(
+            f"'method' asks the value at sigma {outside[0]:.3g}..{outside[-1]:.3g}, but {config.oracle['_target_']} answers only in [{low:g}, {high:g}]: "
+            + ("use a Stitched or a Tweedie oracle" if high == 0 else "leave those steps out or distil the value over a wider range")
+        )
+    if any(asked.values()) and not differentiable:
+        faults.append(
+            f"'method' needs the value's gradient, and {config.oracle['_target_']} of these rewards has none: use a StitchVM, or fk, svdd or best_of_n"
+        )
+    return faults
+
+
+def checked(given: dict[str, Any], name: str) -> SteerConfig:
+    """The typed recipe, or one UserError that lists every fault."""
+    cfg.for_launcher(given, "steer.py", name)
+    structured, faults = cfg.fill(SteerConfig, given)
+    for path, choices in CHOICES.items():
+        if (value := OmegaConf.select(structured, path)) not in choices:
+            faults.append(f"'{path}' must be one of {', '.join(choices)}, not {value!r}")
+    faults += [f"'{p}' must be positive, not {v}" for p in POSITIVE if (v := OmegaConf.select(structured, p)) <= 0]
+    config = OmegaConf.to_object(structured)
+    faults += part_faults(config) + unknown_rewards("judges", config.judges, config.rewards)
+    parts = cfg.check_part("oracle", config.oracle, extra=("weights",)) + cfg.check_part("method", config.method)
+    try:
+        read_prompts(config.prompts)
+    except UserError as error:
+        faults.append(f"'prompts': {error}")
+    if not parts:
+        weights = config.oracle.get("weights") or {}
+        cards = value_cards(config, faults)
+        oracle = cfg.load_class(config.oracle["_target_"])
+        faults += [] if cards else unknown_rewards("oracle.weights", list(weights), config.rewards)
+        low, high = getattr(oracle, "sigma_range", (0.0, 1.0))
+        if cards:
+            low, high = max(c["sigma_range"][0] for c in cards.values()), min(c["sigma_range"][1] for c in cards.values())
+        blind = not cards and any(not cfg.load_class(config.rewards[n]["_target_"]).differentiable for n in weights if n in config.rewards)
+        if not faults:
+            faults += _rehearsal(config, (low, high), not blind and getattr(oracle, "differentiable", True) is not False)
+    if faults := faults + parts:
+        raise cfg.report(list(dict.fromkeys(faults)), name)
+    config.name = config.name or name.rsplit("/", 1)[-1].removesuffix(".yaml")
+    return config
+
+
+def _row_seeds(seed: int, rows: list[int], particles: int) -> Tensor:
+    """Noise seeds by (seed, picture, particle)."""
+    return torch.tensor([(seed * 1_000_003 + row) * 10_007 + p for row in rows for p in range(particles)])
+
+
+class Job:
+    """A checked recipe with its parts built."""
+
+    def __init__(self, config: SteerConfig):
+        self.config = config
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.backbone = cfg.build(config.model, device=device)
+        names = dict.fromkeys([*config.oracle["weights"], *config.judges])
+        self.rewards = {name: cfg.build(config.rewards[name], device=device) for name in names}
+        values = load_values(config.oracle, config.values, self.backbone, self.rewards)
+        self.oracle = cfg.build(config.oracle, backbone=self.backbone, rewards=self.rewards, values=values)
+        prompts = read_prompts(config.prompts)
+        count = min(config.max_prompts or len(prompts), len(prompts))
+        rows = [i for i in range(count) for _ in range(config.images_per_prompt)]
+        self.prompts = encode(
+            self.backbone, PromptSet([prompts.prompts[i] for i in rows], [prompts.rows[i] for i in rows]), truncate=config.truncate
+        )
+        black = torch.zeros(1, 3, self.backbone.image_size, self.backbone.image_size, device=self.backbone.device)
+        for name in config.judges:  # a judge that cannot read these prompts says so before the work, not after it
+            self.rewards[name].score(black, self.prompts.batch([0], torch.zeros(1, dtype=torch.long)))
+        precision = config.precision if config.precision != "auto" else "bf16" if native_bf16(device) else "fp32"
+        self.autocast = lambda: torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+    def latents(self, rows: list[int], *, steered: bool = True, trace: Trace | None = None) -> Tensor:
+        """Finished latents of some pictures; of several particles the one that the oracle likes best."""
+        config, n = self.config, particles_of(self.config) if steered else 1
+        batch = self.prompts.batch(rows, torch.tensor(rows))
+        model = Steered(self.backbone, self.oracle, batch, guidance=config.sampler.guidance, guided_tweedie=config.guided_tweedie)
+        z = noise_like(self.backbone.latent_shape, _row_seeds(config.seed, rows, n), device=self.backbone.device)
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + rows[0])
+        with self.autocast():
+            if not steered:
+                grid = schedule.sigmas(config.sampler.num_steps, config.sampler.shift, config.sampler.spacing)
+                with torch.no_grad():
+                    return sampling.sample(model.velocity, z, grid, kernel=kernel_of(config), generator=generator).z
+            z = call(config, model.velocity, model.value, z, generator, Trace() if trace is None else trace)
+            if (kept := len(z) // len(rows)) > 1:
+                with torch.no_grad():
+                    values = model.value(z, torch.zeros(len(z), device=z.device)).view(-1, kept)
+                z = z[torch.arange(len(rows), device=z.device) * kept + torch.where(torch.isnan(values), -torch.inf, values).argmax(1)]
+        return z
+
+    @torch.no_grad()
+    def judge(self, latents: Tensor, rows: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Pictures [B, 3, H, W] and every judge's scores [B]."""
+        batch = self.prompts.batch(rows, torch.tensor(rows))
+        with self.autocast():
+            images = self.backbone.decode(latents)
+            return images, {name: self.rewards[name].score(images, batch).float().cpu() for name in self.config.judges}
+
+    def run(self) -> dict[str, Any]:
+        """Steer every prompt; write pictures, grid, scores.json and the recipe to <out>/<name>, all at once at the end."""
+        config = self.config
+        folder = Path(config.out) / config.name
+        work = folder.with_name(folder.name + ".tmp")
+        shutil.rmtree(work, ignore_errors=True)
+        (work / "images").mkdir(parents=True)
+        kinds = ["steered", "baseline"] if config.baseline else ["steered"]
+        images: dict[str, list[Tensor]] = {k: [] for k in kinds}
+        scores: dict[str, dict[str, list[Tensor]]] = {k: {n: [] for n in config.judges} for k in kinds}
+        seconds, trace = dict.fromkeys(kinds, 0.0), Trace()
+        bar = tqdm(total=len(self.prompts), desc=config.name, unit="image", disable=not config.progress)
+        for first in range(0, len(self.prompts), config.prompts_per_batch):
+            rows = list(range(first, min(first + config.prompts_per_batch, len(self.prompts))))
+            for kind in kinds:
+                started = time.perf_counter()
+                latents = self.latents(rows, steered=kind == "steered", trace=trace)
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                seconds[kind] += time.perf_counter() - started
+                pictures, judged = self.judge(latents, rows)
+                images[kind].append(pictures.cpu())
+                for name, column in judged.items():
+                    scores[kind][name].append(column)
+            bar.update(len(rows))
+            bar.set_postfix({n: f"{torch.cat(c).mean():.3f}" for n, c in scores["steered"].items()})
+        bar.close()
+        result = self._write(work, {k: torch.cat(v) for k, v in images.items()}, scores, seconds, trace)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(work, folder)
+        return result
+
+    def _write(
+        self, work: Path, images: dict[str, Tensor], scores: dict[str, Any], seconds: dict[str, float], trace: Trace
+    ) -> dict[str, Any]:
+        config, count = self.config, len(self.prompts)
+        table = {k: {n: torch.cat(c) for n, c in columns.items()} for k, columns in scores.items()}
+        means: dict[str, dict[str, float]] = {k: {n: float(c.mean()) for n, c in columns.items()} for k, columns in table.items()}
+        for kind, columns in table.items():
+            for name, column in columns.items():
+                if isinstance(self.rewards[name], Judge):
+                    parts = self.rewards[name].breakdown(column, self.prompts.rows)
+                    means[kind] |= {name: parts.pop("overall")} | {f"{name}/{k}": v for k, v in parts.items()}
+        listing = []
+        for k in range(count):
+            name = f"images/{k:05d}.png"
+            pixels = (images["steered"][k].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+            Image.fromarray(pixels).save(work / name)
+            listing.append(
+                {"file": name, "prompt": self.prompts.prompts[k], **{n: round(float(c[k]), 5) for n, c in table["steered"].items()}}
+            )
+        shown = range(min(config.grid, count))
+        pictures, captions = [], []
+        for k in shown:
+            for kind in reversed(images):  # baseline first
+                pictures.append(images[kind][k])
+                told = " ".join(f"{n} {float(c[k]):.2f}" for n, c in table[kind].items())
+                captions.append(f"{'unsteered: ' if kind == 'baseline' else ''}{self.prompts.prompts[k]} | {told}")
+        draw_grid(torch.stack(pictures), captions, work / "grid.png")
+        result = {
+            "method": config.method,
+            "means": means,
+            "seconds_per_image": {k: round(v / count, 4) for k, v in seconds.items()},
+            "peak_memory_mb": round(peak_memory_mb(), 1),
+            "lambda": trace.lam,
+            "mean_effective_particles": round(sum(trace.ess) / len(trace.ess), 3) if trace.ess else None,
+            "uniform_fallbacks": trace.fallbacks,
+            "value_queries_per_image": trace.queries / count,
+            "hardware": cfg.hardware(),
+            "images": listing,
+        }
+        write_json(work / "scores.json", result)
+        write_text(work / "recipe.yaml", OmegaConf.to_yaml(OmegaConf.structured(dataclasses.asdict(config))))
+        return result

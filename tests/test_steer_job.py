@@ -1,0 +1,132 @@
+"""launch/steer.py: what it writes, and its user's mistakes."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from rlstitch import config as cfg
+from rlstitch import steer
+from rlstitch.config import RECIPES
+from rlstitch.types import UserError
+
+STEERING = ("dps", "dps_stitch", "fk", "fk_stitch", "best_of_n", "svdd", "svdd_stitch")
+
+
+def given(tmp_path, sd3_dir, clip_dir, **more):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\ntwo blue stars\na green square\n")
+    return {
+        "name": "tiny",
+        "out": str(tmp_path / "out"),
+        "prompts": str(prompts),
+        "prompts_per_batch": 2,
+        "precision": "fp32",
+        "progress": False,
+        "model": {"_target_": "rlstitch.backbones.sd3.SD3Backbone", "path": str(sd3_dir), "max_sequence_length": 0},
+        "rewards": {"r": {"_target_": "rlstitch.rewards.clip.ClipReward", "path": str(clip_dir)}, "detector": {"_target_": "rlstitch.shapes.reward.DetectorReward"}},
+        "oracle": {"_target_": "rlstitch.oracles.Tweedie", "weights": {"r": 1.0}},
+        "method": {"_target_": "rlstitch.steering.fk", "num_particles": 2, "resample_steps": [1, 2], "lam": 2.0, "lam_unit": "spread"},
+        "sampler": {"num_steps": 4, "spacing": "plain", "guidance": 2.0},
+        "judges": ["r"],
+        **more,
+    }  # fmt: skip
+
+
+def test_a_job_writes_pictures_scores_and_a_grid(tmp_path, sd3_dir, clip_dir):
+    recipe = given(tmp_path, sd3_dir, clip_dir, baseline=True, images_per_prompt=2)
+    result = steer.Job(steer.checked(recipe, "tiny")).run()
+    folder = tmp_path / "out" / "tiny"
+    assert [p.name for p in sorted((folder / "images").iterdir())] == [f"{k:05d}.png" for k in range(6)]
+    assert Image.open(folder / "images" / "00000.png").size == (16, 16) and Image.open(folder / "grid.png").size[0] > 300
+    saved = json.loads((folder / "scores.json").read_text())
+    assert saved == result and len(saved["images"]) == 6 and saved["images"][1]["prompt"] == "a red circle"
+    assert saved["value_queries_per_image"] == 2 * 3 and saved["seconds_per_image"]["steered"] > 0 and saved["peak_memory_mb"] > 0
+    assert saved["means"]["steered"]["r"] == pytest.approx(sum(row["r"] for row in saved["images"]) / 6, abs=1e-4)
+    assert not (tmp_path / "out" / "tiny.tmp").exists()
+    again = steer.Job(steer.checked(cfg.compose(str(folder / "recipe.yaml")), "tiny")).run()
+    assert [row["r"] for row in again["images"]] == [row["r"] for row in result["images"]]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"_target_": "rlstitch.steering.dps", "scale": 1.0},
+        {"_target_": "rlstitch.steering.svdd", "num_proposals": 2},
+        {"_target_": "rlstitch.steering.best_of_n", "num_particles": 3, "stop": 2},
+    ],
+)
+def test_every_method_runs(tmp_path, sd3_dir, clip_dir, method):
+    result = steer.Job(steer.checked(given(tmp_path, sd3_dir, clip_dir, method=method), "tiny")).run()
+    assert len(result["images"]) == 3 and all(-1 <= row["r"] <= 1 for row in result["images"])
+
+
+def test_the_best_particle_is_kept(tmp_path, sd3_dir, clip_dir):
+    """Best of six by the pixel reward beats the first of them for every prompt, and is reproduced by best of six on the judge itself."""
+    method = {"_target_": "rlstitch.steering.best_of_n", "num_particles": 6}
+    oracle = {"_target_": "rlstitch.oracles.Terminal", "weights": {"r": 1.0}}
+    job = steer.Job(steer.checked(given(tmp_path, sd3_dir, clip_dir, method=method, oracle=oracle, baseline=True, kernel="ode"), "tiny"))
+    means = job.run()["means"]
+    assert means["steered"]["r"] >= means["baseline"]["r"]
+    best = job.judge(job.latents([0, 1]), [0, 1])[1]["r"]
+    job.config.method["num_particles"] = 3
+    assert (best >= job.judge(job.latents([0, 1]), [0, 1])[1]["r"] - 1e-6).all()
+
+
+def test_all_faults_at_once(tmp_path, sd3_dir, clip_dir):
+    bad = given(tmp_path, sd3_dir, clip_dir, kernel="heun", judges=["q"], prompts=str(tmp_path / "none.txt"), seeds=3)
+    bad["method"]["num_particle"] = 4
+    bad["oracle"]["weights"] = {"hps": 1.0}
+    with pytest.raises(UserError) as caught:
+        steer.checked(bad, "tiny")
+    for part in ("'kernel' must be one of ode, sde, not 'heun'", "'judges' names 'q'", "none.txt", "unknown key 'seeds'", "num_particles"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(method={"_target_": "rlstitch.steering.fk", "num_particles": 0, "resample_steps": [], "lam": 1.0}), "at least 1"),
+        (dict(method={"_target_": "rlstitch.steering.fk", "num_particles": 2, "resample_steps": [7], "lam": 1.0}), "beyond the grid"),
+        (dict(kernel="ode"), "adds no noise"),
+        (
+            dict(oracle={"_target_": "rlstitch.oracles.Terminal", "weights": {"r": 1.0}}),
+            "answers only in .0, 0.: use a Stitched or a Tweedie oracle",
+        ),
+        (
+            dict(
+                oracle={"_target_": "rlstitch.oracles.Tweedie", "weights": {"detector": 1.0}}, method={"_target_": "rlstitch.steering.dps"}
+            ),
+            "needs the value's gradient",
+        ),
+        (dict(oracle={"_target_": "rlstitch.oracles.Stitched", "weights": {"r": 1.0}}), "not under 'values'"),
+    ],
+)
+def test_method_and_oracle_must_fit(tmp_path, sd3_dir, clip_dir, change, message):
+    with pytest.raises(UserError, match=message):
+        steer.checked(given(tmp_path, sd3_dir, clip_dir, **change), "tiny")
+
+
+def test_a_judge_that_needs_facts_says_so_before_the_work(tmp_path, sd3_dir, clip_dir):
+    config = steer.checked(given(tmp_path, sd3_dir, clip_dir, judges=["detector"]), "tiny")
+    with pytest.raises(UserError, match="needs prompts with facts"):
+        steer.Job(config)
+
+
+def test_long_and_empty_prompt_files(tmp_path, sd3_dir, clip_dir):
+    recipe = given(tmp_path, sd3_dir, clip_dir)
+    (tmp_path / "prompts.txt").write_text("a red circle " * 20)
+    with pytest.raises(UserError, match="1 of 1 prompts are longer than the 24 tokens"):
+        steer.Job(steer.checked(recipe, "tiny"))
+    assert len(steer.Job(steer.checked(recipe | {"truncate": True}, "tiny")).prompts) == 1
+    (tmp_path / "prompts.txt").write_text("\n\n")
+    with pytest.raises(UserError, match="holds no prompt"):
+        steer.checked(recipe, "tiny")
+
+
+@pytest.mark.parametrize("name", STEERING)
+def test_shipped_recipes_are_sound(name):
+    assert (RECIPES / f"{name}.yaml").exists()
+    config = steer.checked(cfg.compose(name), name)
+    assert config.name == name and torch.isfinite(torch.tensor(config.sampler.guidance))
