@@ -217,7 +217,12 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
         raise UserError(f"cannot read the overrides {arguments}: {error}") from error
 
 
-LAUNCHERS = {"algorithm": "train.py", "method": "steer.py", "distill": "stitch.py"}  # the key that tells what a recipe is for
+LAUNCHERS = {
+    "algorithm": "train.py",
+    "method": "steer.py",
+    "distill": "stitch.py",
+    "compare": "evaluate_value.py",
+}  # the key that tells what a recipe is for
 
 
 def for_launcher(given: dict[str, Any], script: str, name: str) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 PHASES = ("rollout", "oracle", "update", "eval")
 
@@ -128,3 +131,38 @@ def peak_memory_mb() -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def interleaved(cases: dict[Any, Callable[[], Any]], repeats: int) -> dict[Any, float]:
+    """Median seconds of each case, the cases taken in turn so that a busy moment hits them alike; one warm-up round."""
+    seconds: dict[Any, list[float]] = {name: [] for name in cases}
+    for round_ in range(repeats + 1):
+        for name, case in cases.items():
+            started = time.perf_counter()
+            case()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if round_:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def peak_megabytes(case: Callable[[], Any]) -> float:
+    """Most memory that one call holds at once, beyond what was held before: CUDA's own count, or the profiler's on a CPU."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        case()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        case()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = [e for e in json.loads(path.read_text())["traceEvents"] if e.get("name") == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e["ts"]):
+        held += event["args"]["Bytes"]
+        peak = max(peak, held)
+    return peak / 2**20

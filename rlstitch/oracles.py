@@ -93,21 +93,24 @@ class MonteCarlo(_Mixed):
         self.backbone, self.rewards, self.rollouts = backbone, {name: rewards[name] for name in weights}, rollouts
         self.grid, self.seed = schedule.sigmas(num_steps, shift, "plain"), seed
 
-    @torch.no_grad()
     def __call__(self, latent: Latent, batch: Batch) -> Tensor:
+        return self.each(latent, batch).mean(0)
+
+    @torch.no_grad()
+    def each(self, latent: Latent, batch: Batch) -> Tensor:
+        """Scores of every rollout [n, B, K]; from a finished latent there is but one."""
         start = float(latent.sigma[0])
         if bool((latent.sigma != start).any()):
             raise UserError("a Monte-Carlo oracle completes a batch from one noise level; this batch mixes several")
         if start == 0:
-            return _scores(self.rewards, self.backbone.decode(latent.z), batch)
+            return _scores(self.rewards, self.backbone.decode(latent.z), batch)[None]
         grid = torch.cat([torch.tensor([start]), self.grid[self.grid < start]])
         generator = torch.Generator().manual_seed(self.seed)
-        kernel = sampling.stochastic(sampling.linear_sde)
-        total = 0.0
+        kernel, out = sampling.stochastic(sampling.linear_sde), []
         for _ in range(self.rollouts):
             done = sampling.sample(self.backbone.bind(batch.text), latent.z, grid, kernel=kernel, generator=generator)
-            total = total + _scores(self.rewards, self.backbone.decode(done.z), batch)
-        return total / self.rollouts
+            out.append(_scores(self.rewards, self.backbone.decode(done.z), batch))
+        return torch.stack(out)
 
 
 class Stitched(_Mixed):

@@ -11,18 +11,25 @@ from typing import Any
 from rlstitch import metrics
 from rlstitch.files import write_text
 
-COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#4a5568")
+COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#4a5568", "#d69e2e", "#319795", "#e53e3e")
 _STYLE = "body{font:15px/1.5 system-ui,sans-serif;max-width:980px;margin:2em auto;padding:0 1em;color:#1a202c}table{border-collapse:collapse}td,th{padding:.25em .9em;text-align:right;border-bottom:1px solid #e2e8f0}td:first-child,th:first-child{text-align:left}img{max-width:100%;border:1px solid #e2e8f0}figure{margin:1em 0}h2{margin-top:1.6em}svg text{font:12px system-ui,sans-serif}.pair{display:grid;grid-template-columns:1fr 1fr;gap:1em}"
 
 
 def line_plot(
-    series: dict[str, list[tuple[float, float]]], *, x_label: str, y_label: str, offset: float = 0.0, width: int = 460, height: int = 260
+    series: dict[str, list[tuple[float, float]]],
+    *,
+    x_label: str,
+    y_label: str,
+    offset: float = 0.0,
+    width: int = 460,
+    height: int = 260,
+    standalone: bool = False,
 ) -> str:
-    """An SVG of lines; `offset` marks where the one-off cost ends on the x axis."""
+    """An SVG of lines; `offset` marks where the one-off cost ends on the x axis; `standalone`: a file of its own, with title and a legend below the plot."""
     points = [p for line in series.values() for p in line]
     if not points:
         return "<p>No data.</p>"
-    left, bottom, top, right = 58, 40, 12, 12
+    left, bottom, top, right = 58, 40 + (18 * (-(-len(series) // 3)) if standalone else 0), 34 if standalone else 12, 12
     x0, x1 = 0.0, max(p[0] for p in points) or 1.0
     y0, y1 = min(p[1] for p in points), max(p[1] for p in points)
     pad = 0.06 * (y1 - y0) or 0.5
@@ -31,7 +38,12 @@ def line_plot(
     def place(x: float, y: float) -> tuple[float, float]:
         return left + (x - x0) / (x1 - x0) * (width - left - right), height - bottom - (y - y0) / (y1 - y0) * (height - bottom - top)
 
-    out = [f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" aria-label="{html.escape(y_label)}">']
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" aria-label="{html.escape(y_label)}">'
+    ]
+    if standalone:
+        out.append(f'<style>text{{font:12px sans-serif}}</style><rect width="{width}" height="{height}" fill="white"/>')
+        out.append(f'<text x="{left}" y="20">{html.escape(y_label)}</text>')
     for k in range(5):
         y = y0 + (y1 - y0) * k / 4
         px, py = place(x0, y)
@@ -53,7 +65,13 @@ def line_plot(
             f'<circle cx="{place(*p)[0]:.1f}" cy="{place(*p)[1]:.1f}" r="2.4" fill="{colour}"/>'
             for p in (line if len(line) < 25 else line[-1:])
         ]
-    out.append(f'<text x="{(left + width - right) / 2}" y="{height - 6}" text-anchor="middle">{html.escape(x_label)}</text>')
+    out.append(f'<text x="{(left + width - right) / 2}" y="{height - bottom + 34}" text-anchor="middle">{html.escape(x_label)}</text>')
+    if standalone:
+        for k, (colour, name) in enumerate(zip(COLOURS, series)):
+            x, y = left + k % 3 * (width - left) / 3, height - bottom + 54 + k // 3 * 18
+            out.append(f'<rect x="{x:.0f}" y="{y - 9:.0f}" width="10" height="10" fill="{colour}"/>')
+            out.append(f'<text x="{x + 15:.0f}" y="{y:.0f}">{html.escape(name)}</text>')
+        return "".join(out) + "</svg>"
     legend = " ".join(f'<tspan fill="{c}">{html.escape(n)}</tspan>' for c, n in zip(COLOURS, series))
     return "".join(out) + f'<text x="{width - right}" y="{height - bottom - 8}" text-anchor="end">{legend}</text></svg>'
 

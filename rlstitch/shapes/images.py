@@ -21,6 +21,37 @@ def distinct(n: int = 500, seed: int = 0) -> tuple[Tensor, list[str]]:
     return pool.images, [c.text for c in pool.captions]
 
 
+def _vae():
+    from diffusers import AutoencoderKL
+
+    from rlstitch.files import require
+
+    folder = require("shapes:shapes/vae", "the miniature's autoencoder")
+    return AutoencoderKL.from_pretrained(folder, dtype=torch.float32).requires_grad_(False).eval()
+
+
+def preference_pairs(n: int = 1000, seed: int = 0, utility: str = "hps") -> tuple[Tensor, Tensor, list[str], Tensor]:
+    """n pairs of pictures [n, 3, 64, 64] uint8 under one prompt each, and whether the first is better by the stated utility of that preference model."""
+    from rlstitch.shapes.pretrain.rewards import Pairs
+
+    pairs = Pairs(n, seed, utility, _vae())
+    return pairs.images[0], pairs.images[1], [p.text for p in pairs.prompts], pairs.first_wins
+
+
+def graded_looks(n: int = 1000, seed: int = 0) -> tuple[Tensor, list[str], Tensor]:
+    """n pictures, half of them worsened, with their prompts and stated, noisy looks on `aesthetic`'s scale."""
+    from rlstitch.shapes.looks import looks
+    from rlstitch.shapes.pretrain.pool import degrade, to_bytes
+    from rlstitch.shapes.pretrain.rewards import AESTHETIC_NOISE, with_reconstructions
+
+    pool, generator = with_reconstructions(make_pool(n, seed), _vae()), torch.Generator().manual_seed(seed)
+    images = pool.images.float() / 255
+    bad = torch.rand(n, generator=generator) < 0.5
+    images[bad] = degrade(images[bad], generator)
+    truth = 10 * (looks(images) + AESTHETIC_NOISE * torch.randn(n, generator=generator))
+    return to_bytes(images), [p.text for p in pool.prompts], truth
+
+
 def images_from_folder(path: str, size: int, *, skip_unreadable: bool = False) -> tuple[Tensor, list[str]]:
     """Every picture under a folder, short side to `size` and cropped, without prompts. Unreadable files are counted and named; the run goes on only if told so."""
     import numpy as np

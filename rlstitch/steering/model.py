@@ -47,6 +47,8 @@ class Steered:
 
     def _same_base(self, model: StitchedValueModel) -> bool:
         """Whether the value's prefix is this denoiser's own first blocks: the same tensors, and no adapter on them."""
+        if not len(model.prefix.blocks):
+            return False
         blocks = self.backbone.transformer.transformer_blocks[: len(model.prefix.blocks)]
         return [p.data_ptr() for p in blocks.parameters()] == [p.data_ptr() for p in model.prefix.blocks.parameters()]
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -43,6 +44,20 @@ class StitchLayer(nn.Module):
 def resample(grid: Tensor, side: int) -> Tensor:
     """Bilinear to [.., side, side]; nothing where it has that size already."""
     return grid if grid.shape[-2:] == (side, side) else F.interpolate(grid, (side, side), mode="bilinear", align_corners=False)
+
+
+class LatentPrefix(nn.Module):
+    """A prefix of no block, for baselines: the image stream is the latent itself, `fold` x `fold` patches of it put into channels."""
+
+    def __init__(self, fold: int = 1):
+        super().__init__()
+        self.fold, self.blocks = fold, nn.ModuleList()
+
+    def forward(self, z: Tensor, sigma: Tensor, text: Conditioning) -> SimpleNamespace:
+        return SimpleNamespace(grid=F.pixel_unshuffle(z, self.fold))
+
+    def fingerprint(self) -> str:
+        return f"latent-{self.fold}"
 
 
 class StitchedValueModel(nn.Module):
@@ -162,16 +177,17 @@ class StitchedValueModel(nn.Module):
         backbone = build(card["backbone"]) if backbone is None else backbone
         reward = build(card["reward"]) if reward is None else reward
         check_vae(card, backbone.path, path)
-        linear = tensors["stitch.linear.weight"]
-        if linear.shape[1] != backbone.width or card["blocks"] > backbone.num_blocks:
+        linear, on_latents = tensors["stitch.linear.weight"], card.get("prefix") == "latent"
+        width = backbone.latent_shape[0] * card["fold"] ** 2 if on_latents else backbone.width
+        if linear.shape[1] != width or card["blocks"] > backbone.num_blocks:
             raise UserError(
-                f"value model '{path}' is for a denoiser of width {linear.shape[1]} cut after block {card['blocks']}; this one has width {backbone.width} and {backbone.num_blocks} blocks"
+                f"value model '{path}' is for a denoiser of width {linear.shape[1]} cut after block {card['blocks']}; this one has width {width} and {backbone.num_blocks} blocks"
             )
         null = Conditioning(tensors["null_tokens"].to(backbone.dtype), tensors["null_pooled"].to(backbone.dtype)).to(backbone.device)
         stitch = StitchLayer(linear[:, :, 0, 0].float(), tensors["stitch.linear.bias"].float(), reward.grid)
         tail = reward.tail(card["reward_block"])
         model = cls(
-            backbone.make_prefix(card["blocks"], share=share),
+            LatentPrefix(card["fold"]) if on_latents else backbone.make_prefix(card["blocks"], share=share),
             null,
             stitch,
             tail,
@@ -237,7 +253,10 @@ def values(
         if activations is not None:
             out.append(model.value_from(activations(model), batch))
             continue
-        key = (len(model.prefix.blocks), *(p.data_ptr() for p in model.prefix.parameters()))
+        key = (
+            model.prefix.fingerprint() if isinstance(model.prefix, LatentPrefix) else len(model.prefix.blocks),
+            *(p.data_ptr() for p in model.prefix.parameters()),
+        )
         if key not in cache:
             cache[key] = model.activations(latent.z, latent.sigma)
         out.append(model.value_from(cache[key], batch))

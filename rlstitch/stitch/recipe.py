@@ -11,29 +11,29 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from rlstitch import config as cfg
-from rlstitch import schedule
 from rlstitch.files import require, vae_fingerprint
+from rlstitch.stitch import measure
+from rlstitch.stitch.baselines import noisy_clip, vae_stitch
 from rlstitch.stitch.distill import DistillConfig, distill, latents_of, targets_of
 from rlstitch.stitch.model import StitchedValueModel
 from rlstitch.stitch.search import SearchResult, search
-from rlstitch.types import Batch, UserError
-
-SIGMAS = (0.1, 0.25, 0.5, 0.75, 0.9)
+from rlstitch.types import UserError
 
 
 @dataclass
 class StitchRecipe:
     """model, reward: parts to stitch. images, held_out: parts that give pictures ({_target_: ...}(n, seed) -> (uint8 [N, 3, H, W], prompts)).
 
+    kind: `stitch` for StitchVM, or a baseline on the latent itself: `vae` (closed-form stitch, no denoiser) or `noisy_clip` (random projection).
     blocks: the denoiser block to cut after ("best", "cheapest" within `margin` among the first `max_fraction` of the blocks, or a number);
     reward_block: 0 takes the search's. normalise: unit-norm student as in the paper, else the calibrated one.
     """
 
     name: str = ""
+    kind: str = "stitch"
     out: str = "values"
     model: dict[str, Any] = field(default_factory=dict)
     reward: dict[str, Any] = field(default_factory=dict)
@@ -60,6 +60,8 @@ def checked(given: dict[str, Any], name: str) -> StitchRecipe:
     recipe = OmegaConf.to_object(config)
     for part in ("model", "reward", "images", "held_out"):
         faults += cfg.check_part(part, getattr(recipe, part))
+    if recipe.kind not in ("stitch", "vae", "noisy_clip"):
+        faults.append(f"'kind' must be stitch, vae or noisy_clip, not {recipe.kind!r}")
     if recipe.blocks not in ("best", "cheapest") and not recipe.blocks.isdigit():
         faults.append(f"'blocks' must be best, cheapest or a number, not {recipe.blocks!r}")
     if not 0 <= recipe.sigma_low < recipe.sigma_high <= 1:
@@ -86,37 +88,55 @@ def choose(result: SearchResult, recipe: StitchRecipe):
     return min(pairs, key=lambda p: p.normalised)
 
 
-def scores_under(reward: Any, embedding: Tensor, prompts: list[str], others: int = 3) -> Tensor:
-    """Scores of N embeddings under their own prompt and under those of the next `others` rows, so that matches and mismatches both count: [N (1 + others)]."""
-    out = []
-    for roll in range(1 + others):
-        asked = prompts[roll:] + prompts[:roll]
-        out.append(reward.score_embedding(embedding, Batch(asked, torch.arange(len(asked)), torch.arange(len(asked)))))
-    return torch.cat(out)
-
-
 @torch.no_grad()
-def quality(
-    model: StitchedValueModel, latents: Tensor, prompts: list[str], targets: Tensor, *, sigmas: tuple[float, ...] = SIGMAS, seed: int = 0
-) -> dict[str, dict[str, float]]:
-    """By sigma: Recall@1 image to text over the N prompts (where the reward reads text), and the correlation of V with the clean reward over matched and mismatched prompts."""
-    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(latents.device)
-    clean, out = scores_under(model.reward, targets, prompts), {}
-    for level in sigmas:
-        sigma = torch.full((len(latents),), level, device=latents.device)
-        z = schedule.interpolate(latents, noise, sigma)
-        embedding = torch.cat([model.embed(model.activations(z[k : k + 64], sigma[k : k + 64]).grid)[0] for k in range(0, len(z), 64)])
-        value = scores_under(model.reward, embedding, prompts)
-        row = {"correlation": float(torch.corrcoef(torch.stack([value, clean]))[0, 1])}
-        if model.reward.head is None:
-            row["recall_at_1"] = recall(embedding, model.reward.embed_texts(prompts))
+def quality(model: StitchedValueModel, latents: Tensor, prompts: list[str], targets: Tensor) -> dict[str, dict[str, float]]:
+    """By sigma: Recall@1 both ways over the N prompts (where the reward reads text), and the correlation of V with the clean reward over matched and mismatched prompts."""
+    subject, reward, out = measure.stitched("", model), model.reward, {}
+    clean = scores_under(reward, targets, prompts)
+    for level in measure.SIGMAS:
+        embedding = measure.in_parts(subject.embed, measure.noised(latents, level), measure.batch_of(prompts))
+        row = {"correlation": measure.correlation(scores_under(reward, embedding, prompts), clean)}
+        if reward.head is None:
+            texts = reward.embed_texts(prompts)
+            row |= {"recall_at_1": measure.recall(embedding, texts), "recall_at_1_text_to_image": measure.recall(texts, embedding)}
         out[f"{level:g}"] = {k: round(v, 4) for k, v in row.items()}
     return out
 
 
-def recall(image: Tensor, text: Tensor) -> float:
-    """Share of rows whose most similar text is their own."""
-    return float(((image @ text.T).argmax(1) == torch.arange(len(image), device=image.device)).float().mean())
+def scores_under(reward: Any, embedding: Tensor, prompts: list[str], others: int = 3) -> Tensor:
+    """Scores of N embeddings under their own prompt and under those of the next `others` rows, so that matches and mismatches both count: [N (1 + others)]."""
+    return torch.cat([reward.score_embedding(embedding, measure.batch_of(prompts[k:] + prompts[:k])) for k in range(1 + others)])
+
+
+def assemble(
+    recipe: StitchRecipe, backbone: Any, reward: Any, images: Tensor, latents: Tensor, norm: float, card: dict[str, Any]
+) -> StitchedValueModel:
+    """The untrained value model of the recipe's kind."""
+    if recipe.kind == "vae":
+        return vae_stitch(backbone, reward, images[:1000].float() / 255, latents[:1000], norm=norm, seed=recipe.seed, card=card)
+    if recipe.kind == "noisy_clip":
+        return noisy_clip(backbone, reward, norm=norm, seed=recipe.seed, card=card)
+    started = time.perf_counter()
+    pictures = images[: recipe.search_images].float() / 255
+    result = search(backbone, reward, pictures, max_reward_block=recipe.max_reward_block, seed=recipe.seed)
+    pair, seconds = choose(result, recipe), time.perf_counter() - started
+    print(
+        f"{recipe.name}: search over {len(result.table)} pairs took {seconds:.1f} s; best {result.best.i, result.best.j} ({result.best.normalised:.4f} of the variance), taken {pair.i, pair.j} ({pair.normalised:.4f})",
+        flush=True,
+    )
+    return StitchedValueModel.from_search(
+        backbone,
+        reward,
+        pair.i,
+        pair.j,
+        pair.weight,
+        pair.bias,
+        cls_state=result.cls[pair.j].float(),
+        norm=norm,
+        normalise=recipe.normalise,
+        sigma_range=(recipe.sigma_low, recipe.sigma_high),
+        card=card | {"blocks": pair.i, "reward_block": pair.j, "search": result.rows(), "search_seconds": round(seconds, 1)},
+    )
 
 
 def run(recipe: StitchRecipe) -> StitchedValueModel:
@@ -129,15 +149,6 @@ def run(recipe: StitchRecipe) -> StitchedValueModel:
     require(recipe.model["path"], "the model directory")
     images, _ = cfg.build(recipe.images)
     started = time.perf_counter()
-    result = search(
-        backbone, reward, images[: recipe.search_images].float() / 255, max_reward_block=recipe.max_reward_block, seed=recipe.seed
-    )
-    searched = time.perf_counter() - started
-    pair = choose(result, recipe)
-    print(
-        f"{recipe.name}: search over {len(result.table)} pairs took {searched:.1f} s; best {result.best.i, result.best.j} ({result.best.normalised:.4f} of the variance), taken {pair.i, pair.j} ({pair.normalised:.4f})",
-        flush=True,
-    )
     latents = latents_of(backbone, images)
     targets, tokens, norm = targets_of(reward, images)
     card = {
@@ -145,24 +156,9 @@ def run(recipe: StitchRecipe) -> StitchedValueModel:
         "backbone": recipe.model,
         "reward": recipe.reward,
         "vae_sha256": vae_fingerprint(recipe.model["path"]),
-        "blocks": pair.i,
-        "reward_block": pair.j,
-        "search": result.rows(),
         "distill": dataclasses.asdict(recipe.distill),
     }
-    model = StitchedValueModel.from_search(
-        backbone,
-        reward,
-        pair.i,
-        pair.j,
-        pair.weight,
-        pair.bias,
-        cls_state=result.cls[pair.j].float(),
-        norm=norm,
-        normalise=recipe.normalise,
-        sigma_range=(recipe.sigma_low, recipe.sigma_high),
-        card=card,
-    )
+    model = assemble(recipe, backbone, reward, images, latents, norm, card)
     bar = tqdm(total=recipe.distill.steps, desc=recipe.name, unit="step")
 
     def progress(step: int, metrics: dict[str, float]) -> None:
@@ -177,13 +173,12 @@ def run(recipe: StitchRecipe) -> StitchedValueModel:
         held_latents, held_targets = latents_of(backbone, held), targets_of(reward, held)[0]
     model.card |= {
         "quality": quality(model, held_latents, prompts, held_targets),
-        "search_seconds": round(searched, 1),
         "distill_seconds": round(seconds, 1),
         "device_hours": round((time.perf_counter() - started) / 3600, 5),
         "hardware": cfg.hardware(),
     }
     if reward.head is None:
-        model.card["clean_recall_at_1"] = round(recall(F.normalize(held_targets, dim=-1), reward.embed_texts(prompts)), 4)
+        model.card["clean_recall_at_1"] = round(measure.recall(held_targets, reward.embed_texts(prompts)), 4)
     folder = Path(recipe.out) / recipe.name
     model.save_pretrained(folder)
     print(f"{recipe.name}: saved to {folder}; by sigma: {model.card['quality']}", flush=True)

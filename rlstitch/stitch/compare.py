@@ -1,0 +1,264 @@
+"""The value-model evaluation: every value model and its rivals, by reward and noise level; JSON, a table laid out like the paper's Table 5, plots like Figure 2.
+
+`launch/evaluate_value.py` runs it from a recipe.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from rlstitch import config as cfg
+from rlstitch.checks import part_faults, unknown_rewards
+from rlstitch.data import encode, read_prompts
+from rlstitch.files import write_json, write_text
+from rlstitch.metrics import interleaved, peak_megabytes
+from rlstitch.report import line_plot
+from rlstitch.stitch import measure
+from rlstitch.stitch.distill import latents_of, targets_of
+from rlstitch.stitch.measure import Subject
+from rlstitch.stitch.model import StitchedValueModel, read_card
+from rlstitch.types import Latent, UserError
+
+RIVALS = ("tweedie_prompt", "tweedie_null", "monte_carlo")
+
+
+@dataclass
+class CalibrationConfig:
+    """Latents of the policy itself: `count` prompts walked to every level, each finished `rollouts` times (and `extra` more for Monte Carlo's own row)."""
+
+    prompts: str = "shapes:held_out.jsonl"
+    count: int = 48
+    rollouts: int = 16
+    extra: int = 4
+    num_steps: int = 20
+
+
+@dataclass
+class CompareConfig:
+    """compare: reward -> {row name: value model}. rivals: which of tweedie_prompt, tweedie_null, monte_carlo stand beside them.
+
+    held_out: pictures with distinct captions for Recall@1; pairs, graded: reward -> part that gives preference pairs, or pictures with a truth to rank by.
+    """
+
+    name: str = ""
+    out: str = "values"
+    threads: int = 0
+    model: dict[str, Any] = field(default_factory=dict)
+    rewards: dict[str, Any] = field(default_factory=dict)
+    values: dict[str, str] = field(default_factory=dict)
+    compare: dict[str, Any] = field(default_factory=dict)
+    rivals: list[str] = field(default_factory=lambda: list(RIVALS))
+    held_out: dict[str, Any] = field(default_factory=dict)
+    pairs: dict[str, Any] = field(default_factory=dict)
+    graded: dict[str, Any] = field(default_factory=dict)
+    sigmas: list[float] = field(default_factory=lambda: list(measure.SIGMAS))
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    timing_batch: int = 32
+    timing_repeats: int = 5
+
+
+def checked(given: dict[str, Any], name: str) -> CompareConfig:
+    """The typed recipe, or one UserError that lists every fault."""
+    cfg.for_launcher(given, "evaluate_value.py", name)
+    structured, faults = cfg.fill(CompareConfig, given)
+    config = OmegaConf.to_object(structured)
+    faults += part_faults(config) + unknown_rewards("compare", list(config.compare), config.rewards)
+    faults += [f"'rivals' knows {', '.join(RIVALS)}, not {r!r}" for r in config.rivals if r not in RIVALS]
+    faults += [f"'sigmas' must lie in (0, 1), not {s:g}" for s in config.sigmas if not 0 < s < 1]
+    for where, nodes in (("held_out", {"": config.held_out}), ("pairs", config.pairs), ("graded", config.graded)):
+        for key, node in nodes.items():
+            faults += cfg.check_part(f"{where}.{key}".rstrip("."), node)
+    for reward, rows in config.compare.items():
+        if not isinstance(rows, dict) or not rows:
+            faults.append(f"'compare.{reward}' must give rows and their value models, e.g. {{StitchVM: shapes:value_clip}}")
+            continue
+        for row, path in rows.items():
+            try:
+                read_card(path)
+            except UserError as error:
+                faults.append(f"'compare.{reward}.{row}': {error}")
+    if faults:
+        raise cfg.report(faults, name)
+    config.name = config.name or name.rsplit("/", 1)[-1].removesuffix(".yaml")
+    return config
+
+
+def _merge(rows: dict[str, dict], more: dict[str, dict]) -> None:
+    for level, figures in more.items():
+        rows.setdefault(level, {}).update({k: round(v, 4) for k, v in figures.items()})
+
+
+class Comparison:
+    """Builds denoiser and held-out data once; `measure_reward` fills one reward's rows."""
+
+    def __init__(self, config: CompareConfig):
+        self.config = config
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.backbone = cfg.build(config.model, device=self.device)
+        self.held, self.captions = cfg.build(config.held_out)
+        self.latents = latents_of(self.backbone, self.held)
+        self.text = self.backbone.encode_prompts(self.captions)
+        c = config.calibration
+        prompts = read_prompts(c.prompts)
+        step = max(1, len(prompts) // c.count)  # spread over the file, whose classes stand together
+        index = list(range(0, len(prompts), step))[: c.count]
+        self.prompts = encode(self.backbone, prompts).batch(index, torch.tensor(index))
+
+    def subjects(self, reward: str, built: Any) -> list[Subject]:
+        out = [
+            measure.stitched(row, StitchedValueModel.from_pretrained(path, backbone=self.backbone, reward=built))
+            for row, path in self.config.compare[reward].items()
+        ]
+        if "tweedie_null" in self.config.rivals:
+            out.append(measure.tweedie("Tweedie (null text)", self.backbone, built, prompt=False))
+        if "tweedie_prompt" in self.config.rivals:
+            out.append(measure.tweedie("Tweedie (true prompt)", self.backbone, built, prompt=True))
+        return out
+
+    def measure_reward(
+        self, name: str, extra: Callable[[Any], list[Subject]] | None = None, say: Callable[[str], None] = print
+    ) -> dict[str, Any]:
+        """{rows: {subject: {sigma: figures}}, clean: figures, cost: {subject: seconds and megabytes a query}} of one reward."""
+        config, reward = self.config, cfg.build(self.config.rewards[name], device=self.device)
+        subjects = self.subjects(name, reward) + (extra(reward) if extra else [])
+        rows: dict[str, dict[str, dict[str, float]]] = {s.name: {} for s in subjects}
+        targets, clean = targets_of(reward, self.held)[0], {}
+        reads_text = reward.head is None
+        if reads_text:
+            texts = reward.embed_texts(self.captions)
+            clean |= {"recall_at_1": measure.recall(targets, texts), "recall_at_1_text_to_image": measure.recall(texts, targets)}
+        pairs = cfg.build(config.pairs[name]) if name in config.pairs else None
+        graded = cfg.build(config.graded[name]) if name in config.graded else None
+        if pairs:
+            sides = tuple(latents_of(self.backbone, side) for side in pairs[:2])
+            pair_text = self.backbone.encode_prompts(pairs[2])
+            batch = measure.batch_of(pairs[2])
+            a, b = (reward.score_embedding(targets_of(reward, side)[0], batch) for side in pairs[:2])
+            clean["pair_accuracy"] = float(((a > b).cpu() == pairs[3]).float().mean())
+        if graded:
+            graded_latents, graded_text = latents_of(self.backbone, graded[0]), self.backbone.encode_prompts(graded[1])
+            clean["srcc"] = measure.srcc(
+                reward.score_embedding(targets_of(reward, graded[0])[0], measure.batch_of(graded[1])).cpu(), graded[2]
+            )
+        c = config.calibration
+        references = measure.references(
+            self.backbone, name, reward, self.prompts, rollouts=c.rollouts + c.extra, sigmas=config.sigmas, num_steps=c.num_steps
+        )
+        for subject in subjects:
+            say(f"{name}: {subject.name}")
+            if reads_text and subject.embed is not None:
+                _merge(rows[subject.name], measure.retrieval(subject, reward, self.latents, self.captions, self.text, config.sigmas))
+            if pairs:
+                _merge(rows[subject.name], measure.pair_accuracy(subject, sides, pairs[2], pairs[3], pair_text, config.sigmas))
+            if graded:
+                _merge(
+                    rows[subject.name], measure.rank_agreement(subject, graded_latents, graded[2], graded[1], graded_text, config.sigmas)
+                )
+            _merge(rows[subject.name], measure.calibrations(subject, references, c.rollouts))
+        if "monte_carlo" in config.rivals:
+            for n in (1, c.extra):
+                rows[f"Monte Carlo, {n} rollout{'s' * (n > 1)}"] = {}
+                _merge(rows[f"Monte Carlo, {n} rollout{'s' * (n > 1)}"], measure.monte_carlo_calibrations(n, references, c.rollouts))
+        return {"rows": rows, "clean": {k: round(v, 4) for k, v in clean.items()}, "cost": self.cost(subjects)}
+
+    def cost(self, subjects: list[Subject]) -> dict[str, dict[str, float]]:
+        """Seconds and peak megabytes of one query of a batch, with and without gradient, all in one run."""
+        n = self.config.timing_batch
+        batch = self.prompts[: min(n, len(self.prompts))]
+        batch = batch.interleave(-(-n // len(batch)))[:n]
+        z = torch.randn(n, *self.backbone.latent_shape, generator=torch.Generator().manual_seed(0)).to(self.backbone.device)
+        sigma = torch.full((n,), 0.5, device=z.device)
+
+        def forward(subject: Subject) -> None:
+            with torch.no_grad():
+                subject.value(Latent(z, sigma), batch)
+
+        def gradient(subject: Subject) -> None:
+            leaf = z.clone().requires_grad_(True)
+            torch.autograd.grad(subject.value(Latent(leaf, sigma), batch).sum(), leaf)
+
+        kinds = {"forward": forward, "gradient": gradient}
+        cases = {(s.name, kind): (lambda s=s, f=f: f(s)) for s in subjects for kind, f in kinds.items()}
+        seconds = interleaved(cases, self.config.timing_repeats)
+        return {
+            s.name: {f"{kind}_seconds": round(seconds[s.name, kind], 5) for kind in kinds}
+            | {f"{kind}_megabytes": round(peak_megabytes(cases[s.name, kind]), 2) for kind in kinds}
+            for s in subjects
+        }
+
+
+FIGURES = {
+    "recall_at_1": "Recall@1, image to text",
+    "recall_at_1_text_to_image": "Recall@1, text to image",
+    "pair_accuracy": "preference-pair accuracy",
+    "srcc": "SRCC with stated looks",
+    "correlation": "correlation with Monte Carlo on the policy's own latents",
+    "mean_error": "mean error against Monte Carlo",
+    "slope": "slope of Monte Carlo on V (1 is calibrated)",
+    "rmse": "root mean square error against Monte Carlo",
+}
+
+
+def table(results: dict[str, dict[str, Any]], sigmas: list[float]) -> str:
+    """Markdown, one block a reward and figure: a row a method, a column a noise level."""
+    out = []
+    for reward, result in results.items():
+        for figure, title in FIGURES.items():
+            rows = {n: r for n, r in result["rows"].items() if any(figure in f for f in r.values())}
+            if not rows:
+                continue
+            clean = f"; clean reward {result['clean'][figure]:.3f}" if figure in result["clean"] else ""
+            out += [
+                f"**{reward}**: {title}{clean}",
+                "",
+                "| sigma | " + " | ".join(f"{s:g}" for s in sigmas) + " |",
+                "|---|" + "---|" * len(sigmas),
+            ]
+            for name, by_sigma in rows.items():
+                cells = [by_sigma.get(f"{s:g}", {}).get(figure) for s in sigmas]
+                out.append(f"| {name} | " + " | ".join("" if c is None else f"{c:.3f}" for c in cells) + " |")
+            out.append("")
+        out += [f"**{reward}**: a query (forward / with gradient)", "", "| | ms | MB |", "|---|---|---|"]
+        for name, c in result["cost"].items():
+            out.append(
+                f"| {name} | {1e3 * c['forward_seconds']:.1f} / {1e3 * c['gradient_seconds']:.1f} | {c['forward_megabytes']:.1f} / {c['gradient_megabytes']:.1f} |"
+            )
+        out.append("")
+    return "\n".join(out)
+
+
+def plots(results: dict[str, dict[str, Any]], sigmas: list[float], folder: Path) -> list[Path]:
+    """One SVG a reward and figure: the figure against sigma, a line a method."""
+    written = []
+    for reward, result in results.items():
+        for figure, title in FIGURES.items():
+            lines = {
+                name: [(s, r[f"{s:g}"][figure]) for s in sigmas if figure in r.get(f"{s:g}", {})] for name, r in result["rows"].items()
+            }
+            lines = {name: line for name, line in lines.items() if line}
+            if lines:
+                path = folder / f"{re.sub(r'[^a-z0-9]+', '_', f'{reward} {figure}'.lower())}.svg"
+                svg = line_plot(lines, x_label="sigma", y_label=f"{reward}: {title}", width=620, height=380, standalone=True)
+                write_text(path, svg)
+                written.append(path)
+    return written
+
+
+def run(config: CompareConfig, extra: dict[str, Callable[[Any], list[Subject]]] | None = None) -> dict[str, Any]:
+    """Measure every reward under `compare`; write evaluation.json, table.md and plots to <out>/<name>."""
+    comparison, folder = Comparison(config), Path(config.out) / config.name
+    results = {name: comparison.measure_reward(name, (extra or {}).get(name)) for name in config.compare}
+    told = {"hardware": cfg.hardware(), "sigmas": config.sigmas, "rewards": results}
+    write_json(folder / "evaluation.json", told)
+    write_text(folder / "table.md", table(results, config.sigmas))
+    plots(results, config.sigmas, folder)
+    return told

@@ -1,0 +1,180 @@
+"""How good a value of noisy latents is: retrieval, preference pairs, rank correlation and calibration against Monte Carlo, by noise level."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rlstitch import sampling, schedule
+from rlstitch.oracles import MonteCarlo
+from rlstitch.stitch.model import StitchedValueModel
+from rlstitch.types import Batch, Latent
+
+SIGMAS = (0.1, 0.25, 0.5, 0.75, 0.9)
+
+
+@dataclass
+class Subject:
+    """What is measured: `value(latent, batch)` -> [B], and where it makes one, `embed(latent, batch)` -> image embedding [B, D] of the reward's space."""
+
+    name: str
+    value: Callable[[Latent, Batch], Tensor]
+    embed: Callable[[Latent, Batch], Tensor] | None = None
+
+
+def stitched(name: str, model: StitchedValueModel) -> Subject:
+    def embed(latent: Latent, batch: Batch) -> Tensor:
+        return model.embed(model.activations(latent.z, latent.sigma).grid)[0]
+
+    return Subject(name, model.value, embed)
+
+
+def tweedie(name: str, backbone: Any, reward: Any, *, prompt: bool) -> Subject:
+    """r(D(z - sigma v)) with v under the batch's own prompt, or under the null text."""
+
+    def embed(latent: Latent, batch: Batch) -> Tensor:
+        text = batch.text if prompt else backbone.null.expand(len(latent.z))
+        v = backbone.velocity(latent.z, latent.sigma, text)
+        return F.normalize(reward.encode(backbone.decode(schedule.posterior_mean(latent.z, v, latent.sigma)))[0], dim=-1)
+
+    return Subject(name, lambda latent, batch: reward.score_embedding(embed(latent, batch), batch), embed)
+
+
+def batch_of(prompts: Sequence[str], text: Any = None) -> Batch:
+    index = torch.arange(len(prompts))
+    return Batch(list(prompts), index, index, [{}] * len(prompts), text)
+
+
+def in_parts(ask: Callable[[Latent, Batch], Tensor], latent: Latent, batch: Batch, size: int = 64) -> Tensor:
+    """`ask` on slices of a large batch."""
+    parts = [slice(k, k + size) for k in range(0, len(latent.z), size)]
+    with torch.no_grad():
+        return torch.cat([ask(Latent(latent.z[p], latent.sigma[p]), batch[p]).float() for p in parts])
+
+
+def noised(latents: Tensor, level: float, seed: int = 0) -> Latent:
+    """Clean latents [N, ...] brought to one noise level; the same noise whatever the level."""
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(latents.device)
+    sigma = torch.full((len(latents),), level, device=latents.device)
+    return Latent(schedule.interpolate(latents, noise, sigma), sigma)
+
+
+# ---------------------------------------------------------------------------------------------------- figures
+
+
+def recall(image: Tensor, text: Tensor) -> float:
+    """Share of rows whose most similar text is their own; swap the arguments for text to image."""
+    return float(((image @ text.T).argmax(1) == torch.arange(len(image), device=image.device)).float().mean())
+
+
+def ranks(x: Tensor) -> Tensor:
+    """Ranks with ties shared."""
+    values, inverse, counts = x.double().unique(return_inverse=True, return_counts=True)
+    last = counts.cumsum(0)
+    return (last - (counts - 1) / 2.0)[inverse]
+
+
+def correlation(a: Tensor, b: Tensor) -> float:
+    return float(torch.corrcoef(torch.stack([a.double(), b.double()]))[0, 1])
+
+
+def srcc(a: Tensor, b: Tensor) -> float:
+    """Spearman's rank correlation."""
+    return correlation(ranks(a), ranks(b))
+
+
+def calibration(value: Tensor, truth: Tensor) -> dict[str, float]:
+    """mean error V - truth, slope of truth regressed on V (1 where V is calibrated: E[truth | V] = V), correlation, root mean square error."""
+    v, r = value.double(), truth.double()
+    centred = v - v.mean()
+    return {
+        "mean_error": float((v - r).mean()),
+        "slope": float((centred * (r - r.mean())).sum() / centred.square().sum().clamp(min=1e-12)),
+        "correlation": correlation(v, r),
+        "rmse": float((v - r).square().mean().sqrt()),
+    }
+
+
+def retrieval(
+    subject: Subject, reward: Any, latents: Tensor, prompts: list[str], text: Any, sigmas: Sequence[float] = SIGMAS
+) -> dict[str, dict]:
+    """Recall@1 both ways by sigma over N latents with pairwise distinct captions."""
+    texts, out = reward.embed_texts(prompts), {}
+    for level in sigmas:
+        image = in_parts(subject.embed, noised(latents, level), batch_of(prompts, text))
+        out[f"{level:g}"] = {"recall_at_1": recall(image, texts), "recall_at_1_text_to_image": recall(texts, image)}
+    return out
+
+
+def pair_accuracy(
+    subject: Subject, pair: tuple[Tensor, Tensor], prompts: list[str], first_wins: Tensor, text: Any, sigmas: Sequence[float] = SIGMAS
+) -> dict[str, dict]:
+    """Share of pairs of latents under one prompt whose better picture has the higher value; both get the same noise."""
+    out, batch = {}, batch_of(prompts, text)
+    for level in sigmas:
+        first, second = (in_parts(subject.value, noised(latents, level), batch) for latents in pair)
+        out[f"{level:g}"] = {"pair_accuracy": float(((first > second).cpu() == first_wins).float().mean())}
+    return out
+
+
+def rank_agreement(
+    subject: Subject, latents: Tensor, truth: Tensor, prompts: list[str], text: Any, sigmas: Sequence[float] = SIGMAS
+) -> dict[str, dict]:
+    """SRCC of the value with what it stands for, e.g. stated looks."""
+    batch = batch_of(prompts, text)
+    return {f"{level:g}": {"srcc": srcc(in_parts(subject.value, noised(latents, level), batch).cpu(), truth)} for level in sigmas}
+
+
+@dataclass
+class Reference:
+    """A policy's own latents at one noise level and the rewards of n completed rollouts from each: `rewards` [n, B]."""
+
+    latent: Latent
+    batch: Batch
+    rewards: Tensor
+
+
+@torch.no_grad()
+def references(
+    backbone: Any,
+    name: str,
+    reward: Any,
+    batch: Batch,
+    *,
+    rollouts: int,
+    sigmas: Sequence[float] = SIGMAS,
+    num_steps: int = 20,
+    shift: float = 3.0,
+    seed: int = 0,
+) -> dict[str, Reference]:
+    """Walk the policy from noise to each level (so that the latents are its own, not noised data) and finish every latent `rollouts` times."""
+    grid = schedule.sigmas(num_steps, shift, "plain")
+    start = torch.randn(len(batch), *backbone.latent_shape, generator=torch.Generator().manual_seed(seed)).to(backbone.device)
+    out = {}
+    for level in sigmas:
+        down = torch.cat([grid[grid > level], torch.tensor([level])])
+        latent = sampling.sample(backbone.bind(batch.text), start, down)
+        oracle = MonteCarlo(backbone, {name: reward}, {name: 1.0}, rollouts=rollouts, num_steps=num_steps, shift=shift, seed=seed)
+        out[f"{level:g}"] = Reference(latent, batch, oracle.each(latent, batch)[:, :, 0])
+    return out
+
+
+def calibrations(subject: Subject, references: dict[str, Reference], truth_rollouts: int) -> dict[str, dict]:
+    """By sigma: the value against the mean of the first `truth_rollouts` rollouts."""
+    return {
+        level: calibration(in_parts(subject.value, ref.latent, ref.batch).cpu(), ref.rewards[:truth_rollouts].mean(0).cpu())
+        for level, ref in references.items()
+    }
+
+
+def monte_carlo_calibrations(n: int, references: dict[str, Reference], truth_rollouts: int) -> dict[str, dict]:
+    """A Monte-Carlo value of n rollouts against the mean of `truth_rollouts` others."""
+    return {
+        level: calibration(ref.rewards[truth_rollouts : truth_rollouts + n].mean(0).cpu(), ref.rewards[:truth_rollouts].mean(0).cpu())
+        for level, ref in references.items()
+    }
