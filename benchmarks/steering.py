@@ -84,7 +84,7 @@ class Bench:
         unsteered = self.over_seeds("dps_stitch", scale=0.0)
         best = {}
         for name, table in rows.items():
-            places = [sum(sorted((r[j] for r in table)).index(row[j]) for j in self.judges) for row in table]
+            places = [sum(sorted(r[j] for r in table).index(row[j]) for j in self.judges) for row in table]
             best[name] = table[max(range(len(table)), key=places.__getitem__)]
         return {"unsteered": unsteered, "sweep": rows, "best": best}
 

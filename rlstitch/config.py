@@ -222,6 +222,7 @@ LAUNCHERS = {
     "method": "steer.py",
     "distill": "stitch.py",
     "compare": "evaluate_value.py",
+    "surrogate": "surrogate.py",
 }  # the key that tells what a recipe is for
 
 

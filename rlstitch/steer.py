@@ -26,10 +26,10 @@ from rlstitch.distributed import native_bf16
 from rlstitch.files import write_json, write_text
 from rlstitch.metrics import grid as draw_grid
 from rlstitch.metrics import peak_memory_mb
-from rlstitch.oracles import load_values
+from rlstitch.oracles import Terminal, load_values
 from rlstitch.steering.model import Steered
 from rlstitch.steering.particles import Trace
-from rlstitch.types import Judge, UserError, noise_like
+from rlstitch.types import Judge, Latent, UserError, noise_like
 
 
 @dataclass
@@ -173,6 +173,7 @@ class Job:
         self.rewards = {name: cfg.build(config.rewards[name], device=device) for name in names}
         values = load_values(config.oracle, config.values, self.backbone, self.rewards)
         self.oracle = cfg.build(config.oracle, backbone=self.backbone, rewards=self.rewards, values=values)
+        self.terminal = Terminal(self.backbone, self.rewards, config.oracle["weights"])
         prompts = read_prompts(config.prompts)
         count = min(config.max_prompts or len(prompts), len(prompts))
         rows = [i for i in range(count) for _ in range(config.images_per_prompt)]
@@ -186,7 +187,7 @@ class Job:
         self.autocast = lambda: torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bf16")
 
     def latents(self, rows: list[int], *, steered: bool = True, trace: Trace | None = None) -> Tensor:
-        """Finished latents of some pictures; of several particles the one that the oracle likes best."""
+        """Finished latents of some pictures; of several particles the one whose picture the guiding pixel rewards like best."""
         config, n = self.config, particles_of(self.config) if steered else 1
         batch = self.prompts.batch(rows, torch.tensor(rows))
         model = Steered(self.backbone, self.oracle, batch, guidance=config.sampler.guidance, guided_tweedie=config.guided_tweedie)
@@ -199,8 +200,9 @@ class Job:
                     return sampling.sample(model.velocity, z, grid, kernel=kernel_of(config), generator=generator).z
             z = call(config, model.velocity, model.value, z, generator, Trace() if trace is None else trace)
             if (kept := len(z) // len(rows)) > 1:
+                final, wide = Latent(z, torch.zeros(len(z), device=z.device)), batch.interleave(kept)
                 with torch.no_grad():
-                    values = model.value(z, torch.zeros(len(z), device=z.device)).view(-1, kept)
+                    values = self.terminal.total(self.terminal(final, wide)).view(-1, kept)
                 z = z[torch.arange(len(rows), device=z.device) * kept + torch.where(torch.isnan(values), -torch.inf, values).argmax(1)]
         return z
 

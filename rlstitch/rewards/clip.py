@@ -128,7 +128,12 @@ class ClipReward:
         self.size = self.model.config.vision_config.image_size
         self.num_blocks = len(self.model.vision_model.encoder.layers)
         self.width, self.grid = self.model.config.vision_config.hidden_size, self.size // self.model.config.vision_config.patch_size
-        self.scale = float(self.model.logit_scale.exp()) if scale == "logit" else float(scale)
+        self.offset = 0.0
+        if scale == "surrogate":
+            line = json.loads(require(folder / "surrogate.json", "the surrogate's scale").read_text())
+            self.scale, self.offset = line["scale"], line["offset"]
+        else:
+            self.scale = float(self.model.logit_scale.exp()) if scale == "logit" else float(scale)
         self.head = None if head is None else load_head(head, head_activation).to(self.device).requires_grad_(False).eval()
         self._whole = VisionTail(self.model, 1)
         self._texts: dict[str, Tensor] = {}
@@ -142,7 +147,7 @@ class ClipReward:
         """From an image embedding [B, D] (unit norm for a clean picture) to the reward [B]."""
         if self.head is not None:
             return self.head(embedding.float())[:, 0]
-        return self.scale * (embedding * self.embed_texts(batch.prompts)).sum(-1)
+        return self.scale * (embedding * self.embed_texts(batch.prompts)).sum(-1) + self.offset
 
     def embed_texts(self, prompts: list[str]) -> Tensor:
         """Unit text embeddings [B, D]. Each prompt is encoded once and by itself: in a batch, its last bits would depend on its neighbours, and with

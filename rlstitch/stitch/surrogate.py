@@ -1,0 +1,216 @@
+"""Surrogates: a reward that is no feed-forward network (a detector, a remote service, any black box) distilled into one, so that it can be stitched.
+
+The paper's stated limit. The surrogate is a CLIP model finetuned so that scale <image, text> + offset predicts the black box on the generator's own
+pictures; being linear in the image embedding it stays E[r | z] when stitched. `launch/surrogate.py` runs it from a recipe.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from rlstitch import config as cfg
+from rlstitch import sampling, schedule
+from rlstitch.checks import part_faults
+from rlstitch.data import PromptSet, encode, read_prompts
+from rlstitch.files import require, write_json
+from rlstitch.stitch import measure
+from rlstitch.types import Batch, Reward, UserError, noise_like
+
+
+@dataclass
+class SurrogateConfig:
+    """rewards: the black box alone. start: the part of a CLIP-family reward to finetune. Pictures: `generations` of the model on `prompts`, half of them at each guidance.
+
+    A prompt's picture is scored under its own prompt and under `others` prompts of other pictures, so that both high and low scores are seen.
+    """
+
+    name: str = ""
+    out: str = "values"
+    seed: int = 0
+    threads: int = 0
+    model: dict[str, Any] = field(default_factory=dict)
+    rewards: dict[str, Any] = field(default_factory=dict)
+    start: dict[str, Any] = field(default_factory=dict)
+    prompts: str = "shapes:train.jsonl"
+    held_out: str = "shapes:held_out.jsonl"
+    generations: int = 2048
+    held_generations: int = 344
+    guidance: list[float] = field(default_factory=lambda: [1.0, 3.0])
+    num_steps: int = 20
+    shift: float = 3.0
+    others: int = 1
+    steps: int = 800
+    batch_size: int = 64
+    lr: float = 3e-4
+    surrogate: bool = True
+
+
+def checked(given: dict[str, Any], name: str) -> SurrogateConfig:
+    """The typed recipe, or one UserError that lists every fault."""
+    cfg.for_launcher(given, "surrogate.py", name)
+    structured, faults = cfg.fill(SurrogateConfig, given)
+    config = OmegaConf.to_object(structured)
+    faults += part_faults(config)
+    if len(config.rewards) != 1:
+        faults.append(f"'rewards' must hold the one reward to distil, not {len(config.rewards)}")
+    for key in ("generations", "held_generations", "num_steps", "steps", "batch_size", "lr"):
+        if getattr(config, key) <= 0:
+            faults.append(f"'{key}' must be positive, not {getattr(config, key)}")
+    faults += cfg.check_part("start", config.start)
+    for key in ("prompts", "held_out"):
+        try:
+            require(getattr(config, key), key)
+        except UserError as error:
+            faults.append(f"'{key}': {error}")
+    if faults:
+        raise cfg.report(faults, name)
+    config.name = config.name or name.rsplit("/", 1)[-1].removesuffix(".yaml")
+    return config
+
+
+@torch.no_grad()
+def generate(
+    backbone: Any, prompts: PromptSet, count: int, config: SurrogateConfig, label: str, batch_size: int = 64
+) -> tuple[Tensor, list[int]]:
+    """`count` pictures [N, 3, H, W] uint8 and the prompt index of each: the prompts in turn, the guidances in turn."""
+    index = [k % len(prompts) for k in range(count)]
+    grid, out = schedule.sigmas(config.num_steps, config.shift, "plain"), []
+    for start in tqdm(range(0, count, batch_size), desc=label, unit="batch", leave=False):
+        rows = index[start : start + batch_size]
+        guidance = config.guidance[start // batch_size % len(config.guidance)]
+        batch = prompts.batch(rows, torch.arange(start, start + len(rows)) + config.seed * 1_000_003)
+        z = noise_like(backbone.latent_shape, batch.seeds, device=backbone.device)
+        images = backbone.decode(sampling.sample(backbone.bind(batch.text, guidance), z, grid).z)
+        out.append((images * 255).round().byte().cpu())
+    return torch.cat(out), index
+
+
+def scored(black_box: Reward, images: Tensor, asked: PromptSet, rows: list[int], batch_size: int = 64) -> Tensor:
+    """The black box's scores [N] of pictures under the given prompt rows. A score that is not finite is an error: it must not be learned as a number."""
+    out = []
+    for start in range(0, len(images), batch_size):
+        part = rows[start : start + batch_size]
+        batch = Batch([asked.prompts[i] for i in part], torch.tensor(part), torch.tensor(part), [asked.rows[i] for i in part])
+        out.append(black_box.score(images[start : start + batch_size].float() / 255, batch).float().cpu())
+    scores = torch.cat(out)
+    if not bool(torch.isfinite(scores).all()):
+        raise UserError(
+            f"the reward gave {int((~torch.isfinite(scores)).sum())} scores of {len(scores)} that are not finite: mend it before distilling it"
+        )
+    return scores
+
+
+class Student(torch.nn.Module):
+    """A trainable CLIP with a line on its cosine."""
+
+    def __init__(self, reward: Any):
+        super().__init__()
+        self.clip = reward.model.float().requires_grad_(True)
+        self.line = torch.nn.Parameter(torch.tensor([2.0, 0.0]))  # scale and offset
+        self.reward = [reward]
+
+    def forward(self, images: Tensor, ids: Tensor) -> Tensor:
+        """Predicted scores [B] of pictures [B, 3, H, W] in [0, 1] under tokenised prompts [B, L]."""
+        image = F.normalize(self.reward[0].encode(images)[0], dim=-1)
+        text = F.normalize(self.clip.text_projection(self.clip.text_model(input_ids=ids).pooler_output), dim=-1)
+        return self.line[0] * (image * text).sum(-1) + self.line[1]
+
+
+def fit(student: Student, images: Tensor, prompts: list[str], truth: Tensor, config: SurrogateConfig) -> float:
+    """Least squares on the black box's scores; returns the mean loss of the last tenth of the steps."""
+    reward, generator = student.reward[0], torch.Generator().manual_seed(config.seed)
+    ids = reward.tokenizer(
+        prompts,
+        padding="max_length",
+        truncation=True,
+        max_length=student.clip.config.text_config.max_position_embeddings,
+        return_tensors="pt",
+    ).input_ids
+    optimiser, losses = torch.optim.AdamW(student.parameters(), lr=config.lr, weight_decay=0.02), []
+    student.train()
+    bar = tqdm(range(config.steps), desc=config.name, unit="step")
+    for step in bar:
+        for group in optimiser.param_groups:
+            group["lr"] = config.lr * min(1.0, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / config.steps)))
+        index = torch.randint(len(truth), (config.batch_size,), generator=generator)
+        predicted = student(images[index % len(images)].float().to(reward.device) / 255, ids[index].to(reward.device))
+        loss = (predicted - truth[index].to(predicted.device)).square().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{sum(losses[-20:]) / len(losses[-20:]):.4f}")
+    student.eval()
+    tail = losses[-max(1, len(losses) // 10) :]
+    return sum(tail) / len(tail)
+
+
+def pairs_of(black_box: Reward, images: Tensor, prompts: PromptSet, rows: list[int], others: int) -> tuple[list[str], Tensor]:
+    """(prompt, score) of every picture under its own prompt, then of all again under those of other pictures, `others` times."""
+    asked, scores = [], []
+    for roll in range(1 + others):
+        shifted = rows[37 * roll % len(rows) :] + rows[: 37 * roll % len(rows)]
+        asked += [prompts.prompts[i] for i in shifted]
+        scores.append(scored(black_box, images, prompts, shifted))
+    return asked, torch.cat(scores)
+
+
+def run(config: SurrogateConfig) -> dict[str, Any]:
+    """Generate, score, finetune, measure on held-out prompts; a CLIPModel directory with `surrogate.json` in <out>/<name>."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    backbone = cfg.build(config.model, device=device)
+    name, node = next(iter(config.rewards.items()))
+    black_box, start = cfg.build(node, device=device), cfg.build(config.start, device=device)
+    sets = {k: encode(backbone, read_prompts(getattr(config, k))) for k in ("prompts", "held_out")}
+    images, rows = generate(backbone, sets["prompts"], config.generations, config, "pictures")
+    asked, truth = pairs_of(black_box, images, sets["prompts"], rows, config.others)
+    held, held_rows = generate(backbone, sets["held_out"], config.held_generations, config, "held-out pictures")
+    held_asked, held_truth = pairs_of(black_box, held, sets["held_out"], held_rows, config.others)
+    student = Student(start)
+    last = fit(student, images, asked, truth, config)
+    folder = Path(config.out) / config.name
+    folder.mkdir(parents=True, exist_ok=True)
+    student.clip.half().save_pretrained(folder)
+    start.tokenizer.save_pretrained(folder)
+    shutil.copy(require(config.start["path"], "the reward to start from") / "preprocessor_config.json", folder / "preprocessor_config.json")
+    scale, offset = student.line.detach().tolist()
+    card: dict[str, Any] = {"scale": scale, "offset": offset, "of": node, "start": config.start, "train_loss": last}
+    write_json(folder / "surrogate.json", card)
+    built = cfg.build(config.start | {"path": str(folder), "scale": "surrogate"}, device=device)
+    with torch.no_grad():
+        predicted = torch.cat(
+            [
+                built.score(held[k % len(held) : k % len(held) + 1].float().to(device) / 255, measure.batch_of([held_asked[k]])).cpu()
+                for k in range(len(held_truth))
+            ]
+        )
+    own = slice(0, len(held))
+    card |= {
+        "held_out_correlation": round(measure.correlation(predicted, held_truth), 4),
+        "held_out_correlation_own_prompt": round(measure.correlation(predicted[own], held_truth[own]), 4),
+        "held_out_rmse": round(float((predicted - held_truth).square().mean().sqrt()), 4),
+        "mean_score": {"truth": round(float(held_truth[own].mean()), 4), "surrogate": round(float(predicted[own].mean()), 4)},
+        "pictures": len(images),
+        "hardware": cfg.hardware(),
+    }
+    write_json(folder / "surrogate.json", card)
+    print(
+        f"{config.name}: surrogate of '{name}' saved to {folder}; correlation with the truth on held-out prompts {card['held_out_correlation']:.3f}",
+        flush=True,
+    )
+    return card
