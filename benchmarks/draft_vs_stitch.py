@@ -34,7 +34,7 @@ def train(recipe: str, name: str, out: Path, *overrides: str) -> dict:
 
 
 def training_hours(summary: dict) -> float:
-    return sum(summary["device_hours"][k] for k in ("rollout", "oracle", "update"))
+    return sum(summary["device_hours"][k] for k in ("rollout", "oracle", "update", "refresh"))
 
 
 def main() -> None:

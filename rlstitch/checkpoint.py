@@ -23,8 +23,8 @@ def folders(run: Path) -> list[Path]:
     return sorted(path.parent for path in (run / "checkpoints").glob(f"step-*/{DONE}"))
 
 
-def save(run: Path, step: int, engine: Engine, policy: Policy, progress: dict[str, Any], *, keep: int) -> Path:
-    """Write checkpoints/step-N: LoRA (raw and EMA), optimiser, RNG of every rank, `progress`. A collective; raises UserError where the disk is full."""
+def save(run: Path, step: int, engine: Engine, policy: Policy, progress: dict[str, Any], *, keep: int, refresher: Any = None) -> Path:
+    """Write checkpoints/step-N: LoRA (raw and EMA), optimiser, RNG of every rank, refreshed value models, `progress`. A collective; raises UserError where the disk is full."""
     final = run / "checkpoints" / f"step-{step:06d}"
     temporary = final.with_name(final.name + ".tmp")
     if engine.is_main:
@@ -37,6 +37,8 @@ def save(run: Path, step: int, engine: Engine, policy: Policy, progress: dict[st
         write_tensors(temporary / f"rng-{engine.rank}.safetensors", {"torch": torch.get_rng_state()})
         if engine.is_main:
             write_tensors(temporary / "policy.safetensors", weights)
+            if refresher is not None:
+                write_tensors(temporary / "values.safetensors", refresher.tensors())
         if engine.zero_stage:
             engine.deepspeed.save_checkpoint(str(temporary), tag="deepspeed", exclude_frozen_parameters=True)
         elif engine.is_main:
@@ -55,6 +57,7 @@ def save(run: Path, step: int, engine: Engine, policy: Policy, progress: dict[st
         write_json(
             temporary / DONE,
             progress
+            | ({} if refresher is None else {"refresh": refresher.progress()})
             | {"step": step, "world": engine.world, "zero_stage": engine.zero_stage, "policy_updates": policy.updates, "sha256": hashes},
         )
         shutil.rmtree(final, ignore_errors=True)
@@ -65,7 +68,7 @@ def save(run: Path, step: int, engine: Engine, policy: Policy, progress: dict[st
     return final
 
 
-def load(folder: Path, engine: Engine, policy: Policy) -> dict[str, Any]:
+def load(folder: Path, engine: Engine, policy: Policy, refresher: Any = None) -> dict[str, Any]:
     """Restore a checkpoint in place; -> its progress. Raises UserError where it is damaged, or for another number of ranks or ZeRO stage."""
     if not (folder / DONE).exists():
         raise UserError(f"{folder} is no complete checkpoint (it has no {DONE})")
@@ -85,6 +88,8 @@ def load(folder: Path, engine: Engine, policy: Policy) -> dict[str, Any]:
         engine.deepspeed.load_checkpoint(str(folder), tag="deepspeed", load_module_strict=False)
     else:
         engine.load_optimiser_state(read_tensors(folder / "optimiser.safetensors", hashes["optimiser.safetensors"]))
+    if refresher is not None and "values.safetensors" in hashes:
+        refresher.restore(read_tensors(folder / "values.safetensors", hashes["values.safetensors"]), progress["refresh"])
     rng = f"rng-{engine.rank}.safetensors"
     if (folder / rng).exists():
         torch.set_rng_state(read_tensors(folder / rng, hashes[rng])["torch"])

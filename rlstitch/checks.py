@@ -36,6 +36,10 @@ def recipe_faults(config: RunConfig) -> list[str]:
     if config.resume not in ("auto", "never"):
         _catch(faults, "resume", require, config.resume, "the checkpoint to resume from")
     cards = value_cards(config, faults)
+    if config.refresh.fraction and not cards:
+        faults.append(
+            "'refresh' measures value models against their rewards, and this oracle has none: use rlstitch.oracles.Stitched, or refresh.fraction=0"
+        )
     if not any(
         f.startswith(("'oracle", "unknown key 'oracle", "'stop", "unknown key 'stop", "'sampler", "'algorithm", "unknown key 'algorithm"))
         for f in faults

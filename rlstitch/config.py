@@ -95,6 +95,18 @@ class CheckpointConfig:
 
 
 @dataclass
+class RefreshConfig:
+    """Value models against the true reward while training; fraction 0 is off. threshold counts spreads of the reward."""
+
+    fraction: float = 0.0
+    threshold: float = 0.5
+    steps: int = 30
+    lr: float = 1e-4
+    batch_size: int = 64
+    buffer: int = 512
+
+
+@dataclass
 class RunConfig:
     """A whole run. `use` lists pieces merged before the recipe itself; `resume` is auto, never or a checkpoint folder."""
 
@@ -122,6 +134,7 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    refresh: RefreshConfig = field(default_factory=RefreshConfig)
 
 
 CHOICES = {
@@ -144,6 +157,11 @@ POSITIVE = (
     "evaluation.batch_size",
     "checkpoint.keep",
     "checkpoint.every",
+    "refresh.threshold",
+    "refresh.steps",
+    "refresh.lr",
+    "refresh.batch_size",
+    "refresh.buffer",
 )
 INJECTED = (  # given by the job, not by the recipe
     *("self", "backbone", "rewards", "values", "policy"),
@@ -278,6 +296,8 @@ def structure(given: dict[str, Any]) -> tuple[RunConfig, list[str]]:
             faults.append(f"'{path}' must be positive, not {OmegaConf.select(config, path)}")
     if not 0 <= config.ema_decay < 1:
         faults.append(f"'ema_decay' must be in [0, 1), not {config.ema_decay}")
+    if not 0 <= config.refresh.fraction <= 1:
+        faults.append(f"'refresh.fraction' is a share of the samples in [0, 1], not {config.refresh.fraction}")
     return typing.cast(RunConfig, OmegaConf.to_object(config)), faults
 
 

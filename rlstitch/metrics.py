@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-PHASES = ("rollout", "oracle", "update", "eval")
+PHASES = ("rollout", "oracle", "update", "refresh", "eval")
 
 
 class Clock:
@@ -38,7 +38,7 @@ class Clock:
 
     @property
     def training(self) -> float:
-        return sum(self.hours[p] for p in ("rollout", "oracle", "update"))
+        return sum(self.hours[p] for p in ("rollout", "oracle", "update", "refresh"))
 
 
 class Log:

@@ -25,6 +25,7 @@ from rlstitch.metrics import Clock, Log, peak_memory_mb
 from rlstitch.metrics import grid as draw_grid
 from rlstitch.oracles import load_values
 from rlstitch.policy import CURRENT, EMA, REFERENCE, Policy
+from rlstitch.stitch.refresh import Refresher
 from rlstitch.types import UserError
 
 
@@ -98,6 +99,11 @@ class Trainer:
             guidance=config.sampler.guidance,
             activation_checkpointing=config.sampler.activation_checkpointing,
         )
+        self.refresher = (
+            Refresher(config.refresh, self.values, self.backbone, self.rewards, self.engine, guidance=config.sampler.guidance)
+            if config.refresh.fraction
+            else None
+        )
         self.stream = UpdateStream(self.prompts, self.geometry, config.seed)
         self.clock = Clock(self.engine.world, stitching=stitching)
         self.step, self.bad = 0, 0
@@ -141,6 +147,7 @@ class Trainer:
         stop = self.stop.draw(self.config.sampler.num_steps, self.config.seed * 1_000_003 + self.step)
         o = self.config.optimiser
         engine.set_lr(o.lr * min(1.0, (self.step + 1) / max(1, o.warmup)))
+        first = None
         for batch in self.stream.micro_batches(self.step, engine.rank):
             with clock.phase("rollout"), engine.autocast():
                 rollout = self.algorithm.rollout(batch, stop)
@@ -154,11 +161,16 @@ class Trainer:
                     for key, value in metrics.items():
                         sums.setdefault(key, []).append(value.float().reshape(1))
             scores.append(rollout.scores.detach())
+            first = rollout if first is None else first
         with clock.phase("update"):
             norm = engine.step()
             if norm is not None:
                 self.policy.update_ema()
             self.algorithm.end_step(self.step)
+        drift = {}
+        if self.refresher is not None:
+            with clock.phase("refresh"), engine.autocast():
+                drift = self.refresher.after(first, self.grid, stop)
         self.step += 1
         means = {key: float(engine.gather(torch.cat(values)).mean()) for key, values in sums.items()}
         every_score = engine.gather(torch.cat(scores))
@@ -172,6 +184,7 @@ class Trainer:
             "rewards": {n: (float(v) if norm is not None else None) for n, v in zip(self.oracle.names, every_score.mean(0))},
             "grad_norm": norm,
             "skipped": norm is None,
+            **({"drift": drift} if drift else {}),
             **self._hours(),
         }
         self.log.write(row)
@@ -214,7 +227,7 @@ class Trainer:
                     (self.run / stale).unlink(missing_ok=True)
                 shutil.rmtree(self.run / "checkpoints", ignore_errors=True)
         if source is not None:
-            progress = checkpoint.load(source, self.engine, self.policy)
+            progress = checkpoint.load(source, self.engine, self.policy, self.refresher)
             self.step = progress["step"]
             self.clock.hours.update(progress["hours"])
         if self.engine.is_main:
@@ -232,7 +245,8 @@ class Trainer:
         self.engine.barrier()
 
     def _checkpoint(self) -> None:
-        checkpoint.save(self.run, self.step, self.engine, self.policy, {"hours": self.clock.hours}, keep=self.config.checkpoint.keep)
+        progress, keep = {"hours": self.clock.hours}, self.config.checkpoint.keep
+        checkpoint.save(self.run, self.step, self.engine, self.policy, progress, keep=keep, refresher=self.refresher)
 
     def evaluate(self, adapter: str, limit: int, label: str) -> Evaluation:
         e = self.config.evaluation

@@ -95,7 +95,7 @@ def test_a_run_leaves_everything_that_it_promises(world, reference):
     run = world / "runs" / reference
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] == 4 and summary["samples"] == 16 and summary["seed"] == 0 and summary["peak_memory_mb"] > 0
-    assert set(summary["device_hours"]) == {"rollout", "oracle", "update", "eval", "stitching"}
+    assert set(summary["device_hours"]) == {"rollout", "oracle", "update", "refresh", "eval", "stitching"}
     assert set(summary["eval"]) == {"base", "raw", "ema"} and all("clip" in means for means in summary["eval"].values())
     assert (run / "recipe.yaml").exists() and (run / "samples" / "ema.png").exists()
     page = (run / "report.html").read_text()
@@ -288,3 +288,27 @@ def test_full_disk_keeps_the_last_good_checkpoint(world, monkeypatch, tmp_path):
         checkpoint.save(tmp_path, 2, engine, policy, {"hours": {}}, keep=2)
     assert [f.name for f in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
     assert checkpoint.load(tmp_path / "checkpoints" / "step-000001", engine, policy)["step"] == 1
+
+
+REFRESH = ("refresh.fraction=0.5", "refresh.threshold=1e-6", "refresh.steps=2", "refresh.buffer=1", "refresh.batch_size=2")
+
+
+def test_refreshed_value_models_resume_bit_for_bit(world):
+    code, output = start(world, "name=refreshed", *REFRESH)
+    assert code == 0, output
+    code, output = start(world, "name=halves", "updates=2", *REFRESH)
+    assert code == 0, output
+    code, output = start(world, "name=halves", *REFRESH)
+    assert code == 0 and "resumed from step-000002" in output, output
+    whole, halves = rows(world, "refreshed"), rows(world, "halves")
+    assert whole == halves and all(row["drift"]["refreshed"] == 1 and row["drift"]["gap/clip"] > 0 for row in whole)
+    for name, file in (("refreshed", "values.safetensors"), ("refreshed", "policy.safetensors")):
+        pair = [load_file(world / "runs" / n / "checkpoints" / "step-000004" / file) for n in (name, "halves")]
+        assert all(torch.equal(pair[0][k], pair[1][k]) for k in pair[0])
+
+
+def test_refresh_needs_a_value_model(world):
+    code, output = start(
+        world, "name=none", "refresh.fraction=0.5", "refresh.steps=0", "oracle._target_=rlstitch.oracles.Terminal", "stop._target_=rlstitch.stops.End"
+    )  # fmt: skip
+    assert code == 2 and "'refresh.steps' must be positive" in output and "this oracle has none" in output

@@ -1,0 +1,75 @@
+"""The paper's Table 5 in miniature: stitched values against VAE stitch, NoisyCLIP, DiNa-LRM, Tweedie and Monte Carlo, by noise level.
+
+    python -m benchmarks.table5 [rewards=clip,hps,aesthetic] [rows=unit,vae,noisy,dina] [out=values/table5] [calibration=48] [steps=0: the recipes']
+
+Baselines are stitched by the same recipes and data: VAE stitch with three times the steps, NoisyCLIP with five times, DiNa-LRM on 8,000 preference pairs
+for as many steps as StitchVM. `unit`: the paper's unit-norm student, else as StitchVM. Trained ones are kept under `out`, so that the script goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import RESULTS, arguments, save
+from rlstitch import config as cfg
+from rlstitch.files import write_text
+from rlstitch.stitch import compare, measure
+from rlstitch.stitch import recipe as stitch
+from rlstitch.stitch.baselines import PreferenceHead, train_preference_head
+from rlstitch.stitch.distill import latents_of
+
+ROWS = {
+    "unit": ("StitchVM, unit-norm student", 1, {"normalise": True}),
+    "vae": ("VAE stitch", 3, {"kind": "vae"}),
+    "noisy": ("NoisyCLIP", 5, {"kind": "noisy_clip"}),
+}
+
+
+def stitched(reward: str, row: str, out: Path, steps: int) -> str:
+    """A baseline of one reward, stitched unless it is there already."""
+    _, times, change = ROWS[row]
+    given = cfg.merge(cfg.compose(f"stitch_{reward}"), {"name": f"{reward}_{row}", "out": str(out), **change})
+    given["distill"]["steps"] = times * (steps or given["distill"]["steps"])
+    folder = out / given["name"]
+    if not (folder / "value.json").exists():
+        stitch.run(stitch.checked(given, given["name"]))
+    return str(folder)
+
+
+def dina(steps: int, pairs: int = 8000) -> Any:
+    """A maker of DiNa-LRM's row for `hps`: a head on the denoiser after a third of its blocks, trained on preference pairs of another seed."""
+
+    def rows(reward: Any) -> list[measure.Subject]:
+        recipe = cfg.compose("evaluate_value")
+        backbone = cfg.build(recipe["model"])
+        first, second, prompts, wins = cfg.build(recipe["pairs"]["hps"] | {"n": pairs, "seed": 505})
+        head = PreferenceHead(backbone, max(1, backbone.num_blocks // 3))
+        sides = (latents_of(backbone, first), latents_of(backbone, second))
+        train_preference_head(head, sides, prompts, backbone.encode_prompts(prompts), wins, steps=steps)
+        return [measure.Subject("DiNa-LRM", head.requires_grad_(False).value)]
+
+    return rows
+
+
+def main() -> None:
+    options = arguments(
+        {"rewards": "clip,hps,aesthetic", "rows": "unit,vae,noisy,dina", "out": "values/table5", "calibration": "48", "steps": "0"}
+    )
+    out, names, rows = Path(options["out"]), options["rewards"].split(","), options["rows"].split(",")
+    given, steps = cfg.compose("evaluate_value"), int(options["steps"])
+    given["compare"] = {
+        reward: given["compare"][reward] | {ROWS[row][0]: stitched(reward, row, out, steps) for row in rows if row in ROWS}
+        for reward in names
+    }
+    given["calibration"]["count"] = int(options["calibration"])
+    config = compare.checked(given | {"out": str(out), "name": "table"}, "table5")
+    extra = {"hps": dina(steps or cfg.compose("stitch_hps")["distill"]["steps"])} if "dina" in rows and "hps" in names else None
+    results = compare.run(config, extra)
+    write_text(RESULTS / "table5.md", compare.table(results["rewards"], config.sigmas))
+    compare.plots(results["rewards"], config.sigmas, RESULTS / "table5")
+    save("table5", results)
+
+
+if __name__ == "__main__":
+    main()
