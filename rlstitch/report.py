@@ -76,6 +76,37 @@ def line_plot(
     return "".join(out) + f'<text x="{width - right}" y="{height - bottom - 8}" text-anchor="end">{legend}</text></svg>'
 
 
+def heat_map(table: list[list[float]], *, title: str, x_label: str, y_label: str, x: list[Any], y: list[Any], cell: int = 62) -> str:
+    """A standalone SVG of numbers in shaded cells: table[row][column], dark is large."""
+    low, high = min(map(min, table)), max(map(max, table))
+    left, top = 64, 40
+    width, height = left + cell * len(x) + 12, top + cell * len(y) + 48
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" aria-label="{html.escape(title)}">',
+        f'<style>text{{font:12px sans-serif}}</style><rect width="{width}" height="{height}" fill="white"/><text x="10" y="20">{html.escape(title)}</text>',
+    ]
+    for r, row in enumerate(table):
+        for c, value in enumerate(row):
+            share = (value - low) / (high - low) if high > low else 0.5
+            px, py = left + c * cell, top + r * cell
+            shade = f"rgb({round(235 - 195 * share)},{round(243 - 140 * share)},{round(250 - 80 * share)})"
+            out.append(f'<rect x="{px}" y="{py}" width="{cell - 2}" height="{cell - 2}" fill="{shade}"/>')
+            ink = "white" if share > 0.55 else "black"
+            out.append(f'<text x="{px + cell / 2 - 1}" y="{py + cell / 2 + 3}" text-anchor="middle" fill="{ink}">{value:.3f}</text>')
+    out += [
+        f'<text x="{left + c * cell + cell / 2}" y="{top + cell * len(y) + 14}" text-anchor="middle">{html.escape(str(v))}</text>'
+        for c, v in enumerate(x)
+    ]
+    out += [
+        f'<text x="{left - 10}" y="{top + r * cell + cell / 2 + 3}" text-anchor="end">{html.escape(str(v))}</text>' for r, v in enumerate(y)
+    ]
+    out.append(f'<text x="{left + cell * len(x) / 2}" y="{height - 12}" text-anchor="middle">{html.escape(x_label)}</text>')
+    out.append(
+        f'<text x="14" y="{top + cell * len(y) / 2}" text-anchor="middle" transform="rotate(-90 14 {top + cell * len(y) / 2})">{html.escape(y_label)}</text>'
+    )
+    return "".join(out) + "</svg>"
+
+
 def _image(path: Path, caption: str) -> str:
     if not path.exists():
         return ""
