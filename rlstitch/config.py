@@ -334,6 +334,13 @@ def _fits(value: Any, hint: Any) -> bool:
     return True
 
 
+def _told(hint: Any) -> str:
+    """A type as a person would say it."""
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    return getattr(hint, "__name__", str(hint))
+
+
 def check_part(where: str, node: dict[str, Any], *, extra: tuple[str, ...] = ()) -> list[str]:
     """Faults of one `_target_` node against the signature it names; `extra` keys are read by the trainer itself."""
     if "_target_" not in node:
@@ -351,7 +358,7 @@ def check_part(where: str, node: dict[str, Any], *, extra: tuple[str, ...] = ())
         if key not in settable:
             faults.append(f"unknown key '{where}.{key}'{nearest(key, [*settable, *extra])}")
         elif not _fits(value, hints.get(key, Any)):
-            faults.append(f"'{where}.{key}' must be {getattr(hints[key], '__name__', hints[key])}, not {value!r}")
+            faults.append(f"'{where}.{key}' must be {_told(hints[key])}, not {value!r}")
     missing = [n for n, p in settable.items() if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and n not in node]
     return faults + [f"'{where}.{name}' is missing: {node['_target_']} needs it" for name in missing]
 

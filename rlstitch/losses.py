@@ -13,3 +13,23 @@ def output_regulariser(v: Tensor, v_reference: Tensor) -> Tensor:
 def flow_matching(v: Tensor, z0: Tensor, noise: Tensor) -> Tensor:
     """Conditional flow-matching error |v - (noise - z0)|^2, mean over all but the batch: [B, ...] -> [B]."""
     return (v.float() - (noise - z0).float()).square().flatten(1).mean(1)
+
+
+def nft(v: Tensor, v_old: Tensor, target: Tensor, weight: Tensor, beta: float, sigma: Tensor, *, adaptive: bool = True) -> Tensor:
+    """DiffusionNFT's loss (method.md 3, eqs. 65-71): [B, ...] velocities and `weight` w [B] in [0, 1] -> [B].
+
+    w L(v+) + (1 - w) L(v-), over beta, with v+ = (1 - beta) v_old + beta v and v- = (1 + beta) v_old - beta v. adaptive: L = sigma mean(e^2) / max(mean|e|,
+    1e-5 / sigma) for e = v+- - target, the denominator without gradient: the released loss on x0, written in e so that it holds for the bridge, too, whose
+    target's variance has no bound near the stop. Otherwise L = mean(e^2), whose minimiser in v is v_old + ((2 w - 1) / beta)(target - v_old).
+    """
+
+    def error(mixed: Tensor) -> Tensor:
+        e = (mixed.float() - target.float()).flatten(1)
+        if not adaptive:
+            return e.square().mean(1)
+        size = e.detach().double().abs().mean(1)
+        floor = 1e-5 / sigma.double().clamp(min=1e-8)
+        return sigma * e.square().mean(1) / size.maximum(floor).float()
+
+    positive, negative = (1 - beta) * v_old + beta * v, (1 + beta) * v_old - beta * v
+    return (weight * error(positive) + (1 - weight) * error(negative)) / beta

@@ -1,4 +1,4 @@
-"""The policy: LoRA sets on one frozen base. `current` trains, `ema` follows it, the reference is the base with adapters off."""
+"""The policy: LoRA sets on one frozen base. `current` trains, `ema` follows it, `old` samples where a method wants that, the reference is the base with adapters off."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rlstitch.types import UserError
 
-CURRENT, EMA, REFERENCE = "default", "ema", "reference"
+CURRENT, EMA, OLD, REFERENCE = "default", "ema", "old", "reference"
 
 
 class Policy:
@@ -23,13 +23,17 @@ class Policy:
     Only `use` switches adapters: PEFT's own set_adapter also flips requires_grad, which would silence training.
     """
 
-    def __init__(self, transformer: nn.Module, *, rank: int, alpha: float, targets: Sequence[str], seed: int, ema_decay: float):
+    def __init__(
+        self, transformer: nn.Module, *, rank: int, alpha: float, targets: Sequence[str], seed: int, ema_decay: float, old: bool = False
+    ):
         self.transformer, self.ema_decay = transformer, ema_decay
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights="gaussian")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             transformer.add_adapter(config, CURRENT)
-        transformer.add_adapter(config, EMA)
+        self.followers = (EMA, OLD) if old else (EMA,)
+        for name in self.followers:
+            transformer.add_adapter(config, name)
         self.layers = [m for m in transformer.modules() if isinstance(m, LoraLayer)]
         self._active = REFERENCE
         for layer in self.layers:  # adapters in float32 whatever the base is in
@@ -39,11 +43,14 @@ class Policy:
             p.requires_grad_(f".{CURRENT}." in name)
         self._switch(CURRENT)
         named = dict(transformer.named_parameters())
-        self._pairs = [(p, named[n.replace(f".{CURRENT}.", f".{EMA}.")]) for n, p in self.named_parameters()]
+        self._sets = {"raw": self.parameters()} | {
+            name: [named[n.replace(f".{CURRENT}.", f".{name}.")] for n, _ in self.named_parameters()] for name in self.followers
+        }
         self.updates = 0
         with torch.no_grad():
-            for current, ema in self._pairs:
-                ema.copy_(current)
+            for name in self.followers:
+                for current, other in zip(self._sets["raw"], self._sets[name]):
+                    other.copy_(current)
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """The trained parameters."""
@@ -82,8 +89,16 @@ class Policy:
         """ema <- d ema + (1 - d) current with d = min(decay, (1 + s) / (10 + s)) after update s. Under ZeRO-3 it acts on each rank's own part."""
         self.updates += 1
         decay = min(self.ema_decay, (1 + self.updates) / (10 + self.updates))
-        for current, ema in self._pairs:
-            source, target = (getattr(p, "ds_tensor", p.data) for p in (current, ema))
+        self._follow(EMA, decay)
+
+    def update_old(self, decay: float) -> None:
+        """old <- d old + (1 - d) current; d = 0 copies."""
+        self._follow(OLD, decay)
+
+    @torch.no_grad()
+    def _follow(self, name: str, decay: float) -> None:
+        for current, other in zip(self._sets["raw"], self._sets[name]):
+            source, target = (getattr(p, "ds_tensor", p.data) for p in (current, other))
             target.lerp_(source.to(target.dtype), 1 - decay)
 
     # ------------------------------------------------------------------------------------------------ files
@@ -91,7 +106,7 @@ class Policy:
     @contextmanager
     def gathered(self) -> Iterator[None]:
         """Whole parameters on every rank, also under ZeRO-3."""
-        partitioned = [p for pair in self._pairs for p in pair if hasattr(p, "ds_id")]
+        partitioned = [p for params in self._sets.values() for p in params if hasattr(p, "ds_id")]
         if not partitioned:
             yield
             return
@@ -101,27 +116,27 @@ class Policy:
             yield
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Raw and EMA weights, apart: `raw.<name>` and `ema.<name>`. A collective under ZeRO-3."""
+        """Raw, EMA and, where there is one, old weights, apart: `raw.<name>`, `ema.<name>`, `old.<name>`. A collective under ZeRO-3."""
         with self.gathered():
             return {
-                f"{kind}.{n}": pair[k].detach().float().cpu().clone()
-                for (n, _), pair in zip(self.named_parameters(), self._pairs)
-                for k, kind in enumerate(("raw", "ema"))
+                f"{kind}.{n}": p.detach().float().cpu().clone()
+                for kind, params in self._sets.items()
+                for (n, _), p in zip(self.named_parameters(), params)
             }
 
     @torch.no_grad()
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """Raises UserError where the LoRA is for another architecture or rank."""
         names = [n for n, _ in self.named_parameters()]
-        wanted = {f"{kind}.{n}" for n in names for kind in ("raw", "ema")}
+        wanted = {f"{kind}.{n}" for n in names for kind in self._sets}
         if wanted != set(tensors):
             odd = sorted(wanted ^ set(tensors))
             raise UserError(
                 f"the saved LoRA does not fit this model: {len(odd)} tensors differ, e.g. {odd[0]}. It was trained on another architecture or with other targets."
             )
         with self.gathered():
-            for n, pair in zip(names, self._pairs):
-                for p, kind in zip(pair, ("raw", "ema")):
+            for kind, params in self._sets.items():
+                for n, p in zip(names, params):
                     value = tensors[f"{kind}.{n}"]
                     if value.shape != p.shape:
                         raise UserError(

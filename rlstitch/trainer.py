@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from rlstitch import checkpoint, report, schedule
@@ -26,7 +27,7 @@ from rlstitch.metrics import grid as draw_grid
 from rlstitch.oracles import load_values
 from rlstitch.policy import CURRENT, EMA, REFERENCE, Policy
 from rlstitch.stitch.refresh import Refresher
-from rlstitch.types import UserError
+from rlstitch.types import Rollout, UserError
 
 
 class Interrupted(Exception):
@@ -60,10 +61,13 @@ class Trainer:
         batch = config.batch
         world = world_size()
         self.geometry = resolve_geometry(batch.prompts_per_update, batch.images_per_prompt, batch.micro_batch, world, len(prompts))
+        self.stop = cfg.build(config.stop)
+        method = cfg.load_class(config.algorithm["_target_"])
+        self.slots = method.backwards(config.algorithm, self.stop.steps(config.sampler.num_steps))
         self.engine = Engine(
             zero_stage=config.distributed.zero_stage,
             precision=config.distributed.precision,
-            accumulation=self.geometry.accumulation,
+            accumulation=self.geometry.accumulation * self.slots,
             micro_batch=self.geometry.micro_batch,
             clip_norm=config.optimiser.clip_norm,
         )
@@ -83,13 +87,13 @@ class Trainer:
             targets=self.backbone.lora_targets,
             seed=config.seed,
             ema_decay=config.ema_decay,
+            old=method.keeps_old,
         )
         o = config.optimiser
         optimiser = torch.optim.AdamW(self.policy.parameters(), lr=o.lr, betas=(o.beta1, o.beta2), weight_decay=o.weight_decay)
         self.engine.prepare(self.backbone.transformer, optimiser, self.policy.parameters())
         self.oracle = cfg.build(config.oracle, backbone=self.backbone, rewards=self.rewards, values=self.values)
         self.grid = schedule.sigmas(config.sampler.num_steps, config.sampler.shift, config.sampler.spacing)
-        self.stop = cfg.build(config.stop)
         self.algorithm = cfg.build(
             config.algorithm,
             backbone=self.backbone,
@@ -147,21 +151,19 @@ class Trainer:
         stop = self.stop.draw(self.config.sampler.num_steps, self.config.seed * 1_000_003 + self.step)
         o = self.config.optimiser
         engine.set_lr(o.lr * min(1.0, (self.step + 1) / max(1, o.warmup)))
-        first = None
+        rollouts: list[Rollout] = []
         for batch in self.stream.micro_batches(self.step, engine.rank):
             with clock.phase("rollout"), engine.autocast():
                 rollout = self.algorithm.rollout(batch, stop)
             with clock.phase("oracle"), engine.autocast():
                 rollout.scores = self.algorithm.score(rollout)
-            with clock.phase("update"):
-                with engine.autocast():
-                    parts = list(self.algorithm.losses(rollout))
-                for loss, metrics in parts:
-                    engine.backward(loss)
-                    for key, value in metrics.items():
-                        sums.setdefault(key, []).append(value.float().reshape(1))
+            if not self.algorithm.collects:
+                self._learn(rollout, sums)
             scores.append(rollout.scores.detach())
-            first = rollout if first is None else first
+            if self.algorithm.collects or not rollouts:
+                rollouts.append(rollout)
+        if self.algorithm.collects:
+            self._learn_together(rollouts, sums)
         with clock.phase("update"):
             norm = engine.step()
             if norm is not None:
@@ -170,7 +172,7 @@ class Trainer:
         drift = {}
         if self.refresher is not None:
             with clock.phase("refresh"), engine.autocast():
-                drift = self.refresher.after(first, self.grid, stop)
+                drift = self.refresher.after(rollouts[0], self.grid, stop)
         self.step += 1
         means = {key: float(engine.gather(torch.cat(values)).mean()) for key, values in sums.items()}
         every_score = engine.gather(torch.cat(scores))
@@ -189,6 +191,30 @@ class Trainer:
         }
         self.log.write(row)
         return row
+
+    def _learn(self, rollout: Rollout, sums: dict[str, list[Tensor]], *compared: Any) -> None:
+        """Every loss of one micro-batch, each with its backward before the next is made."""
+        with self.clock.phase("update"):
+            parts = self.algorithm.losses(rollout, *compared)
+            while True:
+                with self.engine.autocast():
+                    part = next(parts, None)
+                if part is None:
+                    return
+                self.engine.backward(part[0])
+                for key, value in part[1].items():
+                    sums.setdefault(key, []).append(value.float().reshape(1))
+
+    def _learn_together(self, rollouts: list[Rollout], sums: dict[str, list[Tensor]]) -> None:
+        """Compare the samples of all ranks, then learn from this rank's own."""
+        own = torch.cat([r.scores for r in rollouts]).detach().float()
+        groups = torch.cat([r.batch.group for r in rollouts]).to(own.device)
+        weights, metrics = self.algorithm.compare(rollouts, self.engine.gather(own), self.engine.gather(groups))
+        mine = weights[self.engine.rank * len(own) :][: len(own)]
+        for rollout, part in zip(rollouts, mine.split([len(r.batch) for r in rollouts])):
+            self._learn(rollout, sums, part, self.slots)
+        for key, value in metrics.items():
+            sums[key] = [torch.tensor([value], device=own.device)]
 
     def _guard(self, norm: float | None, means: dict[str, float]) -> None:
         """Count updates skipped for NaN or Inf; give up after too many in a row, with the weights as they were."""

@@ -130,10 +130,19 @@ class Oracle(Protocol):
 
 
 class Algorithm(Protocol):
-    """One training method; the trainer calls these in this order for every update."""
+    """One training method; the trainer calls these in this order for every update.
+
+    needs_gradient: the oracle must be differentiable. keeps_old: wants a second policy to sample with. collects: compares samples across the whole update
+    (`compare` turns all scores into weights) before the first loss; otherwise each micro-batch is learned from at once, while its graph is alive.
+    """
+
+    needs_gradient: bool
+    collects: bool
+    keeps_old: bool
 
     def rollout(self, batch: Batch, stop: int) -> Rollout: ...
-    def losses(self, rollout: Rollout): ...  # yields (loss, metrics)
+    def score(self, rollout: Rollout) -> Tensor: ...  # [B, K]
+    def losses(self, rollout: Rollout, *compared): ...  # yields (loss, metrics), `backwards` of them
     def end_step(self, step: int) -> None: ...
 
 

@@ -20,7 +20,7 @@ class Draft:
     variance_reduction: DRaFT-LV; the stopped latent is noised back to the last step's level this many more times and each is denoised once with gradient (K = 1).
     """
 
-    needs_gradient = True
+    needs_gradient, collects, keeps_old = True, False, False
 
     def __init__(
         self,
@@ -51,6 +51,11 @@ class Draft:
         if lv < 0 or (lv and k != 1):
             out.append(f"'algorithm.variance_reduction' is {lv}: DRaFT-LV needs grad_steps=1 and a count of 0 or more")
         return out
+
+    @staticmethod
+    def backwards(options: dict[str, Any], stops: range) -> int:
+        """Backward passes a micro-batch needs for one update."""
+        return 1
 
     def rollout(self, batch: Batch, stop: int) -> Rollout:
         """z_stop with the graph of its last K steps; the states and velocities of those steps are kept for the regulariser."""

@@ -1,0 +1,134 @@
+"""DiffusionNFT (eqs. 65-71; on stitched values 72-77): forward-process policy optimisation, likelihood-free, with any solver.
+
+z_stop comes from the old policy; samples better than their group pull the velocity towards the path through them, worse ones push it away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rlstitch import losses, sampling, schedule
+from rlstitch.advantages import dead_groups, group_normalise
+from rlstitch.policy import OLD, REFERENCE, Policy
+from rlstitch.types import Batch, Oracle, Rollout, UserError, noise_like
+
+
+class NFT:
+    """beta: how far a step goes (small is far). clip: advantages are clipped to +-clip and mapped to w in [0, 1]. kl: weight of |v - v_base|^2, 0 skips its forward.
+
+    old_decay: how the old policy follows after every update: `none` (a copy), `slow` (min(0.001 s, 0.5)), `late` (a copy for 75 updates, then
+    min(0.0075 (s - 75), 0.999)). solver: of the rollout. times: training times a sample and update, drawn without replacement from the sampler's grid above
+    the stop; 0 takes the released 99 % of them. spread: global or group, see advantages.
+    """
+
+    needs_gradient, collects, keeps_old = False, True, True
+
+    def __init__(
+        self,
+        backbone: Any,
+        policy: Policy,
+        oracle: Oracle,
+        grid: Tensor,
+        *,
+        guidance: float = 1.0,
+        activation_checkpointing: bool = False,
+        beta: float = 1.0,
+        clip: float = 5.0,
+        kl: float = 1e-4,
+        old_decay: Literal["none", "slow", "late"] = "slow",
+        solver: Literal["euler", "dpm2"] = "dpm2",
+        times: int = 0,
+        spread: Literal["global", "group"] = "global",
+        adaptive: bool = True,
+    ):
+        self.backbone, self.policy, self.oracle, self.grid = backbone, policy, oracle, grid
+        self.guidance, self.checkpointing, self.beta, self.clip, self.kl = guidance, activation_checkpointing, beta, clip, kl
+        self.old_decay, self.solver, self.times, self.spread, self.adaptive = old_decay, solver, times, spread, adaptive
+
+    @staticmethod
+    def faults(options: dict[str, Any], stops: range) -> list[str]:
+        """What a recipe may get wrong about this algorithm, found before anything loads."""
+        out = [f"'algorithm.{k}' must be positive, not {options[k]}" for k in ("beta", "clip") if options.get(k, 1) <= 0]
+        out += [f"'algorithm.{k}' must not be negative, not {options[k]}" for k in ("kl", "times") if options.get(k, 0) < 0]
+        if options.get("times", 0) > stops.start:
+            out.append(f"'algorithm.times' is {options['times']}, but only {stops.start} times lie above the earliest stop")
+        return out
+
+    @staticmethod
+    def backwards(options: dict[str, Any], stops: range) -> int:
+        """Backward passes a micro-batch needs for one update; the same at every stop, so that accumulation is fixed."""
+        return options.get("times", 0) or max(1, int(0.99 * stops.start))
+
+    # ------------------------------------------------------------------------------------------------ rollout
+
+    @torch.no_grad()
+    def rollout(self, batch: Batch, stop: int) -> Rollout:
+        """z_stop of the old policy, without gradient."""
+        if batch.text is None:
+            raise UserError("NFT needs the batch's encoded prompts")
+        z = noise_like(self.backbone.latent_shape, batch.seeds, device=self.backbone.device)
+        solve = sampling.sample_dpm2 if self.solver == "dpm2" else sampling.sample
+        with self.policy.use(OLD):
+            return Rollout(batch, solve(self.backbone.bind(batch.text, self.guidance), z, self.grid, stop=stop))
+
+    @torch.no_grad()
+    def score(self, rollout: Rollout) -> Tensor:
+        return self.oracle(rollout.latent, rollout.batch)
+
+    def compare(self, rollouts: Sequence[Rollout], scores: Tensor, group_ids: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """Weights w [B] in [0, 1] of all samples of the update from their scores [B, K] and prompts [B]; NaN where no score is known."""
+        total = self.oracle.total(scores)
+        advantage = group_normalise(total[:, None], group_ids, spread=self.spread)[:, 0]
+        weight = (advantage.clamp(-self.clip, self.clip) / self.clip + 1) / 2
+        return weight, {
+            "reward": float(total.nanmean()),
+            "dead_groups": dead_groups(total, group_ids),
+            "masked": float(total.isnan().float().mean()),
+        }
+
+    # ------------------------------------------------------------------------------------------------ losses
+
+    def levels(self, rollout: Rollout, count: int) -> Tensor:
+        """Training times [B, count]: each sample its own draw without replacement from the grid above its stop."""
+        tau = float(rollout.latent.sigma[0])
+        above = self.grid[self.grid > tau + 1e-6]
+        order = [
+            torch.randperm(len(above), generator=torch.Generator().manual_seed(seed * 7919 + 13))[:count]
+            for seed in rollout.batch.seeds.tolist()
+        ]
+        return above[torch.stack(order)]
+
+    def losses(self, rollout: Rollout, weight: Tensor, count: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """One loss a training time; samples without a score take no part."""
+        z_tau, tau, batch = rollout.latent.z, rollout.latent.sigma, rollout.batch
+        known = ~torch.isnan(weight)
+        w, share = torch.where(known, weight, 0.5).to(z_tau.device), known.float().to(z_tau.device)
+        velocity = self.backbone.bind(batch.text, self.guidance)
+        trained = sampling.checkpointed(velocity) if self.checkpointing else velocity
+        for slot, sigma in enumerate(self.levels(rollout, count).to(z_tau.device).unbind(1)):
+            noise = noise_like(self.backbone.latent_shape, batch.seeds, stream=101 + slot, device=z_tau.device)
+            z, target = schedule.bridge(z_tau, tau, sigma, noise)
+            with torch.no_grad():
+                with self.policy.use(OLD):
+                    v_old = velocity(z, sigma)
+                if self.kl:
+                    with self.policy.use(REFERENCE):
+                        reference = velocity(z, sigma)
+            v = trained(z, sigma)
+            loss = (share * self.clip * losses.nft(v, v_old, target, w, self.beta, sigma, adaptive=self.adaptive)).mean()
+            metrics = {"policy_loss": loss.detach()}
+            if self.kl:
+                deviation = (share * losses.output_regulariser(v, reference)).mean()
+                loss = loss + self.kl * deviation
+                metrics["deviation"] = deviation.detach()
+            yield loss, {"loss": loss.detach(), **metrics}
+
+    def end_step(self, step: int) -> None:
+        """theta_old <- d theta_old + (1 - d) theta."""
+        s = step + 1
+        decay = {"none": 0.0, "slow": min(0.001 * s, 0.5), "late": 0.0 if s < 75 else min(0.0075 * (s - 75), 0.999)}[self.old_decay]
+        self.policy.update_old(decay)

@@ -1,0 +1,140 @@
+"""DiffusionNFT: advantages, loss and solver by hand and in closed form; the job on pixel rewards and on stitched values, resumed."""
+
+import pytest
+import torch
+
+from rlstitch import losses, sampling, schedule
+from rlstitch.advantages import dead_groups, group_normalise
+from tests.test_schedule import velocity as gaussian_velocity
+from tests.test_train import rows, start, weights, world  # noqa: F401  (a fixture)
+
+NAN = float("nan")
+
+
+def test_advantages_by_hand():
+    scores, groups = torch.tensor([[1.0], [3.0], [10.0], [20.0]]), torch.tensor([7, 7, 2, 2])
+    spread = scores.double().std(unbiased=False).item()
+    torch.testing.assert_close(group_normalise(scores, groups)[:, 0], torch.tensor([-1.0, 1.0, -5.0, 5.0]) / (spread + 1e-4))
+    torch.testing.assert_close(
+        group_normalise(scores, groups, spread="group")[:, 0], torch.tensor([-1.0, 1.0, -1.0, 1.0]), atol=2e-4, rtol=0
+    )
+    with pytest.raises(ValueError, match="'batch'"):
+        group_normalise(scores, groups, spread="batch")
+
+
+def test_unknown_scores_are_masked_and_never_zero():
+    scores, groups = torch.tensor([[1.0, NAN], [3.0, 5.0], [NAN, 5.0], [7.0, 9.0]]), torch.tensor([0, 0, 0, 1])
+    for spread in ("global", "group"):
+        a = group_normalise(scores, groups, spread=spread)
+        assert torch.equal(torch.isnan(a), torch.isnan(scores))
+        assert a[0, 0] == -a[1, 0] != 0 and a[1, 1] == a[2, 1] == 0 and a[3].tolist() == [0, 0]
+    assert dead_groups(scores[:, 0], groups) == 0.5 and dead_groups(scores[:, 1], groups) == 1.0
+
+
+def test_groups_split_over_ranks_give_the_same_advantages(generator):
+    scores, groups = torch.randn(24, 2, generator=generator), torch.arange(6).repeat(4)  # a group's samples lie on different ranks
+    whole = group_normalise(scores, groups)
+    order = torch.randperm(24, generator=generator)
+    torch.testing.assert_close(group_normalise(scores[order], groups[order]), whole[order])
+
+
+@pytest.mark.parametrize("w", [0.0, 0.3, 1.0])
+def test_the_minimiser_of_nft(w, generator):
+    old, target = torch.randn(2, 1, 5, generator=generator, dtype=torch.float64)
+    beta, v = 0.4, torch.zeros(1, 5, dtype=torch.float64, requires_grad=True)
+    optimiser = torch.optim.LBFGS([v], lr=1, max_iter=100, tolerance_grad=1e-12)
+
+    def closure():
+        optimiser.zero_grad()
+        loss = losses.nft(v, old, target, torch.tensor([w]), beta, torch.tensor([0.5]), adaptive=False).sum()
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+    torch.testing.assert_close(v.detach(), old + (2 * w - 1) / beta * (target - old), atol=1e-4, rtol=1e-4)
+
+
+def test_the_adaptive_loss_is_the_released_one_on_x0(generator):
+    """|x0+ - x0|^2 / mean|x0+ - x0| with x0+ = z - t v+, each over the mean of all but the batch, by hand."""
+    z0, noise, v, old = torch.randn(4, 3, 2, 4, 4, generator=generator)
+    t, w, beta = torch.tensor([0.2, 0.6, 0.95]), torch.tensor([0.1, 0.5, 0.9]), 0.7
+    z = schedule.interpolate(z0, noise, t)
+    by_hand = 0.0
+    for share, mixed in ((w, (1 - beta) * old + beta * v), (1 - w, (1 + beta) * old - beta * v)):
+        error = schedule.posterior_mean(z, mixed, t) - z0
+        by_hand = by_hand + share * (error.square() / error.abs().mean((1, 2, 3), keepdim=True)).mean((1, 2, 3)) / beta
+    torch.testing.assert_close(losses.nft(v, old, noise - z0, w, beta, t), by_hand, rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_variance_near_the_stop_stays_bounded(generator):
+    """As sigma -> tau the bridge's target explodes: the plain loss's gradient with it, the adaptive one's not."""
+    tau, n, z_tau = 0.6, 4000, torch.randn(4000, 8, generator=torch.Generator().manual_seed(1))
+    spread = {}
+    for adaptive in (True, False):
+        for margin in (0.2, 0.01, 0.0001):
+            v = torch.zeros(n, 8, requires_grad=True)
+            sigma = torch.full((n,), tau + margin)
+            _, target = schedule.bridge(z_tau, tau, sigma, torch.randn(n, 8, generator=generator))
+            losses.nft(v, torch.zeros(n, 8), target, torch.ones(n), 1.0, sigma, adaptive=adaptive).sum().backward()
+            spread[adaptive, margin] = float(v.grad.var(0).mean())
+    assert spread[False, 0.0001] > 100 * spread[False, 0.2]
+    assert spread[True, 0.0001] < 2 * spread[True, 0.2]
+
+
+def test_dpm2_is_second_order_and_euler_first_on_a_gaussian():
+    z = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
+
+    def velocity(z, sigma):
+        return gaussian_velocity(z, sigma[:, None].double())
+
+    def end(solver, n):
+        return solver(velocity, z, schedule.sigmas(n, 1.0, "plain"), stop=int(0.8 * n)).z.double()
+
+    exact = end(sampling.sample, 20_000)
+    errors = {s: [float((end(s, n) - exact).abs().max()) for n in (20, 40, 80)] for s in (sampling.sample, sampling.sample_dpm2)}
+    first, second = errors.values()
+    assert first[0] / first[2] == pytest.approx(4, rel=0.3)
+    assert second[0] / second[2] > 9 and second[2] < 0.3 * first[2]
+    with pytest.raises(ValueError, match="1..4"):
+        sampling.sample_dpm2(velocity, z, schedule.sigmas(4, 1.0, "plain"), stop=5)
+
+
+NFT = (
+    "algorithm._target_=rlstitch.algorithms.nft.NFT",
+    "algorithm.beta=0.5",
+    "algorithm.times=2",
+    "batch.prompts_per_update=2",
+    "batch.images_per_prompt=4",
+    "batch.micro_batch=2",
+)
+PIXEL = ("oracle._target_=rlstitch.oracles.Terminal", "stop._target_=rlstitch.stops.End")
+
+
+@pytest.mark.parametrize("oracle", [(), PIXEL], ids=["stitched", "terminal"])
+def test_nft_runs_and_resumes_bit_for_bit(world, oracle):  # noqa: F811
+    name = "nft-pixel" if oracle else "nft-stitch"
+    for run, updates in ((name, 4), (f"{name}-halves", 2), (f"{name}-halves", 4)):
+        code, output = start(world, f"name={run}", f"updates={updates}", *NFT, *oracle)
+        assert code == 0, output
+    assert rows(world, name) == rows(world, f"{name}-halves")
+    whole, halves = weights(world, name), weights(world, f"{name}-halves")
+    assert {k.split(".")[0] for k in whole} == {"raw", "ema", "old"} and all(torch.equal(whole[k], halves[k]) for k in whole)
+    assert any(not torch.equal(whole[k], whole[k.replace("raw.", "old.", 1)]) for k in whole if k.startswith("raw."))
+    last = rows(world, name)[-1]
+    assert last["grad_norm"] > 0 and 0 <= last["dead_groups"] <= 1 and last["masked"] == 0
+
+
+def test_two_ranks_do_what_one_does(world):  # noqa: F811
+    for name, ranks in (("nft-one", 1), ("nft-two", 2)):
+        code, output = start(world, f"name={name}", "updates=2", *NFT, ranks=ranks)
+        assert code == 0, output
+    one, two = weights(world, "nft-one", 2), weights(world, "nft-two", 2)
+    for k in one:
+        torch.testing.assert_close(one[k], two[k], atol=2e-5, rtol=2e-3)
+
+
+def test_faults_of_nft(world):  # noqa: F811
+    code, output = start(world, "name=bad", *NFT, "algorithm.beta=0", "algorithm.times=9")
+    assert code == 2 and "'algorithm.beta' must be positive" in output and "only 2 times lie above" in output
+    code, output = start(world, "name=bad", *NFT, "algorithm.solver=heun")
+    assert code == 2 and "'algorithm.solver' must be one of euler, dpm2, not 'heun'" in output
