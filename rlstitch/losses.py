@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -33,3 +34,11 @@ def nft(v: Tensor, v_old: Tensor, target: Tensor, weight: Tensor, beta: float, s
 
     positive, negative = (1 - beta) * v_old + beta * v, (1 + beta) * v_old - beta * v
     return (weight * error(positive) + (1 - weight) * error(negative)) / beta
+
+
+def clipped_surrogate(
+    log_prob: Tensor, log_prob_old: Tensor, advantage: Tensor, clip: float, *, guard: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """PPO's max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip)) and the ratio, [B] each. guard: GRPO-Guard's correction, added to the log-ratio."""
+    ratio = (log_prob - log_prob_old + (0 if guard is None else guard)).exp()
+    return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip)), ratio

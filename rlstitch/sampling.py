@@ -34,6 +34,27 @@ def linear_sde(
     return z + h * drift, diffusion * h**0.5
 
 
+def flow_grpo_sde(
+    z: Tensor, v: Tensor, sigma: float, sigma_next: float, noise_level: float = 0.7, first: float | None = None
+) -> tuple[Tensor, float]:
+    """Flow-GRPO's step: linear_sde with g = noise_level sqrt(sigma / (1 - sigma)); at sigma = 1 the denominator takes `first` (default: sigma_next) instead."""
+    safe = sigma if sigma < 1 else (sigma_next if first is None else first)
+    return linear_sde(z, v, sigma, sigma_next, g=lambda s: noise_level * (s / (1 - safe)) ** 0.5)
+
+
+def cps(z: Tensor, v: Tensor, sigma: float, sigma_next: float, noise_level: float = 0.8) -> tuple[Tensor, float]:
+    """Flow-CPS: mean and std of a step that keeps the coefficients of clean and noise: std = sigma_next sin(noise_level pi / 2)."""
+    std = sigma_next * math.sin(noise_level * math.pi / 2)
+    clean, noise = schedule.posterior_mean(z, v, sigma), z + (1 - sigma) * v
+    return (1 - sigma_next) * clean + (sigma_next**2 - std**2) ** 0.5 * noise, std
+
+
+def log_prob(z_next: Tensor, mean: Tensor, std: float) -> Tensor:
+    """Gaussian log-density of a step, its **mean** over all but the batch (Flow-GRPO's convention, float32): [B, ...] -> [B]."""
+    error = (z_next.float() - mean.float()).square() / (2 * std**2)
+    return (-error - math.log(std) - 0.5 * math.log(2 * math.pi)).flatten(1).mean(1)
+
+
 def stochastic(step: Callable[..., tuple[Tensor, float]], **options) -> Kernel:
     """Turn a (mean, std) step into a kernel that draws from it."""
 

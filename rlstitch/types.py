@@ -72,6 +72,18 @@ class Batch:
 
 
 @dataclass
+class Transition:
+    """One stochastic step as it was taken: from z at `sigma` to z_next at `sigma_next`, with its log-probability [B] and its mean under the sampling policy."""
+
+    z: Tensor
+    z_next: Tensor
+    sigma: float
+    sigma_next: float
+    log_prob: Tensor
+    mean: Tensor
+
+
+@dataclass
 class Rollout:
     """What a policy made of a batch. `velocities` and `states` hold the steps that carry gradient, for regularisers."""
 
@@ -80,6 +92,7 @@ class Rollout:
     scores: Tensor | None = None  # [B, K]
     states: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (z, sigma) entering each step with gradient
     velocities: list[Tensor] = field(default_factory=list)
+    transitions: list[Transition] = field(default_factory=list)  # stochastic steps that a policy gradient is taken through
 
 
 class Backbone(Protocol):

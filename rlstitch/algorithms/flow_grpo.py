@@ -1,0 +1,164 @@
+"""Flow-GRPO and Flow-GRPO-Fast: group-relative policy gradient on a window of stochastic steps, also MixGRPO's sliding window and GRPO-Guard's ratio."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rlstitch import losses, sampling
+from rlstitch.advantages import dead_groups, group_normalise
+from rlstitch.policy import REFERENCE, Policy
+from rlstitch.types import Batch, Latent, Oracle, Rollout, Transition, UserError, noise_like
+
+
+class FlowGRPO:
+    """window: consecutive stochastic steps of a rollout, the only ones trained; all others are Euler's.
+
+    Where the rollout runs to the end the window starts anywhere in `window_range` (0: the whole grid but its last step), by `strategy`: random, or
+    progressive (it moves on by its own size every `every` updates). Where it halts early, on a stitched value, it is the last steps before the stop, so that the
+    value at the window's end is the credit. sde_type: sde (Flow-GRPO) or cps (Flow-CPS). clip_range is small because log-probabilities are means over the
+    latent. kl: weight of |mean - mean_base|^2 / (2 std^2). guard: GRPO-Guard's ratio.
+    """
+
+    needs_gradient, collects, keeps_old = False, True, False
+
+    def __init__(
+        self,
+        backbone: Any,
+        policy: Policy,
+        oracle: Oracle,
+        grid: Tensor,
+        *,
+        guidance: float = 1.0,
+        activation_checkpointing: bool = False,
+        window: int = 3,
+        window_range: int = 0,
+        strategy: Literal["random", "progressive"] = "random",
+        every: int = 25,
+        sde_type: Literal["sde", "cps"] = "cps",
+        noise_level: float = 0.8,
+        clip_range: float = 1e-5,
+        clip: float = 5.0,
+        kl: float = 0.0,
+        guard: bool = False,
+        spread: Literal["global", "group"] = "global",
+    ):
+        self.backbone, self.policy, self.oracle, self.grid = backbone, policy, oracle, grid
+        self.guidance, self.checkpointing = guidance, activation_checkpointing
+        self.window, self.window_range, self.strategy, self.every = window, window_range, strategy, every
+        self.sde_type, self.noise_level, self.clip_range, self.clip = sde_type, noise_level, clip_range, clip
+        self.kl, self.guard, self.spread = kl, guard, spread
+
+    @staticmethod
+    def faults(options: dict[str, Any], stops: range) -> list[str]:
+        """What a recipe may get wrong about this algorithm, found before anything loads."""
+        window, reach = options.get("window", 3), options.get("window_range", 0)
+        out = [
+            f"'algorithm.{k}' must be positive, not {options[k]}"
+            for k in ("noise_level", "clip_range", "clip", "every")
+            if options.get(k, 1) <= 0
+        ]
+        out += [f"'algorithm.kl' must not be negative, not {options['kl']}"] if options.get("kl", 0) < 0 else []
+        if not 1 <= window <= stops.start:
+            out.append(f"'algorithm.window' must be within 1..{stops.start} (the earliest stop), not {window}")
+        if reach and not window <= reach <= stops.stop - 1:
+            out.append(f"'algorithm.window_range' must be within {window}..{stops.stop - 1}, not {reach}")
+        if options.get("sde_type", "cps") == "cps" and options.get("noise_level", 0.8) >= 1 + 1e-9:
+            out.append(f"'algorithm.noise_level' of cps must be at most 1, not {options['noise_level']}")
+        return out
+
+    @staticmethod
+    def backwards(options: dict[str, Any], stops: range) -> int:
+        """Backward passes a micro-batch needs for one update: one a step of the window."""
+        return options.get("window", 3)
+
+    def start_of_window(self, batch: Batch, stop: int) -> int:
+        """The same for every sample of an update on every rank: the update's number is in its seeds."""
+        last = len(self.grid) - 1
+        if stop < last:
+            return stop - self.window
+        places = (self.window_range or max(self.window, last - 1)) - self.window + 1  # the last step has no noise worth the name
+        update = int(batch.seeds[0]) // 1_000_000
+        return random.Random(update).randrange(places) if self.strategy == "random" else update // self.every * self.window % places
+
+    def step(self, z: Tensor, v: Tensor, sigma: float, sigma_next: float) -> tuple[Tensor, float]:
+        """Mean and standard deviation of a stochastic step."""
+        if self.sde_type == "cps":
+            return sampling.cps(z, v, sigma, sigma_next, self.noise_level)
+        return sampling.flow_grpo_sde(z, v, sigma, sigma_next, self.noise_level, first=float(self.grid[1]))
+
+    def log_prob(self, z_next: Tensor, mean: Tensor, std: float) -> Tensor:
+        """[B]; of cps every constant is dropped, the variance too, as released."""
+        if self.sde_type == "cps":
+            return -(z_next.float() - mean.float()).square().flatten(1).mean(1)
+        return sampling.log_prob(z_next, mean, std)
+
+    @torch.no_grad()
+    def rollout(self, batch: Batch, stop: int) -> Rollout:
+        """z_stop of the current policy and the transitions of its window."""
+        if batch.text is None:
+            raise UserError("Flow-GRPO needs the batch's encoded prompts")
+        z, velocity, levels = (
+            noise_like(self.backbone.latent_shape, batch.seeds, device=self.backbone.device),
+            self.backbone.bind(batch.text, self.guidance),
+            self.grid.tolist(),
+        )
+        start, transitions = self.start_of_window(batch, stop), []
+        for k in range(stop):
+            v = velocity(z, torch.full((len(z),), levels[k], device=z.device))
+            if start <= k < start + self.window:
+                mean, std = self.step(z, v, levels[k], levels[k + 1])
+                z_next = mean + std * noise_like(self.backbone.latent_shape, batch.seeds, stream=501 + k, device=z.device)
+                transitions.append(Transition(z, z_next, levels[k], levels[k + 1], self.log_prob(z_next, mean, std), mean))
+                z = z_next
+            else:
+                z = sampling.euler(z, v, levels[k], levels[k + 1])
+        return Rollout(batch, Latent(z, torch.full((len(z),), levels[stop], device=z.device)), transitions=transitions)
+
+    @torch.no_grad()
+    def score(self, rollout: Rollout) -> Tensor:
+        return self.oracle(rollout.latent, rollout.batch)
+
+    def compare(self, rollouts: Sequence[Rollout], scores: Tensor, group_ids: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """Advantages [B] of all samples of the update, clipped; NaN where no score is known."""
+        total = self.oracle.total(scores)
+        advantage = group_normalise(total[:, None], group_ids, spread=self.spread)[:, 0].clamp(-self.clip, self.clip)
+        return advantage, {
+            "reward": float(total.nanmean()),
+            "dead_groups": dead_groups(total, group_ids),
+            "masked": float(total.isnan().float().mean()),
+        }
+
+    def losses(self, rollout: Rollout, advantage: Tensor, count: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """One loss a step of the window; samples without a score take no part."""
+        known = ~torch.isnan(advantage)
+        a = torch.where(known, advantage, 0.0).to(rollout.latent.z.device)
+        velocity = self.backbone.bind(rollout.batch.text, self.guidance)
+        trained = sampling.checkpointed(velocity) if self.checkpointing else velocity
+        for t in rollout.transitions:
+            sigma = torch.full((len(t.z),), t.sigma, device=t.z.device)
+            mean, std = self.step(t.z, trained(t.z, sigma), t.sigma, t.sigma_next)
+            log_prob, old = self.log_prob(t.z_next, mean, std), t.log_prob
+            guard = None
+            if self.guard:
+                log_prob, old = log_prob * std, old * std
+                guard = (mean - t.mean).square().flatten(1).mean(1) / (2 * std)
+            policy, ratio = losses.clipped_surrogate(log_prob, old, a, self.clip_range, guard=guard)
+            loss = policy.mean()
+            metrics = {"policy_loss": loss.detach(), "ratio": ratio.detach().mean()}
+            if self.kl:
+                with torch.no_grad(), self.policy.use(REFERENCE):
+                    reference, _ = self.step(t.z, velocity(t.z, sigma), t.sigma, t.sigma_next)
+                scale = std / math.sqrt(t.sigma - t.sigma_next)  # the released KL leaves the step's length out
+                kl = ((mean - reference).square().flatten(1).mean(1) / (2 * scale**2)).mean()
+                loss = loss + self.kl * kl
+                metrics["kl"] = kl.detach()
+            yield loss, {"loss": loss.detach(), **metrics}
+
+    def end_step(self, step: int) -> None:
+        """On-policy: every update samples anew from the current weights."""

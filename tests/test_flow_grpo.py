@@ -1,0 +1,147 @@
+"""Flow-GRPO: its steps and log-probabilities against torch.distributions, ratio and KL, the window, and the job resumed."""
+
+import pytest
+import torch
+
+from rlstitch import losses, sampling, schedule
+from rlstitch.algorithms.flow_grpo import FlowGRPO
+from rlstitch.policy import Policy
+from rlstitch.types import Batch
+from tests.test_nft import PIXEL
+from tests.test_schedule import marginal
+from tests.test_schedule import velocity as gaussian_velocity
+from tests.test_train import rows, start, weights, world  # noqa: F401  (a fixture)
+
+
+def test_the_sde_step_by_its_released_formula(generator):
+    z, v = torch.randn(2, 3, 2, 4, 4, generator=generator)
+    s, t, a, first = 0.8, 0.7, 0.7, 0.95
+    for sigma in (s, 1.0):
+        std = a * (sigma / (1 - (sigma if sigma < 1 else first))) ** 0.5
+        dt = t - sigma
+        by_hand = z * (1 + std**2 / (2 * sigma) * dt) + v * (1 + std**2 * (1 - sigma) / (2 * sigma)) * dt
+        mean, total = sampling.flow_grpo_sde(z, v, sigma, t, a, first)
+        torch.testing.assert_close(mean, by_hand, rtol=1e-4, atol=1e-5)
+        assert total == pytest.approx(std * (-dt) ** 0.5)
+
+
+def test_both_kernels_keep_the_marginals_of_a_gaussian():
+    grid, n = schedule.sigmas(200, 1.0, "plain"), 40_000
+    begin = torch.randn(n, 1, generator=torch.Generator().manual_seed(0))
+    for step in (sampling.flow_grpo_sde, sampling.cps):
+        kernel = sampling.stochastic(step, noise_level=0.5 if step is sampling.flow_grpo_sde else 0.15)
+        z = sampling.sample(
+            lambda z, s: gaussian_velocity(z, s[:, None]), begin, grid, stop=150, kernel=kernel, generator=torch.Generator().manual_seed(1)
+        ).z
+        m, var = marginal(float(grid[150]))
+        assert z.mean().item() == pytest.approx(m, abs=0.02), step
+        if step is sampling.flow_grpo_sde:
+            assert z.std().item() == pytest.approx(var**0.5, abs=0.02)
+
+
+def test_log_probability_against_torch(generator):
+    mean, z = torch.randn(2, 5, 2, 4, 4, generator=generator)
+    expected = torch.distributions.Normal(mean, 0.3).log_prob(z).flatten(1).mean(1)
+    torch.testing.assert_close(sampling.log_prob(z, mean, 0.3), expected)
+
+
+def test_clipped_surrogate_by_hand():
+    old, new = torch.zeros(4), torch.tensor([0.0, 0.3, 0.3, -0.3])
+    a = torch.tensor([2.0, 1.0, -1.0, -1.0])
+    loss, ratio = losses.clipped_surrogate(new, old, a, 0.1)
+    r = new.exp()
+    torch.testing.assert_close(ratio, r)
+    torch.testing.assert_close(loss, torch.stack([-2.0 * r[0], torch.tensor(-1.1), r[2], torch.tensor(0.9)]))
+
+
+@pytest.fixture
+def algorithm(backbone, reward):
+    from rlstitch.oracles import Terminal
+
+    policy = Policy(backbone.transformer, rank=2, alpha=4.0, targets=backbone.lora_targets, seed=0, ema_decay=0.9)
+    for n, p in policy.named_parameters():
+        if "lora_B" in n:
+            torch.nn.init.normal_(p, std=0.3)
+    oracle = Terminal(backbone, {"r": reward}, {"r": 1.0})
+
+    def make(**options):
+        return FlowGRPO(backbone, policy, oracle, schedule.sigmas(6, 3.0, "plain"), **options), policy
+
+    return make
+
+
+def batch_of(backbone, update=0):
+    prompts = ["a red circle"] * 4
+    return Batch(
+        prompts, torch.zeros(4, dtype=torch.long), torch.arange(4) + update * 1_000_000, [{}] * 4, backbone.encode_prompts(prompts)
+    )
+
+
+@pytest.mark.parametrize("kernel, guard", [("sde", False), ("cps", False), ("sde", True)])
+def test_the_ratio_is_one_at_the_first_step_and_both_terms_have_a_gradient(algorithm, backbone, kernel, guard):
+    method, policy = algorithm(sde_type=kernel, noise_level=0.7, window=2, kl=0.5, guard=guard)
+    rollout = method.rollout(batch_of(backbone), 6)
+    assert len(rollout.transitions) == 2 and not rollout.latent.z.requires_grad
+    for advantage in (torch.tensor([1.0, -1.0, 0.5, float("nan")]), torch.zeros(4)):
+        for loss, metrics in method.losses(rollout, advantage, 2):
+            for p in policy.parameters():
+                p.grad = None
+            loss.backward()
+            assert float(metrics["ratio"]) == pytest.approx(1, abs=1e-5) and float(metrics["kl"]) > 0
+            assert any(p.grad.abs().max() > 0 for p in policy.parameters())
+
+
+def test_a_step_along_the_loss_makes_the_better_sample_likelier(algorithm, backbone):
+    method, policy = algorithm(sde_type="sde", noise_level=0.7, window=1, clip_range=0.2)
+    rollout = method.rollout(batch_of(backbone), 6)
+    t = rollout.transitions[0]
+
+    def likelihood():
+        v = backbone.velocity(t.z, torch.full((4,), t.sigma), rollout.batch.text)
+        return method.log_prob(t.z_next, *method.step(t.z, v, t.sigma, t.sigma_next)).detach()
+
+    before = likelihood()
+    loss, _ = next(method.losses(rollout, torch.tensor([1.0, 0.0, 0.0, 0.0]), 1))
+    loss.backward()
+    with torch.no_grad():
+        for p in policy.parameters():
+            p -= 1e-2 * p.grad / max(float(p.grad.norm()), 1e-12)
+    assert likelihood()[0] > before[0]
+
+
+def test_where_the_window_lies(algorithm, backbone):
+    method, _ = algorithm(window=2, window_range=4)
+    starts = {method.start_of_window(batch_of(backbone, u), 6) for u in range(40)}
+    assert starts == {0, 1, 2}  # wholly within the first four steps
+    assert {method.start_of_window(batch_of(backbone, u), 5) for u in range(9)} == {3}  # halted early: the last steps before the stop
+    slide, _ = algorithm(window=2, window_range=6, strategy="progressive", every=3)
+    assert [slide.start_of_window(batch_of(backbone, u), 6) for u in range(0, 12, 3)] == [0, 2, 4, 1]
+    wide, _ = algorithm(window=5)
+    assert wide.start_of_window(batch_of(backbone, 1), 6) == 0
+
+
+GRPO = (
+    "algorithm._target_=rlstitch.algorithms.flow_grpo.FlowGRPO",
+    "algorithm.window=2",
+    "algorithm.kl=0.01",
+    "batch.prompts_per_update=2",
+    "batch.images_per_prompt=4",
+    "batch.micro_batch=4",
+)
+
+
+@pytest.mark.parametrize("oracle", [(), PIXEL], ids=["stitched", "terminal"])
+def test_flow_grpo_runs_and_resumes_bit_for_bit(world, oracle):  # noqa: F811
+    name = "grpo-pixel" if oracle else "grpo-stitch"
+    for run, updates in ((name, 4), (f"{name}-halves", 2), (f"{name}-halves", 4)):
+        code, output = start(world, f"name={run}", f"updates={updates}", *GRPO, *oracle)
+        assert code == 0, output
+    assert rows(world, name) == rows(world, f"{name}-halves")
+    whole, halves = weights(world, name), weights(world, f"{name}-halves")
+    assert all(torch.equal(whole[k], halves[k]) for k in whole)
+    assert all(row["ratio"] == pytest.approx(1, abs=1e-5) and row["grad_norm"] > 0 for row in rows(world, name))
+
+
+def test_faults_of_flow_grpo(world):  # noqa: F811
+    code, output = start(world, "name=bad", *GRPO, "algorithm.window=4", "algorithm.noise_level=1.2", "algorithm.clip_range=0")
+    assert code == 2 and "within 1..2" in output and "at most 1, not 1.2" in output and "'algorithm.clip_range' must be positive" in output
