@@ -147,7 +147,7 @@ def train(
         batch_ids[torch.rand(batch, generator=generator) < EMPTY_PROMPT_RATE] = empty
         z0 = latents[index].float()
         noise = torch.randn(z0.shape, generator=generator)
-        t = torch.sigmoid(torch.randn(batch, generator=generator) + 0.3)
+        t = torch.sigmoid(torch.randn(batch, generator=generator) + 0.6)
         t = torch.where(torch.rand(batch, generator=generator) < 0.2, torch.rand(batch, generator=generator), t)
         z0, noise, t = z0.to(device()), noise.to(device()), t.to(device())
         z = torch.lerp(z0, noise, t.view(-1, 1, 1, 1))

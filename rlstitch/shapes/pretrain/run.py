@@ -16,7 +16,7 @@ from rlstitch.shapes.pretrain import generator, rewards, vae
 BUDGET = {
     "vae": dict(steps=20_000, minutes=28),
     "clip": dict(steps=4_000, minutes=18),
-    "shapes": dict(steps=20_000, minutes=60),
+    "shapes": dict(steps=20_000, minutes=85),
     "shapes-large": dict(steps=9_000, minutes=180),
     "hps": dict(steps=1_500, minutes=9),
     "aesthetic": dict(steps=3_000, minutes=None),
