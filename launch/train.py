@@ -4,8 +4,8 @@ from rlstitch import cli
 
 
 def run(arguments: list[str]) -> None:
-    from rlstitch.checks import checked
-    from rlstitch.trainer import Trainer, describe
+    from rlstitch.checks import checked, describe
+    from rlstitch.trainer import Trainer
 
     name, given = cli.recipe_and_overrides(arguments)
     config = checked(given, name)

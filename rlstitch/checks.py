@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from rlstitch import config as cfg
-from rlstitch import schedule
-from rlstitch.config import RunConfig
+from rlstitch import schedule, stages
 from rlstitch.data import PromptSet, read_prompts, resolve_geometry
 from rlstitch.distributed import world_size
 from rlstitch.files import require, vae_fingerprint
 from rlstitch.oracles import values_used
+from rlstitch.schema import RunConfig
 from rlstitch.stitch.model import read_card
 from rlstitch.types import UserError
 
@@ -24,7 +24,19 @@ def _catch(faults: list[str], where: str, action, *args):
 
 
 def recipe_faults(config: RunConfig) -> list[str]:
-    """All faults of a structurally sound config, in the recipe's order."""
+    """All faults of a structurally sound config, in the recipe's order; those of one stage alone name it."""
+    each = [_faults(part) for part in stages.expand(config)]
+    common = [f for f in each[0] if all(f in faults for faults in each)]
+    endless = [
+        f"'stages' never ends: stage '{name}' has updates={stage.updates}; give every stage a positive number of updates"
+        for name, stage in zip(stages.names(config), config.stages)
+        if stage.updates < 1
+    ]
+    alone = [f"stage '{name}': {f}" for name, faults in zip(stages.names(config), each) for f in faults if f not in common]
+    return common + endless + alone
+
+
+def _faults(config: RunConfig) -> list[str]:
     faults = part_faults(config)
     for where in ("algorithm", "oracle", "stop"):
         extra = {"algorithm": (), "oracle": ("weights",), "stop": ()}[where]
@@ -152,6 +164,31 @@ def checked(given: dict[str, Any], name: str) -> RunConfig:
     faults += recipe_faults(config)
     if faults:
         raise cfg.report(list(dict.fromkeys(faults)), name)
+    if config.stages:
+        config.updates = sum(stage.updates for stage in config.stages)
     if not config.name:
         config.name = name.rsplit("/", 1)[-1].removesuffix(".yaml")
     return config
+
+
+def describe(config: RunConfig) -> str:
+    """What `check=true` prints: resolved recipe, geometry, parameters and a memory estimate, from the model's configuration alone."""
+    from accelerate import init_empty_weights
+
+    geometry = resolve_geometry(config.batch.prompts_per_update, config.batch.images_per_prompt, config.batch.micro_batch, world_size())
+    with init_empty_weights():
+        sizes = cfg.load_class(config.model["_target_"]).parameter_counts(config.model["path"], config.lora.rank)
+    width = 2 if config.model.get("dtype") in ("bfloat16", "float16") else 4
+    base, trained = sum(v for k, v in sizes.items() if k != "lora"), sizes["lora"]
+    partitions = geometry.world if config.distributed.zero_stage else 1
+    memory = base * width + trained * 4 * 3 + trained * 8 / partitions
+    lines = [
+        cfg.to_yaml(config).rstrip(),
+        "",
+        f"geometry: {geometry}",
+        "parameters: " + ", ".join(f"{k} {v / 1e6:.2f} M" for k, v in sizes.items()),
+    ]
+    lines.append(
+        f"memory without activations: about {memory / 2**20:.0f} MiB a rank (frozen weights {base * width / 2**20:.0f}, LoRA with gradient, EMA and AdamW {(memory - base * width) / 2**20:.0f})"
+    )
+    return "\n".join(lines)

@@ -151,10 +151,17 @@ def values_used(node: Mapping[str, Any]) -> list[str]:
 
 
 def load_values(
-    node: Mapping[str, Any], paths: Mapping[str, str], backbone: Backbone, rewards: Mapping[str, Reward], *, share: bool = True
+    node: Mapping[str, Any],
+    paths: Mapping[str, str],
+    backbone: Backbone,
+    rewards: Mapping[str, Reward],
+    *,
+    share: bool = True,
+    known: Mapping[str, StitchedValueModel] | None = None,
 ) -> dict[str, StitchedValueModel]:
-    """The value models of a recipe's oracle node, stitched onto this backbone and these rewards. Call it before LoRA is added."""
+    """The value models of a recipe's oracle node, stitched onto this backbone and these rewards; those `known` are not loaded again. Call it before LoRA is added."""
     return {
         name: StitchedValueModel.from_pretrained(paths[name], backbone=backbone, reward=rewards[name], share=share)
         for name in values_used(node)
+        if name not in (known or {})
     }

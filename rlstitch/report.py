@@ -131,7 +131,10 @@ def write(run: Path) -> Path:
     train = [r for r in rows if "rewards" in r and not r["skipped"]]
     evals = [r for r in rows if "eval" in r]
     unit = next(k for k in rows[0] if k.endswith("_hours"))
-    trained = {n: [(r[unit]["total"], r["rewards"][n]) for r in train] for n in (train[0]["rewards"] if train else {})}
+    trained = {
+        n: [(r[unit]["total"], r["rewards"][n]) for r in train if n in r["rewards"]]
+        for n in dict.fromkeys(n for r in train for n in r["rewards"])
+    }
     judges = {n: [(r[unit]["total"], r["eval"][n]) for r in evals] for n in (evals[0]["eval"] if evals else {}) if "/" not in n}
     plots = [line_plot({name: line}, x_label=unit.replace("_", "-"), y_label=name, offset=offset) for name, line in trained.items()]
     held = [

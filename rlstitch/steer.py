@@ -20,13 +20,13 @@ from tqdm import tqdm
 from rlstitch import config as cfg
 from rlstitch import sampling, schedule
 from rlstitch.checks import part_faults, unknown_rewards, value_cards
-from rlstitch.config import SamplerConfig
 from rlstitch.data import PromptSet, encode, read_prompts
 from rlstitch.distributed import native_bf16
 from rlstitch.files import write_json, write_text
 from rlstitch.metrics import grid as draw_grid
 from rlstitch.metrics import peak_memory_mb
 from rlstitch.oracles import Terminal, load_values
+from rlstitch.schema import SamplerConfig
 from rlstitch.steering.model import Steered
 from rlstitch.steering.particles import Trace
 from rlstitch.types import Judge, Latent, UserError, noise_like

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from rlstitch import checkpoint, report, schedule
+from rlstitch import checkpoint, report, schedule, stages
 from rlstitch import config as cfg
-from rlstitch.config import RunConfig
 from rlstitch.data import UpdateStream, encode, read_prompts, resolve_geometry
 from rlstitch.distributed import Engine, world_size
 from rlstitch.evaluate import Evaluation, evaluate
@@ -26,6 +25,7 @@ from rlstitch.metrics import Clock, Log, peak_memory_mb
 from rlstitch.metrics import grid as draw_grid
 from rlstitch.oracles import load_values
 from rlstitch.policy import CURRENT, EMA, REFERENCE, Policy
+from rlstitch.schema import RunConfig
 from rlstitch.stitch.refresh import Refresher
 from rlstitch.types import Rollout, UserError
 
@@ -57,13 +57,16 @@ class Trainer:
             torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
         self.run = Path(config.out) / config.name
-        prompts = read_prompts(config.data.prompts)
+        parts = stages.expand(config)
+        prompts = {p.data.prompts: read_prompts(p.data.prompts) for p in parts}
         batch = config.batch
-        world = world_size()
-        self.geometry = resolve_geometry(batch.prompts_per_update, batch.images_per_prompt, batch.micro_batch, world, len(prompts))
-        self.stop = cfg.build(config.stop)
+        self.geometry = resolve_geometry(
+            batch.prompts_per_update, batch.images_per_prompt, batch.micro_batch, world_size(), min(map(len, prompts.values()))
+        )
+        stops = [cfg.build(p.stop) for p in parts]
+        reach = [stop.steps(config.sampler.num_steps) for stop in stops]
         method = cfg.load_class(config.algorithm["_target_"])
-        self.slots = method.backwards(config.algorithm, self.stop.steps(config.sampler.num_steps))
+        self.slots = method.backwards(config.algorithm, range(min(r.start for r in reach), max(r.stop for r in reach)))
         self.engine = Engine(
             zero_stage=config.distributed.zero_stage,
             precision=config.distributed.precision,
@@ -74,10 +77,15 @@ class Trainer:
         device = str(self.engine.device)
         self.backbone = cfg.build(config.model, device=device)
         self.rewards = {name: cfg.build(node, device=device) for name, node in config.rewards.items()}
-        self.values = load_values(config.oracle, config.values, self.backbone, self.rewards, share=config.distributed.zero_stage < 3)
+        self.values = {}
+        for part in parts:
+            self.values |= load_values(
+                part.oracle, config.values, self.backbone, self.rewards, share=config.distributed.zero_stage < 3, known=self.values
+            )
         stitching = sum(model.card.get("device_hours", 0.0) for model in self.values.values())
         cut = config.data.truncate
-        self.prompts = encode(self.backbone, prompts, truncate=cut)
+        for encoded in prompts.values():
+            encode(self.backbone, encoded, truncate=cut)
         self.held_out = encode(self.backbone, read_prompts(config.evaluation.prompts), truncate=cut)
         lora = config.lora
         self.policy = Policy(
@@ -92,13 +100,23 @@ class Trainer:
         o = config.optimiser
         optimiser = torch.optim.AdamW(self.policy.parameters(), lr=o.lr, betas=(o.beta1, o.beta2), weight_decay=o.weight_decay)
         self.engine.prepare(self.backbone.transformer, optimiser, self.policy.parameters())
-        self.oracle = cfg.build(config.oracle, backbone=self.backbone, rewards=self.rewards, values=self.values)
+        ends = [sum(p.updates for p in parts[: k + 1]) for k in range(len(parts))]
+        self.stages = [
+            stages.Stage(
+                name,
+                end,
+                cfg.build(part.oracle, backbone=self.backbone, rewards=self.rewards, values=self.values),
+                stop,
+                UpdateStream(prompts[part.data.prompts], self.geometry, config.seed),
+            )
+            for name, end, part, stop in zip(stages.names(config), ends, parts, stops)
+        ]
         self.grid = schedule.sigmas(config.sampler.num_steps, config.sampler.shift, config.sampler.spacing)
         self.algorithm = cfg.build(
             config.algorithm,
             backbone=self.backbone,
             policy=self.policy,
-            oracle=self.oracle,
+            oracle=self.stages[0].oracle,
             grid=self.grid,
             guidance=config.sampler.guidance,
             activation_checkpointing=config.sampler.activation_checkpointing,
@@ -108,7 +126,6 @@ class Trainer:
             if config.refresh.fraction
             else None
         )
-        self.stream = UpdateStream(self.prompts, self.geometry, config.seed)
         self.clock = Clock(self.engine.world, stitching=stitching)
         self.step, self.bad = 0, 0
 
@@ -148,11 +165,13 @@ class Trainer:
     def _update(self) -> dict[str, Any]:
         """One optimiser step on one global batch, all of whose groups share one stop."""
         clock, engine, scores, sums = self.clock, self.engine, [], {}
-        stop = self.stop.draw(self.config.sampler.num_steps, self.config.seed * 1_000_003 + self.step)
+        stage = stages.at(self.stages, self.step)
+        self.algorithm.oracle = stage.oracle
+        stop = stage.stop.draw(self.config.sampler.num_steps, self.config.seed * 1_000_003 + self.step)
         o = self.config.optimiser
         engine.set_lr(o.lr * min(1.0, (self.step + 1) / max(1, o.warmup)))
         rollouts: list[Rollout] = []
-        for batch in self.stream.micro_batches(self.step, engine.rank):
+        for batch in stage.stream.micro_batches(self.step, engine.rank):
             with clock.phase("rollout"), engine.autocast():
                 rollout = self.algorithm.rollout(batch, stop)
             with clock.phase("oracle"), engine.autocast():
@@ -180,10 +199,11 @@ class Trainer:
         row = {
             "step": self.step,
             "samples": self.step * self.geometry.samples,
+            **({"stage": stage.name} if stage.name else {}),
             "stop": stop,
             "sigma": round(float(self.grid[stop]), 4),
             **{k: (v if norm is not None else None) for k, v in means.items()},
-            "rewards": {n: (float(v) if norm is not None else None) for n, v in zip(self.oracle.names, every_score.mean(0))},
+            "rewards": {n: (float(v) if norm is not None else None) for n, v in zip(stage.oracle.names, every_score.mean(0))},
             "grad_norm": norm,
             "skipped": norm is None,
             **({"drift": drift} if drift else {}),
@@ -350,26 +370,3 @@ class Trainer:
         self.log.close()
         self.engine.barrier()
         return summary
-
-
-def describe(config: RunConfig) -> str:
-    """What `check=true` prints: resolved recipe, geometry, parameters and a memory estimate, from the model's configuration alone."""
-    from accelerate import init_empty_weights
-
-    geometry = resolve_geometry(config.batch.prompts_per_update, config.batch.images_per_prompt, config.batch.micro_batch, world_size())
-    with init_empty_weights():
-        sizes = cfg.load_class(config.model["_target_"]).parameter_counts(config.model["path"], config.lora.rank)
-    width = 2 if config.model.get("dtype") in ("bfloat16", "float16") else 4
-    base, trained = sum(v for k, v in sizes.items() if k != "lora"), sizes["lora"]
-    partitions = geometry.world if config.distributed.zero_stage else 1
-    memory = base * width + trained * 4 * 3 + trained * 8 / partitions
-    lines = [
-        cfg.to_yaml(config).rstrip(),
-        "",
-        f"geometry: {geometry}",
-        "parameters: " + ", ".join(f"{k} {v / 1e6:.2f} M" for k, v in sizes.items()),
-    ]
-    lines.append(
-        f"memory without activations: about {memory / 2**20:.0f} MiB a rank (frozen weights {base * width / 2**20:.0f}, LoRA with gradient, EMA and AdamW {(memory - base * width) / 2**20:.0f})"
-    )
-    return "\n".join(lines)

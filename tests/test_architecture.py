@@ -10,14 +10,14 @@ PACKAGE = ROOT / "rlstitch"
 
 # A module may import rooms of a smaller number, its own room's helpers, and nothing above.
 FLOORS = {
-    "types": 0,
+    "types": 0, "schema": 0,
     "config": 1, "distributed": 1, "files": 1,
     "schedule": 2, "stops": 2, "losses": 2, "advantages": 2, "data": 2, "metrics": 2, "backbones": 2, "rewards": 2, "shapes": 2,
     "sampling": 3, "stitch.model": 3, "policy": 3,
     "oracles": 4, "checkpoint": 4, "report": 4,
     "stitch.search": 5, "stitch.distill": 5, "stitch.baselines": 6, "stitch.measure": 6, "stitch.refresh": 6, "stitch.compare": 7, "stitch.surrogate": 7, "algorithms": 5, "steering": 5, "evaluate": 5, "steer": 7,
     "stitch.recipe": 7, "checks": 6,
-    "trainer": 7,
+    "trainer": 7, "stages": 3,
     "cli": 8,
 }  # fmt: skip
 

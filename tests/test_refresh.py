@@ -3,9 +3,9 @@
 import torch
 
 from rlstitch import sampling, schedule
-from rlstitch.config import RefreshConfig
 from rlstitch.distributed import Engine
 from rlstitch.oracles import Stitched
+from rlstitch.schema import RefreshConfig
 from rlstitch.stitch.refresh import Refresher
 from rlstitch.types import Batch, Rollout, noise_like
 from tests.test_stitch import stitched

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlstitch import sampling
-from rlstitch.config import RefreshConfig
 from rlstitch.distributed import Engine
+from rlstitch.schema import RefreshConfig
 from rlstitch.stitch.distill import DistillConfig, distill, targets_of
 from rlstitch.stitch.model import StitchedValueModel
 from rlstitch.types import Rollout
