@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rlstitch.cli import keep_freed_memory
 from rlstitch.config import hardware
 from rlstitch.files import write_json
 from rlstitch.metrics import interleaved, peak_megabytes
@@ -17,7 +18,8 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def arguments(defaults: dict[str, str]) -> dict[str, str]:
-    """key=value arguments over defaults; an unknown key ends the script."""
+    """key=value arguments over defaults; an unknown key ends the script. Memory is kept as the launchers keep it."""
+    keep_freed_memory()
     given = dict(a.partition("=")[::2] for a in sys.argv[1:])
     if odd := set(given) - set(defaults):
         sys.exit(f"unknown argument {', '.join(odd)}; there are {', '.join(defaults)}")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from rlstitch.types import Oracle
 
 
 def group_normalise(scores: Tensor, group_ids: Tensor, *, spread: Literal["global", "group"] = "global", epsilon: float = 1e-4) -> Tensor:
@@ -34,6 +37,40 @@ def group_normalise(scores: Tensor, group_ids: Tensor, *, spread: Literal["globa
     else:
         raise ValueError(f"spread must be 'global' or 'group', not {spread!r}")
     return torch.where(known, centred / (deviation + epsilon), torch.nan).to(scores.dtype)
+
+
+def combine(advantages: Tensor, weights: Sequence[float]) -> Tensor:
+    """Advantages of each reward by itself [B, K] -> of the sample [B]: sum_k w_k A_k / sum_k |w_k|, both over the known ones; NaN where none is known.
+
+    A weight counts here for a reward's share alone, not for its scale; a negative one turns its reward round.
+    """
+    known = ~torch.isnan(advantages)
+    w = torch.tensor(list(weights), dtype=torch.float64, device=advantages.device)
+    share = (known * w.abs()).sum(1)
+    mixed = (torch.where(known, advantages.double(), 0.0) * w).sum(1) / share
+    return torch.where(share > 0, mixed, torch.nan).to(advantages.dtype)
+
+
+def of_samples(
+    oracle: Oracle, scores: Tensor, group_ids: Tensor, *, spread: Literal["global", "group"] = "global", per_reward: bool = False
+) -> tuple[Tensor, dict[str, float]]:
+    """Advantages [B] of all samples of an update from their scores [B, K] and prompts [B], and figures for the log.
+
+    The weighted total is normalised within the groups, NaN where any of its scores is; per_reward: each reward by itself, then `combine`d by the
+    oracle's weights, so that neither a reward's scale nor a failure of another one counts.
+    """
+    total = oracle.total(scores)
+    if per_reward:
+        advantage = combine(group_normalise(scores, group_ids, spread=spread), oracle.weights)
+        reward, compared = oracle.total(scores.nanmean(0, keepdim=True)), advantage
+    else:
+        advantage = group_normalise(total[:, None], group_ids, spread=spread)[:, 0]
+        reward, compared = total.nanmean(), total
+    return advantage, {
+        "reward": float(reward),
+        "dead_groups": dead_groups(compared, group_ids),
+        "masked": float(advantage.isnan().float().mean()),
+    }
 
 
 def dead_groups(scores: Tensor, group_ids: Tensor) -> float:

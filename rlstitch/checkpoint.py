@@ -13,7 +13,7 @@ import torch
 from rlstitch.distributed import Engine
 from rlstitch.files import read_tensors, sha256, write_json, write_tensors
 from rlstitch.policy import Policy
-from rlstitch.types import UserError
+from rlstitch.types import Algorithm, UserError
 
 DONE = "complete.json"
 
@@ -23,8 +23,21 @@ def folders(run: Path) -> list[Path]:
     return sorted(path.parent for path in (run / "checkpoints").glob(f"step-*/{DONE}"))
 
 
-def save(run: Path, step: int, engine: Engine, policy: Policy, progress: dict[str, Any], *, keep: int, refresher: Any = None) -> Path:
-    """Write checkpoints/step-N: LoRA (raw and EMA), optimiser, RNG of every rank, refreshed value models, `progress`. A collective; raises UserError where the disk is full."""
+def save(
+    run: Path,
+    step: int,
+    engine: Engine,
+    policy: Policy,
+    progress: dict[str, Any],
+    *,
+    keep: int,
+    refresher: Any = None,
+    algorithm: Algorithm | None = None,
+) -> Path:
+    """Write checkpoints/step-N: LoRA (raw and EMA), optimiser, RNG of every rank, refreshed value models, the algorithm's state, `progress`.
+
+    A collective; raises UserError where the disk is full.
+    """
     final = run / "checkpoints" / f"step-{step:06d}"
     temporary = final.with_name(final.name + ".tmp")
     if engine.is_main:
@@ -39,6 +52,8 @@ def save(run: Path, step: int, engine: Engine, policy: Policy, progress: dict[st
             write_tensors(temporary / "policy.safetensors", weights)
             if refresher is not None:
                 write_tensors(temporary / "values.safetensors", refresher.tensors())
+            if algorithm is not None and (state := algorithm.state()):
+                write_tensors(temporary / "algorithm.safetensors", state)
         if engine.zero_stage:
             engine.deepspeed.save_checkpoint(str(temporary), tag="deepspeed", exclude_frozen_parameters=True)
         elif engine.is_main:
@@ -68,7 +83,7 @@ def save(run: Path, step: int, engine: Engine, policy: Policy, progress: dict[st
     return final
 
 
-def load(folder: Path, engine: Engine, policy: Policy, refresher: Any = None) -> dict[str, Any]:
+def load(folder: Path, engine: Engine, policy: Policy, refresher: Any = None, algorithm: Algorithm | None = None) -> dict[str, Any]:
     """Restore a checkpoint in place; -> its progress. Raises UserError where it is damaged, or for another number of ranks or ZeRO stage."""
     if not (folder / DONE).exists():
         raise UserError(f"{folder} is no complete checkpoint (it has no {DONE})")
@@ -90,6 +105,8 @@ def load(folder: Path, engine: Engine, policy: Policy, refresher: Any = None) ->
         engine.load_optimiser_state(read_tensors(folder / "optimiser.safetensors", hashes["optimiser.safetensors"]))
     if refresher is not None and "values.safetensors" in hashes:
         refresher.restore(read_tensors(folder / "values.safetensors", hashes["values.safetensors"]), progress["refresh"])
+    if algorithm is not None and "algorithm.safetensors" in hashes:
+        algorithm.load_state(read_tensors(folder / "algorithm.safetensors", hashes["algorithm.safetensors"]))
     rng = f"rng-{engine.rank}.safetensors"
     if (folder / rng).exists():
         torch.set_rng_state(read_tensors(folder / rng, hashes[rng])["torch"])

@@ -6,12 +6,13 @@ from typing import Any
 
 from rlstitch import config as cfg
 from rlstitch import schedule, stages
-from rlstitch.data import PromptSet, read_prompts, resolve_geometry
+from rlstitch.data import DIMENSIONS, Geometry, read_prompts, resolve_geometry
 from rlstitch.distributed import world_size
 from rlstitch.files import require, vae_fingerprint
-from rlstitch.oracles import values_used
+from rlstitch.oracles import Tweedie, values_used
 from rlstitch.schema import RunConfig
 from rlstitch.stitch.model import read_card
+from rlstitch.stops import End
 from rlstitch.types import UserError
 
 
@@ -33,18 +34,28 @@ def recipe_faults(config: RunConfig) -> list[str]:
         if stage.updates < 1
     ]
     alone = [f"stage '{name}': {f}" for name, faults in zip(stages.names(config), each) for f in faults if f not in common]
-    return common + endless + alone
+    ignored = [
+        f"stage '{name}' has prompts of its own, but the run learns from the pictures of data.images and their prompts: remove them"
+        for name, stage in zip(stages.names(config), config.stages)
+        if stage.prompts and config.data.images
+    ]
+    return common + endless + ignored + alone
 
 
 def _faults(config: RunConfig) -> list[str]:
     faults = part_faults(config)
-    for where in ("algorithm", "oracle", "stop"):
-        extra = {"algorithm": (), "oracle": ("weights",), "stop": ()}[where]
-        faults += [f for f in cfg.check_part(where, getattr(config, where), extra=extra) if not _given(f)]
-    prompts = _catch(faults, "data.prompts", read_prompts, config.data.prompts)
+    faults += [f for f in cfg.check_part("algorithm", config.algorithm) if not _given(f)]
+    method = _method(config)
+    for where, extra in {"oracle": ("weights",), "stop": ()}.items():
+        if method is None or method.needs_oracle:
+            faults += cfg.check_part(where, getattr(config, where), extra=extra)
+        elif getattr(config, where):
+            faults.append(f"'{where}' is given, but {config.algorithm['_target_']} asks no reward and would not use it: remove '{where}'")
+    count = _data(config, method, faults)
     _catch(faults, "evaluation.prompts", read_prompts, config.evaluation.prompts)
     faults += unknown_rewards("evaluation.rewards", config.evaluation.rewards, config.rewards)
-    _geometry(config, prompts, faults)
+    faults += guard_faults(config)
+    _catch(faults, "batch", geometry, config, count)
     if config.resume not in ("auto", "never"):
         _catch(faults, "resume", require, config.resume, "the checkpoint to resume from")
     cards = value_cards(config, faults)
@@ -57,7 +68,15 @@ def _faults(config: RunConfig) -> list[str]:
         for f in faults
     ):
         _pairings(config, cards, faults)
-    return faults
+    return faults + (_comparisons(config, method) if method is not None and method.needs_oracle else [])
+
+
+def _method(config: RunConfig) -> Any:
+    """The algorithm's class; None where it cannot be loaded, which check_part reports."""
+    try:
+        return cfg.load_class(config.algorithm["_target_"])
+    except (UserError, KeyError):
+        return None
 
 
 def _given(fault: str) -> bool:
@@ -65,18 +84,67 @@ def _given(fault: str) -> bool:
     return any(f"'algorithm.{name}' is missing" in fault for name in ("oracle", "grid"))
 
 
-def _geometry(config: RunConfig, prompts: PromptSet | None, faults: list[str]) -> None:
-    batch = config.batch
-    _catch(
-        faults,
-        "batch",
-        resolve_geometry,
-        batch.prompts_per_update,
-        batch.images_per_prompt,
-        batch.micro_batch,
-        world_size(),
-        None if prompts is None else len(prompts),
-    )
+def _data(config: RunConfig, method: Any, faults: list[str]) -> int | None:
+    """Faults of what is learned from; -> how many prompts or pictures there are, where that is known before they are made."""
+    images, target = config.data.images, config.algorithm.get("_target_")
+    if method is None or method.learns_from == "prompts":
+        if images and method is not None:
+            faults.append(f"'data.images' is given, but {target} learns from prompts and makes its own pictures: remove it")
+        prompts = _catch(faults, "data.prompts", read_prompts, config.data.prompts)
+        return None if prompts is None else len(prompts)
+    if not images:
+        _, shape, example = DIMENSIONS[method.learns_from]
+        faults.append(
+            f"'data.images' is missing: {target} learns from {method.learns_from} {shape}; give a part that makes them, e.g. {{_target_: rlstitch.shapes.images.{example}, n: 2000}}"
+        )
+        return None
+    faults += cfg.check_part("data.images", images)
+    return images["n"] if isinstance(images.get("n"), int) else None
+
+
+def _comparisons(config: RunConfig, method: Any) -> list[str]:
+    """Faults of an algorithm that compares samples within groups, or the gradients of rewards."""
+    target, faults = config.algorithm["_target_"], []
+    if method.collects and config.batch.images_per_prompt == 1:
+        faults.append(
+            f"'batch.images_per_prompt' is 1, but {target} compares the pictures of a prompt with each other and would learn nothing: set it to 2 or more (8 to 24 are usual)"
+        )
+    weights = config.oracle.get("weights", {})
+    if not method.balances or not isinstance(weights, dict):
+        return faults
+    if len(weights) == 1:
+        faults.append(
+            f"'oracle.weights' has one reward, {next(iter(weights))}, but {target} balances several: add another, or use rlstitch.algorithms.nft.NFT"
+        )
+    faults += [
+        f"'oracle.weights.{name}' must be positive, not {weight}: {target} raises every reward; leave out what is only to be measured"
+        for name, weight in weights.items()
+        if not weight > 0
+    ]
+    if config.distributed.zero_stage == 3 or config.distributed.precision == "fp16":
+        faults.append(
+            f"{target} takes gradients of each reward, which needs whole parameters and no loss scaling: set distributed.zero_stage to 2 or less and distributed.precision to bf16 or fp32, not zero_stage {config.distributed.zero_stage} with {config.distributed.precision}"
+        )
+    return faults
+
+
+def geometry(config: RunConfig, count: int | None = None) -> Geometry:
+    """How the recipe's global batch is cut on the ranks that there are; `count` is the number of prompts or pictures, where it is known."""
+    batch, method = config.batch, _method(config)
+    whole = method is not None and method.whole_groups
+    return resolve_geometry(batch.prompts_per_update, batch.images_per_prompt, batch.micro_batch, world_size(), count, whole_groups=whole)
+
+
+def guard_faults(config: RunConfig) -> list[str]:
+    guard, judges = config.guard, config.evaluation.rewards
+    faults = [
+        f"'guard.{key}' must not be negative, not {getattr(guard, key)}" for key in ("patience", "prompts") if getattr(guard, key) < 0
+    ]
+    if guard.judge and guard.judge not in judges:
+        faults.append(f"'guard.judge' is '{guard.judge}', which is not among evaluation.rewards{cfg.nearest(guard.judge, judges)}")
+    if guard.prompts and guard.images < 2:
+        faults.append(f"'guard.images' is {guard.images}: diversity within a prompt takes at least 2 pictures (or guard.prompts=0)")
+    return faults
 
 
 def value_cards(config: Any, faults: list[str]) -> dict[str, dict[str, Any]]:
@@ -126,12 +194,16 @@ def unknown_rewards(where: str, names: list[str], rewards: dict[str, Any]) -> li
 def _pairings(config: RunConfig, cards: dict[str, dict[str, Any]], faults: list[str]) -> None:
     """Oracle against stop, oracle against algorithm, algorithm against stop."""
     steps = config.sampler.num_steps
+    algorithm = cfg.load_class(config.algorithm["_target_"])
+    if not algorithm.needs_oracle:
+        faults += algorithm.faults({k: v for k, v in config.algorithm.items() if k != "_target_"}, End().steps(steps))
+        return
     grid = schedule.sigmas(steps, config.sampler.shift, config.sampler.spacing).tolist()
     stops = cfg.build(config.stop).steps(steps)
     if not len(stops) or stops.start < 1 or stops.stop - 1 > steps:
         faults.append(f"'stop' halts after {stops.start}..{stops.stop - 1} steps, but the grid has {steps}: keep it within 1..{steps}")
         return
-    oracle, algorithm = cfg.load_class(config.oracle["_target_"]), cfg.load_class(config.algorithm["_target_"])
+    oracle = cfg.load_class(config.oracle["_target_"])
     weights = config.oracle.get("weights", {})
     if not isinstance(weights, dict) or not weights:
         faults.append("'oracle.weights' must give at least one reward and its weight, e.g. {clip: 1.0}")
@@ -154,6 +226,10 @@ def _pairings(config: RunConfig, cards: dict[str, dict[str, Any]], faults: list[
         faults.append(
             f"'algorithm' {config.algorithm['_target_']} needs gradients, and {what} has none: use a differentiable reward, or a StitchVM of a surrogate of it"
         )
+    if config.algorithm.get("grad_steps") == 0 and not issubclass(oracle, Tweedie):
+        faults.append(
+            f"'algorithm.grad_steps' is 0, so the gradient has to come through the oracle, and {config.oracle['_target_']} does not run the policy: use rlstitch.oracles.Tweedie (ReFL), or grad_steps=1"
+        )
     faults += algorithm.faults({k: v for k, v in config.algorithm.items() if k != "_target_"}, stops)
 
 
@@ -175,17 +251,17 @@ def describe(config: RunConfig) -> str:
     """What `check=true` prints: resolved recipe, geometry, parameters and a memory estimate, from the model's configuration alone."""
     from accelerate import init_empty_weights
 
-    geometry = resolve_geometry(config.batch.prompts_per_update, config.batch.images_per_prompt, config.batch.micro_batch, world_size())
+    cut = geometry(config)
     with init_empty_weights():
         sizes = cfg.load_class(config.model["_target_"]).parameter_counts(config.model["path"], config.lora.rank)
     width = 2 if config.model.get("dtype") in ("bfloat16", "float16") else 4
     base, trained = sum(v for k, v in sizes.items() if k != "lora"), sizes["lora"]
-    partitions = geometry.world if config.distributed.zero_stage else 1
+    partitions = cut.world if config.distributed.zero_stage else 1
     memory = base * width + trained * 4 * 3 + trained * 8 / partitions
     lines = [
         cfg.to_yaml(config).rstrip(),
         "",
-        f"geometry: {geometry}",
+        f"geometry: {cut}",
         "parameters: " + ", ".join(f"{k} {v / 1e6:.2f} M" for k, v in sizes.items()),
     ]
     lines.append(

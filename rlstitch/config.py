@@ -22,7 +22,7 @@ from rlstitch.types import UserError
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 INJECTED = (  # given by the job, not by the recipe
-    *("self", "backbone", "rewards", "values", "policy"),
+    *("self", "backbone", "rewards", "values", "policy", "images_per_prompt"),
     *("velocity", "value", "z", "sigmas", "kernel", "generator", "trace"),
 )
 

@@ -1,4 +1,4 @@
-"""Prompts, and how a global batch is cut for ranks and accumulation. Nothing here depends on the number of ranks but the cut."""
+"""Prompts, pictures, and how a global batch is cut for ranks and accumulation. Nothing here depends on the number of ranks but the cut."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlstitch import config as cfg
 from rlstitch.files import require
+from rlstitch.schema import DataConfig
 from rlstitch.types import Batch, Conditioning, UserError
 
 MAX_FILE_BYTES = 64 << 20
@@ -19,18 +21,24 @@ MAX_FILE_BYTES = 64 << 20
 
 @dataclass
 class PromptSet:
-    """N prompts with the rows they came from and, once encoded, the denoiser's text."""
+    """N prompts with the rows they came from and, once encoded, the denoiser's text.
+
+    Where pictures are learned from: `pictures` uint8 [N, 3, H, W], or [N, 2, 3, H, W] for pairs with the better first; once encoded, their latents `clean`.
+    """
 
     prompts: list[str]
     rows: list[dict[str, Any]]
     text: Conditioning | None = field(default=None, repr=False)
+    pictures: Tensor | None = field(default=None, repr=False)
+    clean: Tensor | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def batch(self, index: list[int], seeds: Tensor) -> Batch:
         text = None if self.text is None else self.text[torch.tensor(index, device=self.text.tokens.device)]
-        return Batch([self.prompts[i] for i in index], torch.tensor(index), seeds, [self.rows[i] for i in index], text)
+        clean = None if self.clean is None else self.clean[torch.tensor(index)].to("cpu" if text is None else text.tokens.device)
+        return Batch([self.prompts[i] for i in index], torch.tensor(index), seeds, [self.rows[i] for i in index], text, clean)
 
 
 def read_prompts(path: str) -> PromptSet:
@@ -63,8 +71,24 @@ def read_prompts(path: str) -> PromptSet:
     return PromptSet([row["prompt"] for row in rows], rows)
 
 
+DIMENSIONS = {"images": (4, "[N, 3, H, W]", "scenes"), "pairs": (5, "[N, 2, 3, H, W], the better first", "ranked_pairs")}
+
+
+def read_data(config: DataConfig, learns_from: str = "prompts") -> PromptSet:
+    """What an algorithm learns from: the prompt file, or the pictures of `data.images` with their prompts. Raises UserError where the pictures are of another kind."""
+    if learns_from == "prompts":
+        return read_prompts(config.prompts)
+    pictures, prompts = cfg.build(config.images)
+    dimensions, shape, example = DIMENSIONS[learns_from]
+    if pictures.ndim != dimensions:
+        raise UserError(
+            f"'data.images': {config.images['_target_']} gives {list(pictures.shape)}, but this algorithm learns from {learns_from} {shape}: use one that does, such as rlstitch.shapes.images.{example}"
+        )
+    return PromptSet(list(prompts), [{"prompt": p} for p in prompts], pictures=pictures)
+
+
 def encode(backbone: Any, prompts: PromptSet, *, truncate: bool = False) -> PromptSet:
-    """Encode a prompt set once. Prompts that the encoders would cut are refused by name unless `truncate` allows it."""
+    """Encode a prompt set and its pictures once. Prompts that the encoders would cut are refused by name unless `truncate` allows it."""
     cut = backbone.too_long(prompts.prompts)
     if cut and not truncate:
         shown = "; ".join(f"'{p[:60]}...' ({n} tokens)" for p, n, _ in cut[:3])
@@ -72,7 +96,21 @@ def encode(backbone: Any, prompts: PromptSet, *, truncate: bool = False) -> Prom
             f"{len(cut)} of {len(prompts)} prompts are longer than the {cut[0][2]} tokens that the text encoder takes: {shown}. Shorten them, or set truncate to true"
         )
     prompts.text = backbone.encode_prompts(prompts.prompts)
+    if prompts.pictures is not None:
+        prompts.clean, prompts.pictures = encode_pictures(backbone, prompts.pictures), None
     return prompts
+
+
+@torch.no_grad()
+def encode_pictures(backbone: Any, pictures: Tensor, *, batch_size: int = 64) -> Tensor:
+    """Clean latents [N, (2,) C, H, W], on the CPU, of uint8 pictures [N, (2,) 3, H, W]. Raises UserError where they have another size than the model's."""
+    flat = pictures.flatten(0, -4)
+    latents = torch.cat([backbone.encode(part.to(backbone.device).float() / 255).cpu() for part in flat.split(batch_size)])
+    if latents.shape[1:] != backbone.latent_shape:
+        raise UserError(
+            f"'data.images' gives pictures of {pictures.shape[-1]} x {pictures.shape[-2]}, the model takes {backbone.image_size} x {backbone.image_size}: resize them, or set model.image_size"
+        )
+    return latents.unflatten(0, pictures.shape[:-3])
 
 
 @dataclass
@@ -93,20 +131,33 @@ class Geometry:
         return f"{self.prompts} prompts x {self.images} image{'s' * (self.images > 1)} = {self.samples} samples an update, on {self.world} rank{'s' * (self.world > 1)}: {self.accumulation} micro-batch{'es' * (self.accumulation > 1)} of {self.micro_batch} each"
 
 
-def resolve_geometry(prompts: int, images: int, micro_batch: int, world: int, num_prompts: int | None = None) -> Geometry:
-    """The same global batch on any number of ranks, by accumulation; micro_batch is an upper limit. Raises UserError with the nearest possible."""
+def resolve_geometry(
+    prompts: int, images: int, micro_batch: int, world: int, num_prompts: int | None = None, *, whole_groups: bool = False
+) -> Geometry:
+    """The same global batch on any number of ranks, by accumulation; micro_batch is an upper limit. Raises UserError with the nearest possible.
+
+    whole_groups: every micro-batch holds all images of its prompts, so that they can be compared there.
+    """
+    if whole_groups and images < 2:
+        raise UserError(f"batch.images_per_prompt is {images}, and this algorithm compares the images of a prompt: set it to 2 or more")
+    if whole_groups and micro_batch < images:
+        fewer = f", or batch.images_per_prompt={micro_batch} or fewer" if micro_batch > 1 else ""
+        raise UserError(
+            f"batch.micro_batch is {micro_batch}, but this algorithm needs all {images} images of a prompt in one micro-batch: set batch.micro_batch={images} or more{fewer}"
+        )
     if num_prompts is not None and prompts > num_prompts:
         raise UserError(f"batch.prompts_per_update is {prompts} but the prompt set has {num_prompts}: lower it to {num_prompts} or fewer")
     samples = prompts * images
-    if samples % world:
-        step = next(k for k in range(1, world + 1) if k * images % world == 0)
+    unit = images if whole_groups else 1  # what is never cut
+    if samples % (world * unit):
+        step = next(k for k in range(1, world + 1) if k * images % (world * unit) == 0)
         below, above = prompts // step * step, (prompts // step + 1) * step
         near = " or ".join(str(p) for p in (below, above) if p)
         raise UserError(
             f"{prompts} prompts x {images} images = {samples} samples cannot be shared by {world} ranks: set batch.prompts_per_update={near}"
         )
     share = samples // world
-    micro = max(m for m in range(1, min(micro_batch, share) + 1) if share % m == 0)
+    micro = max(m for m in range(unit, min(micro_batch, share) + 1, unit) if share % m == 0)
     return Geometry(prompts, images, world, micro, share // micro)
 
 

@@ -6,6 +6,7 @@ zero_stage 0 trains without DeepSpeed: the LoRA gradients, a few megabytes, are 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,14 +32,21 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def average_gradients(parameters: list[nn.Parameter], world: int) -> None:
-    """Mean of every gradient over the ranks, in one all-reduce; a parameter without gradient counts as zero."""
-    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-    flat = torch.cat([g.flatten() for g in gradients])
+def mean_over_ranks(tensors: Sequence[Tensor], world: int) -> list[Tensor]:
+    """The mean of each tensor over the ranks, in one all-reduce; the same bits on every rank."""
+    if world == 1:
+        return list(tensors)
+    flat = torch.cat([t.flatten() for t in tensors])
     dist.all_reduce(flat)
     flat /= world
-    for p, part in zip(parameters, flat.split([g.numel() for g in gradients])):
-        p.grad = part.view_as(p)
+    return [part.view_as(t) for t, part in zip(tensors, flat.split([t.numel() for t in tensors]))]
+
+
+def average_gradients(parameters: list[nn.Parameter], world: int) -> None:
+    """Mean of every gradient over the ranks; a parameter without gradient counts as zero."""
+    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+    for p, mean in zip(parameters, mean_over_ranks(gradients, world)):
+        p.grad = mean
 
 
 class Engine:

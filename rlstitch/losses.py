@@ -36,6 +36,21 @@ def nft(v: Tensor, v_old: Tensor, target: Tensor, weight: Tensor, beta: float, s
     return (weight * error(positive) + (1 - weight) * error(negative)) / beta
 
 
+def dpo(v: Tensor, v_reference: Tensor, target: Tensor, beta: float, weight: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
+    """Diffusion-DPO's loss (arXiv:2311.12908, eq. 14) for velocities, and its implicit margin: all [P, 2, ...], the better of a pair first -> [P], [P].
+
+    -log sigmoid(margin) with margin = -(beta / 2) weight (d_better - d_worse) and d = |v - target|^2 - |v_reference - target|^2, means over all but pair and
+    place, as released. Both of a pair share sigma and noise. weight [P] tempers pairs whose targets scatter, see schedule.bridge_variance.
+    """
+
+    def error(guess: Tensor) -> Tensor:
+        return (guess.float() - target.float()).square().flatten(2).mean(2)
+
+    d = error(v) - error(v_reference)
+    margin = -beta / 2 * weight * (d[:, 0] - d[:, 1])
+    return -torch.nn.functional.logsigmoid(margin), margin
+
+
 def clipped_surrogate(
     log_prob: Tensor, log_prob_old: Tensor, advantage: Tensor, clip: float, *, guard: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -147,7 +147,7 @@ class Weighted(_Mixed):
 def values_used(node: Mapping[str, Any]) -> list[str]:
     """Names of the value models that a recipe's oracle node asks for: the columns of a Stitched one, else none."""
     weights = node.get("weights", {})
-    return list(weights) if isinstance(weights, Mapping) and issubclass(load_class(node["_target_"]), Stitched) else []
+    return list(weights) if isinstance(weights, Mapping) and weights and issubclass(load_class(node["_target_"]), Stitched) else []
 
 
 def load_values(

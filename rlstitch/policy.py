@@ -35,7 +35,7 @@ class Policy:
         for name in self.followers:
             transformer.add_adapter(config, name)
         self.layers = [m for m in transformer.modules() if isinstance(m, LoraLayer)]
-        self._active = REFERENCE
+        self.active = REFERENCE
         for layer in self.layers:  # adapters in float32 whatever the base is in
             for part in (layer.lora_A, layer.lora_B):
                 part.float()
@@ -62,7 +62,7 @@ class Policy:
     @contextmanager
     def use(self, name: str) -> Iterator[None]:
         """Run the denoiser as `default` (current), `ema` or `reference` (the base, adapters off); gradients flags stay as they are."""
-        before = self._active
+        before = self.active
         self._switch(name)
         try:
             yield
@@ -70,19 +70,19 @@ class Policy:
             self._switch(before)
 
     def _switch(self, name: str) -> None:
-        if name == self._active:
+        if name == self.active:
             return
         flags = [(p, p.requires_grad) for layer in self.layers for p in layer.parameters()]
         for layer in self.layers:
             if name == REFERENCE:
                 layer.enable_adapters(False)
             else:
-                if self._active == REFERENCE:
+                if self.active == REFERENCE:
                     layer.enable_adapters(True)
                 layer.set_adapter(name)
         for p, flag in flags:
             p.requires_grad_(flag)
-        self._active = name
+        self.active = name
 
     @torch.no_grad()
     def update_ema(self) -> None:

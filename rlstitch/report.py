@@ -135,6 +135,8 @@ def write(run: Path) -> Path:
         n: [(r[unit]["total"], r["rewards"][n]) for r in train if n in r["rewards"]]
         for n in dict.fromkeys(n for r in train for n in r["rewards"])
     }
+    told = "The oracle's scores" if trained else "The loss"
+    trained = trained or {"loss": [(r[unit]["total"], r["loss"]) for r in train]}
     judges = {n: [(r[unit]["total"], r["eval"][n]) for r in evals] for n in (evals[0]["eval"] if evals else {}) if "/" not in n}
     plots = [line_plot({name: line}, x_label=unit.replace("_", "-"), y_label=name, offset=offset) for name, line in trained.items()]
     held = [
@@ -145,7 +147,7 @@ def write(run: Path) -> Path:
     body = [
         f"<h1>{html.escape(run.name)}</h1><p>{summary['steps']} updates, {summary['samples']} samples, seed {summary['seed']}, peak memory {summary['peak_memory_mb']:.0f} MB. Device-hours: {hours}.</p>",
         "<h2>Final evaluation</h2>" + _table(summary["eval"]),
-        "<h2>The oracle's scores while training</h2><div class=pair>" + "".join(plots) + "</div>",
+        f"<h2>{told} while training</h2><div class=pair>" + "".join(plots) + "</div>",
         "<h2>Clean rewards and held-out judges</h2><div class=pair>" + "".join(held) + "</div>" if held else "",
         "<h2>Before and after, same prompts and noise</h2><div class=pair>"
         + _image(run / "samples" / "base.png", "base model")

@@ -39,6 +39,17 @@ def sigmas(num_steps: int, shift: float = 1.0, spacing: Literal["diffusers", "pl
     return shift_sigma(grid, shift).float()
 
 
+def training_table(shift: float) -> Tensor:
+    """The 1000 sigmas that SD3 is trained on, float32 and falling: i/1000 shifted once, where the sampling grid `diffusers` is shifted twice."""
+    return shift_sigma(torch.arange(1000, 0, -1, dtype=torch.float64) / 1000, shift).float()
+
+
+def training_sigma(t: Tensor, shift: float) -> Tensor:
+    """Entry floor((1 - t) 1000) of the training table for t [B] in [0, 1], float32; t = 0 takes the last one, which is above 0."""
+    index = ((1 - t.double()) * 1000).floor().clamp(0, 999).long()
+    return training_table(shift).to(t.device)[index]
+
+
 def interpolate(z0: Tensor, noise: Tensor, sigma: float | Tensor) -> Tensor:
     """z_sigma = (1 - sigma) z0 + sigma noise, eq. (1); all [B, ...], sigma a float or [B]."""
     sigma = _like(sigma, z0)
@@ -69,3 +80,15 @@ def bridge(z_tau: Tensor, tau: float | Tensor, sigma: float | Tensor, noise: Ten
     s = ((sigma - a * tau) * (sigma + a * tau)).sqrt()
     ds = (sigma + a * tau**2 / (1 - tau)) / s
     return a * z_tau + s * noise, -z_tau / (1 - tau) + ds * noise
+
+
+def bridge_variance(tau: float | Tensor, sigma: float | Tensor) -> Tensor:
+    """How far the bridge's target scatters about the plain path's: its variance per coordinate given z0 and z_sigma, ((a' tau s - s' a tau) / sigma)^2.
+
+    0 at tau = 0, without bound as sigma -> tau. tau < sigma, floats or [B]; in the notation of `bridge`.
+    """
+    tau, sigma = torch.as_tensor(tau, dtype=torch.float32), torch.as_tensor(sigma, dtype=torch.float32)
+    a = (1 - sigma) / (1 - tau)
+    s = ((sigma - a * tau) * (sigma + a * tau)).sqrt()
+    ds = (sigma + a * tau**2 / (1 - tau)) / s
+    return ((tau * s / (1 - tau) + ds * a * tau) / sigma).square()

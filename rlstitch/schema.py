@@ -17,7 +17,10 @@ class SamplerConfig:
 
 @dataclass
 class DataConfig:
+    """What is trained on. `images`: a part that gives pictures with their prompts, for algorithms that learn from them; `prompts` is ignored then."""
+
     prompts: str = "shapes:train.jsonl"
+    images: dict[str, Any] = field(default_factory=dict)
     truncate: bool = False
 
 
@@ -92,6 +95,20 @@ class RefreshConfig:
 
 
 @dataclass
+class GuardConfig:
+    """Against over-optimisation, at every evaluation on the way. judge: a held-out reward, by default the last of evaluation.rewards that is not trained on.
+
+    patience: evaluations in a row with the judge fallen and the trained reward up that end the run; 0 never does. prompts x images: pictures to measure
+    diversity and the value models' gap on; prompts 0 measures neither.
+    """
+
+    judge: str = ""
+    patience: int = 3
+    prompts: int = 8
+    images: int = 4
+
+
+@dataclass
 class StageConfig:
     """A part of a run with an oracle, stop or prompts of its own; what it leaves out is the run's. Weights, optimiser and followers go on."""
 
@@ -131,6 +148,7 @@ class RunConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     refresh: RefreshConfig = field(default_factory=RefreshConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     stages: list[StageConfig] = field(default_factory=list)
 
 

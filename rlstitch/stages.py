@@ -17,7 +17,7 @@ class Stage:
 
     name: str
     end: int
-    oracle: Oracle
+    oracle: Oracle | None  # None where the algorithm asks no reward
     stop: Stop
     stream: UpdateStream
 

@@ -17,16 +17,19 @@ from tqdm import tqdm
 
 from rlstitch import checkpoint, report, schedule, stages
 from rlstitch import config as cfg
-from rlstitch.data import UpdateStream, encode, read_prompts, resolve_geometry
-from rlstitch.distributed import Engine, world_size
+from rlstitch.checks import geometry
+from rlstitch.data import UpdateStream, encode, read_data, read_prompts
+from rlstitch.distributed import Engine
 from rlstitch.evaluate import Evaluation, evaluate
 from rlstitch.files import write_json, write_text
+from rlstitch.guard import Guard, probe
 from rlstitch.metrics import Clock, Log, peak_memory_mb
 from rlstitch.metrics import grid as draw_grid
 from rlstitch.oracles import load_values
 from rlstitch.policy import CURRENT, EMA, REFERENCE, Policy
 from rlstitch.schema import RunConfig
 from rlstitch.stitch.refresh import Refresher
+from rlstitch.stops import End
 from rlstitch.types import Rollout, UserError
 
 
@@ -58,14 +61,11 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.run = Path(config.out) / config.name
         parts = stages.expand(config)
-        prompts = {p.data.prompts: read_prompts(p.data.prompts) for p in parts}
-        batch = config.batch
-        self.geometry = resolve_geometry(
-            batch.prompts_per_update, batch.images_per_prompt, batch.micro_batch, world_size(), min(map(len, prompts.values()))
-        )
-        stops = [cfg.build(p.stop) for p in parts]
-        reach = [stop.steps(config.sampler.num_steps) for stop in stops]
         method = cfg.load_class(config.algorithm["_target_"])
+        prompts = {p.data.prompts: read_data(p.data, method.learns_from) for p in parts}
+        self.geometry = geometry(config, min(map(len, prompts.values())))
+        stops = [cfg.build(p.stop) if p.stop else End() for p in parts]
+        reach = [stop.steps(config.sampler.num_steps) for stop in stops]
         self.slots = method.backwards(config.algorithm, range(min(r.start for r in reach), max(r.stop for r in reach)))
         self.engine = Engine(
             zero_stage=config.distributed.zero_stage,
@@ -105,7 +105,7 @@ class Trainer:
             stages.Stage(
                 name,
                 end,
-                cfg.build(part.oracle, backbone=self.backbone, rewards=self.rewards, values=self.values),
+                cfg.build(part.oracle, backbone=self.backbone, rewards=self.rewards, values=self.values) if part.oracle else None,
                 stop,
                 UpdateStream(prompts[part.data.prompts], self.geometry, config.seed),
             )
@@ -120,12 +120,16 @@ class Trainer:
             grid=self.grid,
             guidance=config.sampler.guidance,
             activation_checkpointing=config.sampler.activation_checkpointing,
+            shift=config.sampler.shift,
+            images_per_prompt=config.batch.images_per_prompt,
         )
         self.refresher = (
             Refresher(config.refresh, self.values, self.backbone, self.rewards, self.engine, guidance=config.sampler.guidance)
             if config.refresh.fraction
             else None
         )
+        trained = {name for stage in self.stages if stage.oracle for name in stage.oracle.names}
+        self.guard = Guard(config.guard, [n for n in config.evaluation.rewards if n not in trained])
         self.clock = Clock(self.engine.world, stitching=stitching)
         self.step, self.bad = 0, 0
 
@@ -145,21 +149,24 @@ class Trainer:
         with _signals(caught):
             if self.step == 0:
                 self._evaluate_now()
-            while self.step < self.config.updates:
+            while self.step < self.config.updates and not self.guard.verdict():
                 row = self._update()
                 bar.update()
-                bar.set_postfix_str(f"reward {row['reward']:.4f}" if row["reward"] is not None else "skipped")
+                shown = "reward" if "reward" in row else "loss"
+                bar.set_postfix_str("skipped" if row["skipped"] else f"{shown} {row[shown]:.4f}")
                 every = self.config.evaluation.every
                 if every and self.step % every == 0 and self.step < self.config.updates:
                     self._evaluate_now()
                 stopping = self.engine.any(bool(caught))
-                if stopping or self.step % self.config.checkpoint.every == 0 or self.step == self.config.updates:
+                if stopping or self.step % self.config.checkpoint.every == 0 or self.step == self.config.updates or self.guard.verdict():
                     self._checkpoint()
                 if stopping:
                     bar.close()
                     self.log.close()
                     raise Interrupted(128 + (caught[0] if caught else signal.SIGTERM))
         bar.close()
+        if (why := self.guard.verdict()) and self.engine.is_main:
+            tqdm.write(f"stopped after update {self.step}: {why}")
         return self._finish()
 
     def _update(self) -> dict[str, Any]:
@@ -196,14 +203,14 @@ class Trainer:
         means = {key: float(engine.gather(torch.cat(values)).mean()) for key, values in sums.items()}
         every_score = engine.gather(torch.cat(scores))
         self._guard(norm, means)
+        names = stage.oracle.names if stage.oracle else ()
         row = {
             "step": self.step,
             "samples": self.step * self.geometry.samples,
             **({"stage": stage.name} if stage.name else {}),
-            "stop": stop,
-            "sigma": round(float(self.grid[stop]), 4),
+            **({} if stage.oracle is None else {"stop": stop, "sigma": round(float(self.grid[stop]), 4)}),
             **{k: (v if norm is not None else None) for k, v in means.items()},
-            "rewards": {n: (float(v) if norm is not None else None) for n, v in zip(stage.oracle.names, every_score.mean(0))},
+            "rewards": {n: (float(v) if norm is not None else None) for n, v in zip(names, every_score.nanmean(0))},
             "grad_norm": norm,
             "skipped": norm is None,
             **({"drift": drift} if drift else {}),
@@ -273,9 +280,10 @@ class Trainer:
                     (self.run / stale).unlink(missing_ok=True)
                 shutil.rmtree(self.run / "checkpoints", ignore_errors=True)
         if source is not None:
-            progress = checkpoint.load(source, self.engine, self.policy, self.refresher)
+            progress = checkpoint.load(source, self.engine, self.policy, self.refresher, self.algorithm)
             self.step = progress["step"]
             self.clock.hours.update(progress["hours"])
+            self.guard.load_state(progress["guard"])
         if self.engine.is_main:
             write_text(self.run / "recipe.yaml", cfg.to_yaml(config))
             print(f"{self.run}: {self.geometry}" + (f"; resumed from {source.name}" if source else ""), flush=True)
@@ -291,8 +299,9 @@ class Trainer:
         self.engine.barrier()
 
     def _checkpoint(self) -> None:
-        progress, keep = {"hours": self.clock.hours}, self.config.checkpoint.keep
-        checkpoint.save(self.run, self.step, self.engine, self.policy, progress, keep=keep, refresher=self.refresher)
+        progress, keep = {"hours": self.clock.hours, "guard": self.guard.state()}, self.config.checkpoint.keep
+        also = {"refresher": self.refresher, "algorithm": self.algorithm}
+        checkpoint.save(self.run, self.step, self.engine, self.policy, progress, keep=keep, **also)
 
     def evaluate(self, adapter: str, limit: int, label: str) -> Evaluation:
         e = self.config.evaluation
@@ -330,11 +339,19 @@ class Trainer:
         return {name: result.means for name, result in self.evaluate_all().items()}
 
     def _evaluate_now(self) -> None:
-        """A small evaluation of the raw weights on the way, with a grid."""
-        e = self.config.evaluation
+        """A small evaluation of the raw weights on the way, with a grid and the guard's measurements."""
+        e, stage = self.config.evaluation, stages.at(self.stages, self.step)
         if not e.every:
             return
         result = self.evaluate(CURRENT, e.every_prompts, f"evaluation at {self.step}")
+        if self.config.guard.prompts:
+            with self.clock.phase("eval"), self.policy.use(CURRENT):
+                result.means |= probe(
+                    self.backbone, stage.oracle, self.rewards, stage.stop, self.grid, self.held_out, self.engine, self.config.guard,
+                    guidance=self.config.sampler.guidance, seed=e.seed,
+                )  # fmt: skip
+        goal = zip(stage.oracle.names, stage.oracle.weights) if stage.oracle else ()
+        self.guard.see(result.scores, sum(w * result.means[n] for n, w in goal if n in result.means))
         if self.engine.is_main:
             self.log.write({"step": self.step, "eval": result.means, **self._hours()})
             self._draw(result, f"step-{self.step:06d}")
@@ -362,6 +379,7 @@ class Trainer:
             "peak_memory_mb": round(peak_memory_mb(), 1),
             "device_hours": {k: round(v, 6) for k, v in self.clock.hours.items()} | {"stitching": self.clock.stitching},
             "eval": results,
+            **({"stopped": why} if (why := self.guard.verdict()) else {}),
         }
         if self.engine.is_main:
             write_json(self.run / "summary.json", summary)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -52,13 +52,15 @@ class Batch:
     seeds: Tensor  # [B] long, one per sample and update, the same whatever the number of ranks
     facts: list[dict[str, Any]] = field(default_factory=list)  # a row of the prompt file for judges that need more than text
     text: Conditioning | None = None
+    clean: Tensor | None = None  # latents of the data's pictures [B, C, H, W], or of pairs [B, 2, C, H, W], the better first
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def __getitem__(self, index: slice) -> Batch:
         text = None if self.text is None else self.text[index]
-        return Batch(self.prompts[index], self.group[index], self.seeds[index], self.facts[index], text)
+        clean = None if self.clean is None else self.clean[index]
+        return Batch(self.prompts[index], self.group[index], self.seeds[index], self.facts[index], text, clean)
 
     def interleave(self, copies: int) -> Batch:
         """Every row `copies` times, the copies side by side; seeds are repeated, too."""
@@ -68,7 +70,8 @@ class Batch:
         rows = index.tolist()
         text = None if self.text is None else self.text[index.to(self.text.tokens.device)]
         facts = [self.facts[i] for i in rows] if self.facts else []
-        return Batch([self.prompts[i] for i in rows], self.group[index], self.seeds[index], facts, text)
+        clean = None if self.clean is None else self.clean[index]
+        return Batch([self.prompts[i] for i in rows], self.group[index], self.seeds[index], facts, text, clean)
 
 
 @dataclass
@@ -132,9 +135,10 @@ class StitchableReward(Protocol):
 
 
 class Oracle(Protocol):
-    """Scores latents. `names` [K] labels the columns, `differentiable` says whether gradients reach z, `sigma_range` where it may be asked."""
+    """Scores latents. `names` [K] labels the columns, `weights` [K] weigh them, `differentiable` says whether gradients reach z, `sigma_range` where it may be asked."""
 
     names: list[str]
+    weights: list[float]
     differentiable: bool
     sigma_range: tuple[float, float]
 
@@ -147,8 +151,15 @@ class Algorithm(Protocol):
 
     needs_gradient: the oracle must be differentiable. keeps_old: wants a second policy to sample with. collects: compares samples across the whole update
     (`compare` turns all scores into weights) before the first loss; otherwise each micro-batch is learned from at once, while its graph is alive.
+    learns_from: `prompts` (it samples), `images` or `pairs` (it takes clean latents from `Batch.clean`). needs_oracle: False where no reward is asked; the
+    recipe then has neither oracle nor stop, and `score` gives [B, 0]. whole_groups: all samples of a prompt must lie in one micro-batch.
+    balances: weighs the gradients of several rewards against each other. `state` is what a checkpoint keeps beside the policy, the same on every rank.
     """
 
+    learns_from: Literal["prompts", "images", "pairs"]
+    needs_oracle: bool
+    whole_groups: bool
+    balances: bool
     needs_gradient: bool
     collects: bool
     keeps_old: bool
@@ -157,6 +168,8 @@ class Algorithm(Protocol):
     def score(self, rollout: Rollout) -> Tensor: ...  # [B, K]
     def losses(self, rollout: Rollout, *compared): ...  # yields (loss, metrics), `backwards` of them
     def end_step(self, step: int) -> None: ...
+    def state(self) -> dict[str, Tensor]: ...
+    def load_state(self, tensors: dict[str, Tensor]) -> None: ...
 
 
 def noise_like(shape: Sequence[int], seeds: Tensor, *, stream: int = 0, device: torch.device | str = "cpu") -> Tensor:

@@ -17,7 +17,7 @@ FLOORS = {
     "oracles": 4, "checkpoint": 4, "report": 4,
     "stitch.search": 5, "stitch.distill": 5, "stitch.baselines": 6, "stitch.measure": 6, "stitch.refresh": 6, "stitch.compare": 7, "stitch.surrogate": 7, "algorithms": 5, "steering": 5, "evaluate": 5, "steer": 7,
     "stitch.recipe": 7, "checks": 6,
-    "trainer": 7, "stages": 3,
+    "trainer": 7, "stages": 3, "guard": 5,
     "cli": 8,
 }  # fmt: skip
 

@@ -1,8 +1,8 @@
-"""Benchmarks that must run anywhere: the real-size script on a tiny configuration, and its FLOP floors."""
+"""Benchmarks that must run anywhere: the real-size script on a tiny configuration and its FLOP floors, the passes that an update needs."""
 
 import pytest
 
-from benchmarks import real_size
+from benchmarks import paper_tables, real_size, step_floor
 
 
 @pytest.mark.parametrize("pixels, wanted", [(512, (2.44, 0.46, 2.51, 1.01)), (1024, (11.25, 2.21, 10.47, 1.01))])
@@ -15,3 +15,23 @@ def test_real_size_runs_on_a_tiny_configuration():
     rows = real_size.measure("tiny", 16, 1, 1)
     assert set(rows) == {"query forward", "query gradient", "DPS step", "FK, two steps", "DRaFT-1 update"}
     assert all(row["stitched_seconds"] > 0 and row["pixel_megabytes"] > 0 for row in rows.values())
+
+
+def test_step_floor_counts_the_passes_of_an_update(tmp_path):
+    """DRaFT-3 + StitchVM stopped after 5 steps: 2 forwards without gradient, 3 with (the first of them needs none to its latent), 3 of the base, 1 value query."""
+    row = step_floor.measure("draft_stitch", 2, 1, tmp_path)
+    assert {p["call"]: p["count"] for p in row["passes"]} == {
+        "velocity 2 default False False": 2,
+        "velocity 2 default True False": 1,
+        "velocity 2 default True True": 2,
+        "velocity 2 reference False False": 3,
+        "oracle 2 True": 1,
+    }
+    assert row["ratio"] == pytest.approx(row["update_seconds"] / row["floor_seconds"], rel=0.05)
+
+
+def test_time_to_a_rivals_reward_is_interpolated():
+    points = [(0.0, 1.0), (1.0, 1.2), (2.0, 1.6)]
+    assert paper_tables.hours_to(points, 1.4) == pytest.approx(1.5)
+    assert paper_tables.hours_to(points, 1.2) == pytest.approx(1.0)
+    assert paper_tables.hours_to(points, 2.0) is None

@@ -123,3 +123,51 @@ def test_recipe_faults():
     assert Draft.faults({"grad_steps": 3}, range(3, 8)) == []
     assert "earliest stop" in Draft.faults({"grad_steps": 4}, range(3, 8))[0]
     assert "DRaFT-LV" in Draft.faults({"grad_steps": 2, "variance_reduction": 2}, range(5, 6))[0]
+
+
+def test_refl_learns_through_the_tweedie_oracle_alone(setup):
+    """grad_steps=0: loss = mean max(ceiling - r(D(z - sigma v)), 0), and the gradient is that of the one velocity of the estimate."""
+    backbone, policy, batch, oracles = setup
+    oracle = Tweedie(backbone, {"clip": oracles["terminal"].rewards["clip"]}, {"clip": 1.0})
+    loss, _, rollout = run(Draft(backbone, policy, oracle, GRID, grad_steps=0, ceiling=2.0, regulariser=0.0), batch, 3)
+    z, sigma = rollout.latent.z, rollout.latent.sigma
+    assert not z.requires_grad
+    got = torch.autograd.grad(loss, policy.parameters(), allow_unused=True)
+    v = backbone.velocity(z, sigma, batch.text)
+    images = backbone.decode(schedule.posterior_mean(z, v, sigma))
+    by_hand = (2.0 - oracle.rewards["clip"].score(images, batch)).clamp(min=0).mean()
+    assert loss.item() == pytest.approx(by_hand.item(), rel=1e-5)
+    wanted = torch.autograd.grad(by_hand, policy.parameters(), allow_unused=True)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(got, wanted) if b is not None)
+    assert sum(float(g.abs().sum()) for g in got if g is not None) > 0
+
+
+def test_a_ceiling_below_the_reward_leaves_nothing_to_learn(setup):
+    backbone, policy, batch, oracles = setup
+    loss, _, _ = run(Draft(backbone, policy, oracles["stitched"], GRID, ceiling=-1e3, regulariser=0.0), batch, 3)
+    assert loss.item() == 0
+
+
+@pytest.mark.parametrize("truncation,mean", [("uniform", 2.5), ("gaussian", 2.0)])
+def test_randomised_truncation(setup, truncation, mean):
+    """AlignProp's K: within 1..stop, the same for all samples of an update, with the stated mean; and it is what the rollout records."""
+    backbone, policy, batch, oracles = setup
+    algorithm = Draft(backbone, policy, oracles["terminal"], GRID, grad_steps=2, truncation=truncation, grad_steps_std=0.7)
+
+    def at(update):
+        return Batch(batch.prompts, batch.group, torch.tensor([0, 1]) + update * 1_000_000, batch.facts, batch.text)
+
+    drawn = [algorithm.depth(at(update), 4) for update in range(600)]
+    assert set(drawn) <= {1, 2, 3, 4} and len(set(drawn)) > 2
+    expected = mean if truncation == "uniform" else 1.6  # int() rounds down, and draws below 1 are drawn again
+    assert sum(drawn) / len(drawn) == pytest.approx(expected, abs=0.2)
+    odd = next(u for u in range(600) if drawn[u] == 3)
+    assert len(algorithm.rollout(at(odd), 4).states) == 3
+    assert algorithm.depth(at(odd), 4) == algorithm.depth(at(odd)[slice(1, 2)], 4)
+
+
+def test_draft_faults():
+    assert not Draft.faults({"grad_steps": 2, "truncation": "gaussian"}, range(10, 11))
+    assert "Tweedie" in Draft.faults({"grad_steps": 11}, range(10, 11))[0]
+    assert "regulariser" in Draft.faults({"grad_steps": 0}, range(6, 10))[0]
+    assert "DRaFT-LV" in Draft.faults({"variance_reduction": 2, "truncation": "uniform"}, range(10, 11))[0]

@@ -59,13 +59,13 @@ checkpoint: {{every: 2}}
     return folder
 
 
-def start(world, *overrides, ranks=1, wait=True, env=None):
+def start(world, *overrides, ranks=1, wait=True, env=None, recipe="recipe.yaml"):
     launcher = (
         [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port", str(29600 + os.getpid() % 300)]
         if ranks > 1
         else [sys.executable]
     )
-    command = [*launcher, str(ROOT / "launch" / "train.py"), f"recipe={world / 'recipe.yaml'}", *overrides]
+    command = [*launcher, str(ROOT / "launch" / "train.py"), f"recipe={world / recipe}", *overrides]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=world)
     if not wait:

@@ -1,9 +1,10 @@
-"""DRaFT-K and DRaFT-LV (eqs. 63-64): maximise the oracle through the last K steps before the stop, with a regulariser against the frozen base."""
+"""DRaFT-K and DRaFT-LV (eqs. 63-64), AlignProp and ReFL: maximise the oracle through the last K steps before the stop, with a regulariser against the frozen base."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,11 +17,16 @@ from rlstitch.types import Batch, Latent, Oracle, Rollout, UserError, noise_like
 class Draft:
     """Loss: -total(oracle(z_stop)) + regulariser * mean over the K steps of |v - v_base|^2.
 
-    grad_steps: K, the last steps before the stop that carry gradient. regulariser: the paper's lambda, 0 for none.
+    grad_steps: K, the last steps before the stop that carry gradient; 0 leaves the gradient to an oracle that runs the policy itself, which with a Tweedie
+    oracle is ReFL. truncation: fixed K; or AlignProp's randomised one, a new K every update: uniform on 1..stop, or gaussian with mean `grad_steps` and
+    `grad_steps_std`, rounded down and drawn again until it is within 1..stop. regulariser: the paper's lambda, 0 for none. ceiling: the hinge
+    max(ceiling - reward, 0) in place of -reward (ReFL's 2).
     variance_reduction: DRaFT-LV; the stopped latent is noised back to the last step's level this many more times and each is denoised once with gradient (K = 1).
     """
 
     needs_gradient, collects, keeps_old = True, False, False
+    learns_from, needs_oracle, whole_groups = "prompts", True, False
+    balances = False
 
     def __init__(
         self,
@@ -32,30 +38,53 @@ class Draft:
         guidance: float = 1.0,
         activation_checkpointing: bool = False,
         grad_steps: int = 1,
+        truncation: Literal["fixed", "uniform", "gaussian"] = "fixed",
+        grad_steps_std: float = 1.0,
+        ceiling: float | None = None,
         regulariser: float = 0.01,
         variance_reduction: int = 0,
     ):
         self.backbone, self.policy, self.oracle, self.grid = backbone, policy, oracle, grid
         self.guidance, self.checkpointing = guidance, activation_checkpointing
-        self.grad_steps, self.regulariser, self.variance_reduction = grad_steps, regulariser, variance_reduction
+        self.grad_steps, self.truncation, self.grad_steps_std = grad_steps, truncation, grad_steps_std
+        self.ceiling, self.regulariser, self.variance_reduction = ceiling, regulariser, variance_reduction
 
     @staticmethod
     def faults(options: dict[str, Any], stops: range) -> list[str]:
         """What a recipe may get wrong about this algorithm, found before anything loads."""
         k, lv = options.get("grad_steps", 1), options.get("variance_reduction", 0)
         out = []
-        if k < 1 or k > stops.start:
-            out.append(f"'algorithm.grad_steps' must be within 1..{stops.start} (the earliest stop), not {k}")
+        if k < 0 or k > stops.start:
+            out.append(f"'algorithm.grad_steps' must be within 1..{stops.start} (the earliest stop), or 0 under a Tweedie oracle, not {k}")
+        if k == 0 and options.get("regulariser", 0.01) > 0:
+            out.append("'algorithm.regulariser' needs steps with gradient, and algorithm.grad_steps is 0: set algorithm.regulariser=0")
+        if k == 0 and options.get("truncation", "fixed") != "fixed":
+            out.append(
+                f"'algorithm.truncation={options['truncation']}' draws steps with gradient, and algorithm.grad_steps is 0: set it to the mean"
+            )
+        if options.get("grad_steps_std", 1.0) <= 0:
+            out.append(f"'algorithm.grad_steps_std' must be positive, not {options['grad_steps_std']}")
         if options.get("regulariser", 0.01) < 0:
             out.append(f"'algorithm.regulariser' must not be negative, not {options['regulariser']}")
-        if lv < 0 or (lv and k != 1):
-            out.append(f"'algorithm.variance_reduction' is {lv}: DRaFT-LV needs grad_steps=1 and a count of 0 or more")
+        if lv < 0 or (lv and (k != 1 or options.get("truncation", "fixed") != "fixed")):
+            out.append(f"'algorithm.variance_reduction' is {lv}: DRaFT-LV needs grad_steps=1, truncation=fixed and a count of 0 or more")
         return out
 
     @staticmethod
     def backwards(options: dict[str, Any], stops: range) -> int:
         """Backward passes a micro-batch needs for one update."""
         return 1
+
+    def depth(self, batch: Batch, stop: int) -> int:
+        """K of this update, the same for every sample on every rank: the update's number is in its seeds."""
+        if self.truncation == "fixed":
+            return self.grad_steps
+        source = random.Random(int(batch.seeds[0]) // 1_000_000)
+        if self.truncation == "uniform":
+            return source.randint(1, stop)
+        while not 1 <= (k := int(source.gauss(self.grad_steps, self.grad_steps_std))) <= stop:
+            continue
+        return k
 
     def rollout(self, batch: Batch, stop: int) -> Rollout:
         """z_stop with the graph of its last K steps; the states and velocities of those steps are kept for the regulariser."""
@@ -73,7 +102,7 @@ class Draft:
             return v
 
         start = noise_like(self.backbone.latent_shape, batch.seeds, device=self.backbone.device)
-        rollout.latent = sampling.sample(recorded, start, self.grid, stop=stop, num_grad_steps=self.grad_steps)
+        rollout.latent = sampling.sample(recorded, start, self.grid, stop=stop, num_grad_steps=self.depth(batch, stop))
         if self.variance_reduction:
             rollout.latent = self._renoised(rollout, recorded, stop)
         return rollout
@@ -110,7 +139,7 @@ class Draft:
 
     def losses(self, rollout: Rollout) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         reward = self.oracle.total(rollout.scores)
-        loss, metrics = -reward.mean(), {}
+        loss, metrics = (-reward if self.ceiling is None else (self.ceiling - reward).relu()).mean(), {}
         if self.regulariser > 0:
             with torch.no_grad(), self.policy.use(REFERENCE):
                 velocity = self.backbone.bind(rollout.batch.text, self.guidance)
@@ -122,3 +151,10 @@ class Draft:
 
     def end_step(self, step: int) -> None:
         """DRaFT keeps no second policy."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Nothing beside the policy."""
+        return {}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Nothing beside the policy."""

@@ -10,8 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rlstitch import losses, sampling
-from rlstitch.advantages import dead_groups, group_normalise
+from rlstitch import advantages, losses, sampling
 from rlstitch.policy import REFERENCE, Policy
 from rlstitch.types import Batch, Latent, Oracle, Rollout, Transition, UserError, noise_like
 
@@ -22,10 +21,12 @@ class FlowGRPO:
     Where the rollout runs to the end the window starts anywhere in `window_range` (0: the whole grid but its last step), by `strategy`: random, or
     progressive (it moves on by its own size every `every` updates). Where it halts early, on a stitched value, it is the last steps before the stop, so that the
     value at the window's end is the credit. sde_type: sde (Flow-GRPO) or cps (Flow-CPS). clip_range is small because log-probabilities are means over the
-    latent. kl: weight of |mean - mean_base|^2 / (2 std^2). guard: GRPO-Guard's ratio.
+    latent. kl: weight of |mean - mean_base|^2 / (2 std^2). guard: GRPO-Guard's ratio. spread, per_reward: of the advantages, see advantages.of_samples.
     """
 
     needs_gradient, collects, keeps_old = False, True, False
+    learns_from, needs_oracle, whole_groups = "prompts", True, False
+    balances = False
 
     def __init__(
         self,
@@ -47,12 +48,13 @@ class FlowGRPO:
         kl: float = 0.0,
         guard: bool = False,
         spread: Literal["global", "group"] = "global",
+        per_reward: bool = False,
     ):
         self.backbone, self.policy, self.oracle, self.grid = backbone, policy, oracle, grid
         self.guidance, self.checkpointing = guidance, activation_checkpointing
         self.window, self.window_range, self.strategy, self.every = window, window_range, strategy, every
         self.sde_type, self.noise_level, self.clip_range, self.clip = sde_type, noise_level, clip_range, clip
-        self.kl, self.guard, self.spread = kl, guard, spread
+        self.kl, self.guard, self.spread, self.per_reward = kl, guard, spread, per_reward
 
     @staticmethod
     def faults(options: dict[str, Any], stops: range) -> list[str]:
@@ -126,13 +128,8 @@ class FlowGRPO:
 
     def compare(self, rollouts: Sequence[Rollout], scores: Tensor, group_ids: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Advantages [B] of all samples of the update, clipped; NaN where no score is known."""
-        total = self.oracle.total(scores)
-        advantage = group_normalise(total[:, None], group_ids, spread=self.spread)[:, 0].clamp(-self.clip, self.clip)
-        return advantage, {
-            "reward": float(total.nanmean()),
-            "dead_groups": dead_groups(total, group_ids),
-            "masked": float(total.isnan().float().mean()),
-        }
+        advantage, metrics = advantages.of_samples(self.oracle, scores, group_ids, spread=self.spread, per_reward=self.per_reward)
+        return advantage.clamp(-self.clip, self.clip), metrics
 
     def losses(self, rollout: Rollout, advantage: Tensor, count: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """One loss a step of the window; samples without a score take no part."""
@@ -162,3 +159,10 @@ class FlowGRPO:
 
     def end_step(self, step: int) -> None:
         """On-policy: every update samples anew from the current weights."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Nothing beside the policy."""
+        return {}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Nothing beside the policy."""

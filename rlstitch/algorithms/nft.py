@@ -6,15 +6,26 @@ z_stop comes from the old policy; samples better than their group pull the veloc
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from rlstitch import losses, sampling, schedule
-from rlstitch.advantages import dead_groups, group_normalise
+from rlstitch import advantages, losses, sampling, schedule
 from rlstitch.policy import OLD, REFERENCE, Policy
 from rlstitch.types import Batch, Oracle, Rollout, UserError, noise_like
+
+
+@dataclass
+class Slot:
+    """One training time of a micro-batch: sigma [B], the trained velocity with its graph, and what it is held against."""
+
+    sigma: Tensor
+    v: Tensor
+    v_old: Tensor
+    target: Tensor
+    reference: Tensor | None  # of the base; None without KL
 
 
 class NFT:
@@ -22,10 +33,12 @@ class NFT:
 
     old_decay: how the old policy follows after every update: `none` (a copy), `slow` (min(0.001 s, 0.5)), `late` (a copy for 75 updates, then
     min(0.0075 (s - 75), 0.999)). solver: of the rollout. times: training times a sample and update, drawn without replacement from the sampler's grid above
-    the stop; 0 takes the released 99 % of them. spread: global or group, see advantages.
+    the stop; 0 takes the released 99 % of them. spread (global or group), per_reward: of the advantages, see advantages.of_samples.
     """
 
     needs_gradient, collects, keeps_old = False, True, True
+    learns_from, needs_oracle, whole_groups = "prompts", True, False
+    balances = False
 
     def __init__(
         self,
@@ -44,10 +57,12 @@ class NFT:
         times: int = 0,
         spread: Literal["global", "group"] = "global",
         adaptive: bool = True,
+        per_reward: bool = False,
     ):
         self.backbone, self.policy, self.oracle, self.grid = backbone, policy, oracle, grid
         self.guidance, self.checkpointing, self.beta, self.clip, self.kl = guidance, activation_checkpointing, beta, clip, kl
         self.old_decay, self.solver, self.times, self.spread, self.adaptive = old_decay, solver, times, spread, adaptive
+        self.per_reward = per_reward
 
     @staticmethod
     def faults(options: dict[str, Any], stops: range) -> list[str]:
@@ -81,14 +96,12 @@ class NFT:
 
     def compare(self, rollouts: Sequence[Rollout], scores: Tensor, group_ids: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Weights w [B] in [0, 1] of all samples of the update from their scores [B, K] and prompts [B]; NaN where no score is known."""
-        total = self.oracle.total(scores)
-        advantage = group_normalise(total[:, None], group_ids, spread=self.spread)[:, 0]
-        weight = (advantage.clamp(-self.clip, self.clip) / self.clip + 1) / 2
-        return weight, {
-            "reward": float(total.nanmean()),
-            "dead_groups": dead_groups(total, group_ids),
-            "masked": float(total.isnan().float().mean()),
-        }
+        advantage, metrics = advantages.of_samples(self.oracle, scores, group_ids, spread=self.spread, per_reward=self.per_reward)
+        return self.weigh(advantage), metrics
+
+    def weigh(self, advantage: Tensor) -> Tensor:
+        """Advantages of any shape, clipped and mapped to w in [0, 1]; NaN stays NaN."""
+        return (advantage.clamp(-self.clip, self.clip) / self.clip + 1) / 2
 
     # ------------------------------------------------------------------------------------------------ losses
 
@@ -104,31 +117,51 @@ class NFT:
 
     def losses(self, rollout: Rollout, weight: Tensor, count: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """One loss a training time; samples without a score take no part."""
-        z_tau, tau, batch = rollout.latent.z, rollout.latent.sigma, rollout.batch
         known = ~torch.isnan(weight)
-        w, share = torch.where(known, weight, 0.5).to(z_tau.device), known.float().to(z_tau.device)
+        w, share = (x.to(rollout.latent.z.device) for x in (torch.where(known, weight, 0.5), known.float()))
+        for slot in self.slots(rollout, count):
+            yield self.regularised(slot, self.policy_loss(slot, w, share), share)
+
+    def slots(self, rollout: Rollout, count: int) -> Iterator[Slot]:
+        """The forwards of each training time, one after the other: old policy, base where there is a KL, and current policy."""
+        z_tau, tau, batch = rollout.latent.z, rollout.latent.sigma, rollout.batch
         velocity = self.backbone.bind(batch.text, self.guidance)
         trained = sampling.checkpointed(velocity) if self.checkpointing else velocity
         for slot, sigma in enumerate(self.levels(rollout, count).to(z_tau.device).unbind(1)):
             noise = noise_like(self.backbone.latent_shape, batch.seeds, stream=101 + slot, device=z_tau.device)
             z, target = schedule.bridge(z_tau, tau, sigma, noise)
+            reference = None
             with torch.no_grad():
                 with self.policy.use(OLD):
                     v_old = velocity(z, sigma)
                 if self.kl:
                     with self.policy.use(REFERENCE):
                         reference = velocity(z, sigma)
-            v = trained(z, sigma)
-            loss = (share * self.clip * losses.nft(v, v_old, target, w, self.beta, sigma, adaptive=self.adaptive)).mean()
-            metrics = {"policy_loss": loss.detach()}
-            if self.kl:
-                deviation = (share * losses.output_regulariser(v, reference)).mean()
-                loss = loss + self.kl * deviation
-                metrics["deviation"] = deviation.detach()
-            yield loss, {"loss": loss.detach(), **metrics}
+            yield Slot(sigma, trained(z, sigma), v_old, target, reference)
+
+    def policy_loss(self, slot: Slot, w: Tensor, share: Tensor) -> Tensor:
+        """Mean of eq. 71 over the samples, each by its weight w [B] in [0, 1] and its share [B] in the loss, times `clip` as released."""
+        loss = losses.nft(slot.v, slot.v_old, slot.target, w, self.beta, slot.sigma, adaptive=self.adaptive)
+        return (share * self.clip * loss).mean()
+
+    def regularised(self, slot: Slot, loss: Tensor, share: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The policy loss with its KL over the samples of `share` [B], and what to log of both."""
+        metrics = {"policy_loss": loss.detach()}
+        if slot.reference is not None:
+            deviation = (share * losses.output_regulariser(slot.v, slot.reference)).mean()
+            loss = loss + self.kl * deviation
+            metrics["deviation"] = deviation.detach()
+        return loss, {"loss": loss.detach(), **metrics}
 
     def end_step(self, step: int) -> None:
         """theta_old <- d theta_old + (1 - d) theta."""
         s = step + 1
         decay = {"none": 0.0, "slow": min(0.001 * s, 0.5), "late": 0.0 if s < 75 else min(0.0075 * (s - 75), 0.999)}[self.old_decay]
         self.policy.update_old(decay)
+
+    def state(self) -> dict[str, Tensor]:
+        """Nothing beside the policy."""
+        return {}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Nothing beside the policy."""

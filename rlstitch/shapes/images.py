@@ -38,6 +38,13 @@ def preference_pairs(n: int = 1000, seed: int = 0, utility: str = "hps") -> tupl
     return pairs.images[0], pairs.images[1], [p.text for p in pairs.prompts], pairs.first_wins
 
 
+def ranked_pairs(n: int = 1000, seed: int = 0, utility: str = "hps") -> tuple[Tensor, list[str]]:
+    """n pairs of pictures [n, 2, 3, 64, 64] uint8 under one prompt each, the better first by the stated utility of that preference model."""
+    first, second, prompts, first_wins = preference_pairs(n, seed, utility)
+    pairs = torch.stack([first, second], 1)
+    return torch.where(first_wins.view(-1, 1, 1, 1, 1), pairs, pairs.flip(1)), prompts
+
+
 def graded_looks(n: int = 1000, seed: int = 0) -> tuple[Tensor, list[str], Tensor]:
     """n pictures, half of them worsened, with their prompts and stated, noisy looks on `aesthetic`'s scale."""
     from rlstitch.shapes.looks import looks

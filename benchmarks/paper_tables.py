@@ -1,0 +1,134 @@
+"""The paper's Table 3 and Figures 4, 5 and 7 in miniature: every training method with pixel rewards and with stitched values, against device-hours.
+
+    python -m benchmarks.paper_tables [parts=table3,windows] [seeds=0,1,2] [out=runs/paper] [updates=0: the recipes'] [threads=0] [max_prompts=0: all]
+
+table3:  base, Flow-GRPO-Fast, DRaFT-1, DRaFT-3, DiffusionNFT, and the three with StitchVM: device-hours (the value models' one-off cost beside them), trained
+         rewards, held-out judges; time to the pixel method's final reward; every metric against device-hours as SVG (Figures 4 and 5).
+windows: NFT + StitchVM under four stopping windows (Figure 7).
+Each run is kept under `out` and resumes; a table is written from what is there.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import RESULTS, arguments, save
+from benchmarks.draft_vs_stitch import train, training_hours
+from rlstitch import metrics
+from rlstitch.files import write_text
+from rlstitch.report import line_plot
+
+METHODS = {  # name: (recipe, overrides, the pixel method it is held against)
+    "Flow-GRPO-Fast": ("flow_grpo_fast", (), None),
+    "DRaFT-1": ("draft", ("algorithm.grad_steps=1",), None),
+    "DRaFT-3": ("draft", ("algorithm.grad_steps=3",), None),
+    "DiffusionNFT": ("nft", (), None),
+    "Flow-GRPO-Fast + StitchVM": ("flow_grpo_fast_stitch", (), "Flow-GRPO-Fast"),
+    "DRaFT-3 + StitchVM": ("draft_stitch", ("algorithm.grad_steps=3",), "DRaFT-3"),
+    "DiffusionNFT + StitchVM": ("nft_stitch", (), "DiffusionNFT"),
+}
+WINDOWS = ((2, 3), (4, 5), (5, 6), (7, 8))
+JUDGES = ("clip", "hps", "preference_b", "aesthetic", "detector")
+TRAINED = ("clip", "hps")
+
+
+def curve(run: Path, metric: str) -> list[tuple[float, float]]:
+    """(device-hours, score) of a run's evaluations on the way; `reward` is the sum of the trained ones. The value models' cost is in the hours."""
+    points = []
+    for row in metrics.read(run):
+        if "eval" in row:
+            hours = next(v for k, v in row.items() if k.endswith("_hours"))["total"]
+            points.append((hours, sum(row["eval"][n] for n in TRAINED) if metric == "reward" else row["eval"][metric]))
+    return points
+
+
+def hours_to(points: list[tuple[float, float]], goal: float) -> float | None:
+    """Device-hours at which a curve first reaches the goal, between evaluations by interpolation; None where it never does."""
+    for (h0, r0), (h1, r1) in zip(points, points[1:]):
+        if r1 >= goal:
+            return h1 if r1 == r0 or r0 >= goal else h0 + (h1 - h0) * (goal - r0) / (r1 - r0)
+    return None
+
+
+def spread(values: list[float], digits: int = 3) -> str:
+    return f"{statistics.mean(values):.{digits}f}" + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+class Tables:
+    def __init__(self, options: dict[str, str]):
+        self.out, self.seeds = Path(options["out"]), [int(s) for s in options["seeds"].split(",")]
+        self.common = [f"threads={options['threads']}", f"evaluation.max_prompts={options['max_prompts']}"]
+        if options["updates"] != "0":
+            self.common += [f"updates={options['updates']}", f"evaluation.every={max(1, int(options['updates']) // 5)}"]
+
+    def runs(self, label: str, recipe: str, *overrides: str) -> list[tuple[Path, dict[str, Any]]]:
+        """(folder, summary) of every seed."""
+        slug = label.lower().replace(" + ", "-").replace(" ", "-")
+        names = [(f"{slug}-seed{seed}", seed) for seed in self.seeds]
+        return [(self.out / name, train(recipe, name, self.out, f"seed={seed}", *self.common, *overrides)) for name, seed in names]
+
+    def row(self, label: str, summaries: list[dict[str, Any]], which: str = "ema") -> str:
+        hours = spread([training_hours(s) for s in summaries], 4) if which == "ema" else ""
+        once = f"{statistics.mean(s['device_hours']['stitching'] for s in summaries):.3f}" if which == "ema" else ""
+        return " | ".join([f"| {label}", hours, once, *(spread([s["eval"][which][j] for s in summaries]) for j in JUDGES)]) + " |"
+
+    def figures(self, name: str, runs: dict[str, list[tuple[Path, dict[str, Any]]]]) -> None:
+        """One SVG a metric, first seed, everything against device-hours."""
+        for metric in ("reward", *JUDGES):
+            lines = {label: curve(found[0][0], metric) for label, found in runs.items()}
+            lines = {label: points for label, points in lines.items() if len(points) > 1}
+            if lines:
+                svg = line_plot(
+                    lines, x_label="device-hours, value models included", y_label=metric, width=640, height=420, standalone=True
+                )
+                write_text(RESULTS / f"{name}_{metric}.svg", svg)
+
+    def write(self, name: str, runs: dict[str, list[tuple[Path, dict[str, Any]]]]) -> None:
+        head = ["", "device-hours", "value models, once", *JUDGES]
+        lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+        lines.append(self.row("base", [s for _, s in next(iter(runs.values()))], "base"))
+        lines += [self.row(label, [s for _, s in found]) for label, found in runs.items()]
+        write_text(RESULTS / f"{name}.md", "\n".join(lines) + "\n")
+        self.figures(name, runs)
+
+    def table3(self) -> dict[str, Any]:
+        runs = {label: self.runs(label, recipe, *overrides) for label, (recipe, overrides, _) in METHODS.items()}
+        self.write("table3", runs)
+        reached = {}
+        for label, (_, _, rival) in METHODS.items():
+            for (own, _), (other, summary) in zip(runs[label], runs[rival]) if rival else ():
+                theirs = curve(other, "reward")
+                mine = hours_to([(h - _offset(own), r) for h, r in curve(own, "reward")], theirs[-1][1])
+                full = hours_to(curve(own, "reward"), theirs[-1][1])
+                reached.setdefault(label, []).append(
+                    {"rival_hours": theirs[-1][0], "hours_to_its_reward": mine, "value_models_included": full, "seed": summary["seed"]}
+                )
+        return {"summaries": {k: [s for _, s in v] for k, v in runs.items()}, "time_to_the_rivals_final_reward": reached}
+
+    def windows(self) -> dict[str, Any]:
+        runs = {}
+        for low, high in WINDOWS:
+            label = f"NFT + StitchVM, steps {low} to {high}"
+            runs[label] = self.runs(f"windows {low}-{high}", "nft_stitch", f"stop.low={low}", f"stop.high={high}", "algorithm.times=2")
+        self.write("windows", runs)
+        return {label: [s for _, s in found] for label, found in runs.items()}
+
+
+def _offset(run: Path) -> float:
+    return json.loads((run / "summary.json").read_text())["device_hours"]["stitching"]
+
+
+def main() -> None:
+    options = arguments(
+        {"parts": "table3,windows", "seeds": "0,1,2", "out": "runs/paper", "updates": "0", "threads": "0", "max_prompts": "0"}
+    )
+    tables = Tables(options)
+    for part in options["parts"].split(","):
+        save(f"paper_{part}", {"seeds": options["seeds"], **getattr(tables, part)()})
+
+
+if __name__ == "__main__":
+    main()

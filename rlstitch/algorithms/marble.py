@@ -1,0 +1,275 @@
+"""MARBLE (arXiv 2605.06507): several rewards at once on top of DiffusionNFT, along the direction that none of them speaks against.
+
+At a full solve the gradient g_k of every reward's own loss is taken, and min |sum_k a_k g_k / |g_k||^2 is solved over the simplex: at its solution every
+reward's gradient has a cosine >= 0 with the direction. Between full solves the coefficients a_k mix the rewards' weights, at NFT's price.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rlstitch import advantages
+from rlstitch.algorithms.nft import NFT, Slot
+from rlstitch.distributed import mean_over_ranks, world_size
+from rlstitch.policy import Policy
+from rlstitch.types import Batch, Oracle, Rollout
+
+TINY = 1e-12  # a gradient shorter than this says nothing about its direction
+
+
+def min_norm(gram: Tensor, *, tolerance: float = 1e-12) -> Tensor:
+    """Weights a [K] on the simplex of the shortest vector sum_k a_k g_k in the convex hull of K vectors, from their Gram matrix [K, K].
+
+    Wolfe's algorithm (Finding the nearest point in a polytope, 1976), in float64: the affine minimum over a growing set of vectors, those whose weight turns
+    negative dropped. `tolerance`: how much a vector must promise to enter, as a part of the largest squared length. Exact in a finite number of steps.
+    """
+    g = gram.double()
+    scale = tolerance * float(g.diagonal().max())
+    a = torch.zeros(len(g), dtype=torch.float64)
+    active = [int(g.diagonal().argmin())]
+    a[active] = 1.0
+    best, length = a, float("inf")
+    while True:
+        towards = g @ a  # of every vector with the point so far
+        if float(a @ towards) >= length:  # in exact arithmetic it falls every time
+            return best
+        best, length = a, float(a @ towards)
+        entering = int(towards.argmin())
+        if entering in active or length - float(towards[entering]) <= scale:
+            return a
+        active.append(entering)
+        while True:
+            n = len(active)
+            system = torch.ones(n + 1, n + 1, dtype=torch.float64)  # [G 1; 1 0] [y; -m] = [0; 1], the affine minimum
+            system[:n, :n], system[n, n] = g[active][:, active], 0.0
+            right = torch.zeros(n + 1, 1, dtype=torch.float64)
+            right[n] = 1.0
+            y = torch.linalg.lstsq(system, right, driver="gelsd").solution[:n, 0]
+            if bool((y > 0).all()):
+                a = torch.zeros_like(a)
+                a[active] = y / y.sum()
+                break
+            x = a[active]
+            falling = y <= 0
+            part = float((x / (x - y).clamp(min=1e-300))[falling].min().clamp(max=1.0))
+            x = (1 - part) * x + part * y
+            x[falling & (x <= x[falling].min())] = 0.0
+            kept = x > 0
+            a = torch.zeros_like(a)
+            a[active] = torch.where(kept, x, 0.0)
+            active = [k for k, keep in zip(active, kept.tolist()) if keep]
+
+
+def balance(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """What the Gram matrix [K, K] of the rewards' gradients asks for: (a [K] on the simplex, c [K] with sum_k c_k g_k the update).
+
+    a solves the quadratic program on unit gradients; the update is sum_k a_k g_k / |g_k| times the mean of the |g_k|, so c_k = a_k mean |g| / |g_k|. A gradient that
+    is not finite or shorter than 1e-12 takes no part; a single one left is taken alone; where none is left both are zero.
+    """
+    gram = torch.nan_to_num(gram.double(), nan=0.0, posinf=0.0, neginf=0.0)
+    size = gram.diagonal().sqrt()
+    part = size >= TINY
+    a, c = torch.zeros_like(size), torch.zeros_like(size)
+    if bool(part.any()):
+        size = size[part]
+        a[part] = min_norm(gram[part][:, part] / (size[:, None] * size))
+        c[part] = a[part] * size.mean() / size
+    return a, c
+
+
+def cosines(gram: Tensor, c: Tensor) -> Tensor:
+    """Cosine of every gradient [K] with the direction sum_k c_k g_k, from the Gram matrix; NaN for a gradient without a direction, 0 with no update at all."""
+    gram = torch.nan_to_num(gram.double(), nan=0.0, posinf=0.0, neginf=0.0)
+    size, length = gram.diagonal().sqrt(), (c @ gram @ c).clamp(min=TINY**2).sqrt()
+    return torch.where(size >= TINY, gram @ c / (size.clamp(min=TINY) * length), torch.nan)
+
+
+def mix(weights: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """(w [B], share [B]) of the one NFT loss that is sum_k c_k L_k, L_k the loss of weights w_k [B, K], NaN where a reward is not known.
+
+    The loss is affine in w: sum_k c_k (w_k L+ + (1 - w_k) L-) = s (w L+ + (1 - w) L-) with s = sum_k c_k and w = sum_k c_k w_k / s over the known ones.
+    In advantages this is A = sum_k c_k A_k with NaN as 0, each A_k clipped by itself, and it is exact with masks, too.
+    """
+    known, c = ~torch.isnan(weights), c.to(weights.device)
+    share = (known * c).sum(1)
+    w = (torch.where(known, weights, 0.0) * c).sum(1) / share
+    return torch.where(share > 0, w, 0.5).to(weights.dtype), share.to(weights.dtype)
+
+
+def gram_matrix(gradients: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Inner products [K, K] of K gradients, each a list of the same parameters' parts, in float64 on the CPU."""
+    total = torch.zeros(len(gradients), len(gradients), dtype=torch.float64)
+    for parts in zip(*gradients):
+        rows = torch.stack([part.flatten() for part in parts]).double()
+        total += (rows @ rows.T).cpu()
+    return total
+
+
+class MARBLE:
+    """NFT whose rewards are balanced by their gradients. Rollout, loss, KL and old policy are NFT's, and so are its options.
+
+    every: updates between full solves. A full solve takes the gradients on one slot, the first training time of each rank's first micro-batch (so it sees one
+    micro-batch a rank: with more ranks, more samples), averaged over ranks; that slot trains along the solution, the KL's gradient beside it. In the
+    first update, and the first with other rewards, every slot is a full solve. rho: a <- rho a + (1 - rho) a_new at every later one; all other slots use a.
+    solve: `marble`; for comparison `equal` (a_k = 1 / K) and `sum` (the weighted total's advantage, as NFT), which train like NFT and measure at the same slots.
+
+    Logged at full solves: `coefficient/<reward>` (a; the oracle's weights of `sum`), `cosine/<reward>` of its gradient with this slot's direction, without the
+    KL, their least as `worst_cosine`, and `amortised_worst_cosine`, the same for the direction that the other slots' mixture takes on these samples.
+    """
+
+    needs_gradient, collects, keeps_old = NFT.needs_gradient, NFT.collects, NFT.keeps_old
+    learns_from, needs_oracle, whole_groups = "prompts", True, False
+    balances = True
+
+    def __init__(
+        self,
+        backbone: Any,
+        policy: Policy,
+        oracle: Oracle,
+        grid: Tensor,
+        *,
+        guidance: float = 1.0,
+        activation_checkpointing: bool = False,
+        beta: float = 1.0,
+        clip: float = 5.0,
+        kl: float = 1e-4,
+        old_decay: Literal["none", "slow", "late"] = "slow",
+        solver: Literal["euler", "dpm2"] = "dpm2",
+        times: int = 0,
+        spread: Literal["global", "group"] = "global",
+        adaptive: bool = True,
+        every: int = 10,
+        rho: float = 0.7,
+        solve: Literal["marble", "equal", "sum"] = "marble",
+    ):
+        self.nft = NFT(
+            backbone,
+            policy,
+            oracle,
+            grid,
+            guidance=guidance,
+            activation_checkpointing=activation_checkpointing,
+            beta=beta,
+            clip=clip,
+            kl=kl,
+            old_decay=old_decay,
+            solver=solver,
+            times=times,
+            spread=spread,
+            adaptive=adaptive,
+            per_reward=solve != "sum",
+        )
+        self.every, self.rho, self.solve = every, rho, solve
+        self.coefficients: dict[str, float] = {}  # of each reward, after the last full solve
+        self.updates = 0
+        self.due = self.first = False  # is the next slot a full solve; is every slot of this update one
+
+    @property
+    def oracle(self) -> Oracle:
+        return self.nft.oracle
+
+    @oracle.setter
+    def oracle(self, oracle: Oracle) -> None:
+        self.nft.oracle = oracle
+
+    @staticmethod
+    def faults(options: dict[str, Any], stops: range) -> list[str]:
+        """What a recipe may get wrong about this algorithm, found before anything loads."""
+        out = NFT.faults(options, stops)
+        if options.get("every", 10) < 1:
+            out.append(f"'algorithm.every' must be at least 1 update, not {options['every']}")
+        if not 0 <= options.get("rho", 0.7) < 1:
+            out.append(f"'algorithm.rho' must be in [0, 1), not {options['rho']}: at 1 the coefficients would never move")
+        return out
+
+    @staticmethod
+    def backwards(options: dict[str, Any], stops: range) -> int:
+        """NFT's: a full solve takes its gradients beside the one backward of its slot."""
+        return NFT.backwards(options, stops)
+
+    def rollout(self, batch: Batch, stop: int) -> Rollout:
+        """NFT's."""
+        return self.nft.rollout(batch, stop)
+
+    def score(self, rollout: Rollout) -> Tensor:
+        return self.nft.score(rollout)
+
+    def compare(self, rollouts: Sequence[Rollout], scores: Tensor, group_ids: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """Weights w [B, K] of each reward by itself, NaN where it is not known; `sum` has the total's behind them, [B, K + 1]."""
+        if set(self.coefficients) != set(self.oracle.names):
+            self.coefficients = {}
+        self.first = not self.coefficients
+        self.due = self.first or self.updates % self.every == 0
+        together, metrics = self.nft.compare(rollouts, scores, group_ids)
+        weights = self.nft.weigh(advantages.group_normalise(scores, group_ids, spread=self.nft.spread))
+        return torch.cat([weights, together[:, None]], 1) if self.solve == "sum" else weights, metrics
+
+    def losses(self, rollout: Rollout, weights: Tensor, count: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """One loss a training time; samples without a score take no part."""
+        weights = weights.to(rollout.latent.z.device)
+        for slot in self.nft.slots(rollout, count):
+            c, measured = self._full(slot, weights) if self.due else (self._amortised(), {})
+            self.due = self.first
+            w, share = mix(weights, c)
+            loss, metrics = self.nft.regularised(slot, self.nft.policy_loss(slot, w, share), (share > 0).to(share.dtype))
+            yield loss, metrics | measured
+
+    def _amortised(self) -> Tensor:
+        """Coefficients of the columns of the weights between full solves."""
+        names = self.oracle.names
+        return torch.tensor([0.0] * len(names) + [1.0] if self.solve == "sum" else [self.coefficients[n] for n in names]).double()
+
+    def _full(self, slot: Slot, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Full solve on one slot: -> the coefficients that it trains with, and what was measured."""
+        names, device = self.oracle.names, weights.device
+        one = torch.ones(1, dtype=torch.float64)
+        gradients = [self._gradient(self.nft.policy_loss(slot, *mix(column[:, None], one))) for column in weights.unbind(1)]
+        gram = gram_matrix(gradients)
+        c = self._solve(gram)
+        angle, between = (cosines(gram, x)[: len(names)] for x in (c, self._amortised()))
+        named = [(n, x) for n, x in zip(names, angle) if not x.isnan()]
+        measured = {f"coefficient/{n}": torch.tensor(a) for n, a in self.coefficients.items()} | {f"cosine/{n}": x for n, x in named}
+        if named:
+            measured["worst_cosine"] = min(x for _, x in named)
+            measured["amortised_worst_cosine"] = between[~between.isnan()].min()
+        return c, {key: value.float().to(device) for key, value in measured.items()}
+
+    def _solve(self, gram: Tensor) -> Tensor:
+        """Move the coefficients by a full solve on the Gram matrix of the columns; -> the coefficients of this slot."""
+        names = self.oracle.names
+        if self.solve == "sum":
+            self.coefficients = dict(zip(names, map(float, self.oracle.weights)))
+            return self._amortised()
+        before = self.coefficients or dict.fromkeys(names, 1 / len(names))
+        a, c = balance(gram)
+        if self.solve == "equal" or not bool(a.any()):
+            self.coefficients = before
+            return self._amortised()
+        keep = self.rho if self.coefficients else 0.0
+        self.coefficients = {n: keep * before[n] + (1 - keep) * float(x) for n, x in zip(names, a)}
+        return c
+
+    def _gradient(self, loss: Tensor) -> list[Tensor]:
+        """d loss / d policy, averaged over ranks; the graph stays for the slot's own backward."""
+        with torch.autocast(loss.device.type, enabled=False):
+            parts = torch.autograd.grad(loss, self.nft.policy.parameters(), retain_graph=True, materialize_grads=True)
+        return mean_over_ranks(parts, world_size())
+
+    def end_step(self, step: int) -> None:
+        """NFT's; one update more."""
+        self.nft.end_step(step)
+        self.updates += 1
+
+    def state(self) -> dict[str, Tensor]:
+        """Count of updates and coefficient of each reward."""
+        coefficients = {f"coefficient/{n}": torch.tensor(a, dtype=torch.float64) for n, a in self.coefficients.items()}
+        return {"updates": torch.tensor(self.updates)} | coefficients
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Raises KeyError where the state is of another algorithm."""
+        self.updates = int(tensors["updates"])
+        self.coefficients = {key.removeprefix("coefficient/"): float(a) for key, a in tensors.items() if key != "updates"}
