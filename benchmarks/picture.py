@@ -12,7 +12,7 @@ from benchmarks.common import RESULTS, arguments
 
 def main() -> None:
     run = Path(arguments({"run": "runs/draft_stitch"})["run"])
-    grids = {"base model": run / "samples" / "base.png", "after DRaFT-1 + StitchVM": run / "samples" / "ema.png"}
+    grids = {"base model": run / "samples" / "base.png", "after DRaFT-3 + StitchVM": run / "samples" / "ema.png"}
     images = {title: Image.open(path).convert("RGB") for title, path in grids.items()}
     width, height = sum(i.width for i in images.values()) + 24, max(i.height for i in images.values()) + 36
     sheet = Image.new("RGB", (width, height), "white")
