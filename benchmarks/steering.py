@@ -1,9 +1,10 @@
 """Steering by a stitched value against steering by pixel rewards, on the miniature, over seeds.
 
-    python -m benchmarks.steering [parts=dps,fk,scaling] [reward=clip] [prompts=48] [seeds=0,1,2] [out=steered/benchmark]
+    python -m benchmarks.steering [parts=dps,fk,scaling,cross] [reward=clip] [prompts=48] [seeds=0,1,2] [out=steered/benchmark]
 
 dps:     each method over its scales; both at their own best scale by the mean of target, preference_b and detector ranks.
 fk:      FK + StitchVM (N = 4, M = 2) against FK and best-of-N at the same N, and at the larger N that the same wall-clock time buys.
+cross:   values stitched on `shapes` steer `shapes-large` (the paper's Table 6): DPS and FK with them against unsteered, DPS through Tweedie and best-of-N.
 scaling: reward against seconds a picture for N = 1 .. 8 (FK), and M = 1 .. 4 at N = 2 (FK + StitchVM).
 Every job is cached under `out` by its settings, so that the script goes on where it stopped.
 """
@@ -31,13 +32,13 @@ class Bench:
         self.seeds = [int(s) for s in options["seeds"].split(",")]
         self.judges = list(dict.fromkeys([self.reward, "preference_b", "detector"]))
 
-    def job(self, recipe: str, seed: int, method: dict[str, Any]) -> dict[str, Any]:
+    def job(self, recipe: str, seed: int, method: dict[str, Any], model: str) -> dict[str, Any]:
         """One steering job's result without its list of pictures; cached."""
         given = cfg.merge(
             cfg.compose(recipe),
             {
                 "seed": seed, "max_prompts": self.prompts, "prompts": self._spread(), "judges": self.judges, "progress": False,
-                "oracle": {"weights": None}, "method": method, "out": str(self.out),
+                "oracle": {"weights": None}, "method": method, "out": str(self.out), "model": {"path": model},
             },
         )  # fmt: skip
         given["oracle"]["weights"] = {self.reward: 1.0}
@@ -66,9 +67,9 @@ class Bench:
         write_text(path, "\n".join(lines[::step][: self.prompts]) + "\n")
         return str(path)
 
-    def over_seeds(self, recipe: str, **method: Any) -> dict[str, Any]:
+    def over_seeds(self, recipe: str, model: str = "shapes:shapes", **method: Any) -> dict[str, Any]:
         """Mean and spread of every judge, seconds a picture."""
-        results = [self.job(recipe, seed, method) for seed in self.seeds]
+        results = [self.job(recipe, seed, method, model) for seed in self.seeds]
         row: dict[str, Any] = {"recipe": recipe, "method": method}
         for judge in self.judges:
             values = [r["means"]["steered"][judge] for r in results]
@@ -98,6 +99,16 @@ class Bench:
                 out[f"{label}, N = {more} (equal time)"] = self.over_seeds(recipe, num_particles=more)
         return out
 
+    def cross(self) -> dict[str, Any]:
+        large = "shapes:shapes-large"
+        return {
+            "unsteered": self.over_seeds("dps_stitch", large, scale=0.0),
+            "DPS + StitchVM of shapes": [self.over_seeds("dps_stitch", large, scale=s) for s in SCALES["dps_stitch"]],
+            "DPS": [self.over_seeds("dps", large, scale=s) for s in SCALES["dps"]],
+            "FK + StitchVM of shapes, N = 4, M = 2": self.over_seeds("fk_stitch", large, num_particles=4),
+            "best of N, N = 4": self.over_seeds("best_of_n", large, num_particles=4),
+        }
+
     def scaling(self) -> dict[str, Any]:
         curves = {
             "N-scaling (FK, Tweedie)": [self.over_seeds("fk", num_particles=n) for n in (1, 2, 4, 8)],
@@ -113,7 +124,7 @@ class Bench:
 
 
 def main() -> None:
-    options = arguments({"parts": "dps,fk,scaling", "reward": "clip", "prompts": "48", "seeds": "0,1,2", "out": "steered/benchmark"})
+    options = arguments({"parts": "dps,fk,scaling,cross", "reward": "clip", "prompts": "48", "seeds": "0,1,2", "out": "steered/benchmark"})
     bench = Bench(options)
     for part in options["parts"].split(","):
         save(

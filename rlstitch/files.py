@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,51 @@ from torch import Tensor
 from rlstitch.types import UserError
 
 SHAPES = Path(__file__).parent / "shapes" / "weights"
+GROWN, GROWN_WEIGHTS = "grown.json", "blocks.safetensors"
 
 
 def resolve(path: str | Path) -> Path:
-    """A folder or file; `shapes:NAME` is the one shipped with the package under that name."""
+    """A folder or file; `shapes:NAME` is the one shipped with the package under that name. A grown model (GROWN) is put together first."""
     text = str(path)
-    return SHAPES / text.removeprefix("shapes:") if text.startswith("shapes:") else Path(text).expanduser()
+    found = SHAPES / text.removeprefix("shapes:") if text.startswith("shapes:") else Path(text).expanduser()
+    return assembled(found) if (found / GROWN).exists() else found
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept: `$XDG_CACHE_HOME/rlstitch`, by default ~/.cache/rlstitch."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rlstitch"
+
+
+def assembled(folder: Path) -> Path:
+    """The whole pipeline directory of a model that is stored as the blocks by which it outgrew another one beside it; made once, kept in the cache.
+
+    GROWN names the base, the depth, and where the base's blocks stand now. Raises UserError where either file is not the one that was trained.
+    """
+    told = json.loads((folder / GROWN).read_text())
+    whole = cache_folder() / f"{folder.name}-{told['sha256'][:12]}-{told['base_sha256'][:12]}"
+    if whole.exists():
+        return whole
+    base, inside = folder.parent / told["base"], Path("transformer") / "diffusion_pytorch_model.safetensors"
+    tensors = read_tensors(folder / GROWN_WEIGHTS, told["sha256"])
+    for name, value in read_tensors(base / inside, told["base_sha256"]).items():
+        stem, _, rest = name.partition("transformer_blocks.")
+        place, _, tail = rest.partition(".")
+        tensors[f"{stem}transformer_blocks.{told['kept'][int(place)]}.{tail}" if rest else name] = value
+    whole.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=whole.parent))
+    try:
+        shutil.copytree(base, temporary, dirs_exist_ok=True)
+        shutil.copy(folder / "card.json", temporary / "card.json")
+        write_tensors(temporary / inside, tensors, metadata={"format": "pt"})
+        config = json.loads((temporary / "transformer" / "config.json").read_text())
+        write_json(temporary / "transformer" / "config.json", config | {"num_layers": told["layers"]})
+        os.replace(temporary, whole)
+    except OSError:
+        if not whole.exists():  # another process may have made it meanwhile
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return whole
 
 
 def require(path: str | Path, what: str) -> Path:

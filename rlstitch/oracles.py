@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from rlstitch import sampling, schedule
 from rlstitch.config import load_class
-from rlstitch.stitch.model import StitchedValueModel, values
+from rlstitch.stitch.model import OtherDenoiser, StitchedValueModel, build, read_card, values
 from rlstitch.types import Backbone, Batch, Latent, Oracle, Reward, UserError
 
 
@@ -159,9 +160,21 @@ def load_values(
     share: bool = True,
     known: Mapping[str, StitchedValueModel] | None = None,
 ) -> dict[str, StitchedValueModel]:
-    """The value models of a recipe's oracle node, stitched onto this backbone and these rewards; those `known` are not loaded again. Call it before LoRA is added."""
-    return {
-        name: StitchedValueModel.from_pretrained(paths[name], backbone=backbone, reward=rewards[name], share=share)
-        for name in values_used(node)
-        if name not in (known or {})
-    }
+    """The value models of a recipe's oracle node, on these rewards; those `known` are not loaded again. Call it before LoRA is added.
+
+    One that was stitched on another denoiser of the same latents brings that one's first blocks with it (the paper's Table 6): its card says whose.
+    """
+    donors: dict[str, Backbone] = {}
+
+    def load(name: str) -> StitchedValueModel:
+        try:
+            return StitchedValueModel.from_pretrained(paths[name], backbone=backbone, reward=rewards[name], share=share)
+        except OtherDenoiser:
+            spec = read_card(paths[name])["backbone"]
+            key = json.dumps(spec, sort_keys=True)
+            if key not in donors:
+                print(f"{paths[name]} was stitched on {spec['path']}: its first blocks are loaded beside {backbone.path}", flush=True)
+                donors[key] = build(spec | {"device": str(backbone.device)})
+            return StitchedValueModel.from_pretrained(paths[name], backbone=donors[key], reward=rewards[name], share=share)
+
+    return {name: load(name) for name in values_used(node) if name not in (known or {})}

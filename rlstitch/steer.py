@@ -22,7 +22,7 @@ from rlstitch import sampling, schedule
 from rlstitch.checks import part_faults, unknown_rewards, value_cards
 from rlstitch.data import PromptSet, encode, read_prompts
 from rlstitch.distributed import native_bf16
-from rlstitch.files import write_json, write_text
+from rlstitch.files import resolve, write_json, write_text
 from rlstitch.metrics import grid as draw_grid
 from rlstitch.metrics import peak_memory_mb
 from rlstitch.oracles import Terminal, load_values
@@ -36,7 +36,7 @@ from rlstitch.types import Judge, Latent, UserError, noise_like
 class SteerConfig:
     """method: a function of rlstitch.steering. kernel: ode or sde (diffusion norm sigma^2). judges: rewards that score the finished pictures.
 
-    guided_tweedie: Tweedie's guess from the guided velocity. baseline: sample the same noise unsteered, too, and put both side by side.
+    lora: folder of a trained policy (a run's `lora/`), by default none. guided_tweedie: Tweedie's guess from the guided velocity. baseline: sample the same noise unsteered, too, and put both side by side.
     prompts_per_batch is part of what a seed means, as the kernel's noise is drawn batch by batch.
     """
 
@@ -57,6 +57,7 @@ class SteerConfig:
     diffusion: float = 3.0
     guided_tweedie: bool = True
     model: dict[str, Any] = field(default_factory=dict)
+    lora: str = ""
     rewards: dict[str, Any] = field(default_factory=dict)
     values: dict[str, str] = field(default_factory=dict)
     oracle: dict[str, Any] = field(default_factory=dict)
@@ -132,6 +133,8 @@ def checked(given: dict[str, Any], name: str) -> SteerConfig:
             faults.append(f"'{path}' must be one of {', '.join(choices)}, not {value!r}")
     faults += [f"'{p}' must be positive, not {v}" for p in POSITIVE if (v := OmegaConf.select(structured, p)) <= 0]
     config = OmegaConf.to_object(structured)
+    if config.lora:
+        faults += [f"'lora': {config.lora} is no folder"] if not resolve(config.lora).is_dir() else []
     faults += part_faults(config) + unknown_rewards("judges", config.judges, config.rewards)
     parts = cfg.check_part("oracle", config.oracle, extra=("weights",)) + cfg.check_part("method", config.method)
     try:
@@ -172,6 +175,8 @@ class Job:
         names = dict.fromkeys([*config.oracle["weights"], *config.judges])
         self.rewards = {name: cfg.build(config.rewards[name], device=device) for name in names}
         values = load_values(config.oracle, config.values, self.backbone, self.rewards)
+        if config.lora:
+            self.backbone.load_lora(config.lora)  # after the values, whose prefixes are the base's
         self.oracle = cfg.build(config.oracle, backbone=self.backbone, rewards=self.rewards, values=values)
         self.terminal = Terminal(self.backbone, self.rewards, config.oracle["weights"])
         prompts = read_prompts(config.prompts)

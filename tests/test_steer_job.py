@@ -62,6 +62,38 @@ def test_every_method_runs(tmp_path, sd3_dir, clip_dir, method):
     assert len(result["images"]) == 3 and all(-1 <= row["r"] <= 1 for row in result["images"])
 
 
+def test_a_trained_policy_is_steered(tmp_path, sd3_dir, clip_dir):
+    """With a LoRA and scale 0 the job draws what the policy draws; the LoRA of another model is refused."""
+    from rlstitch import sampling, schedule
+    from rlstitch.backbones.sd3 import SD3Backbone
+    from rlstitch.policy import Policy
+    from rlstitch.types import noise_like
+    from tests.conftest import write_sd3
+
+    backbone = SD3Backbone(str(sd3_dir), max_sequence_length=0)
+    policy = Policy(backbone.transformer, rank=4, alpha=8, targets=backbone.lora_targets, seed=0, ema_decay=0.0)
+    for p in policy.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    policy.export(tmp_path / "lora", "default")
+    method = {"_target_": "rlstitch.steering.dps", "scale": 0.0}
+    recipe = given(tmp_path, sd3_dir, clip_dir, method=method, kernel="ode", lora=str(tmp_path / "lora"))
+    job = steer.Job(steer.checked(recipe, "tiny"))
+    z = noise_like(backbone.latent_shape, steer._row_seeds(0, [0, 1], 1))
+    text, grid = backbone.encode_prompts(["a red circle", "two blue stars"]), schedule.sigmas(4, 3.0, "plain")
+    with torch.no_grad():
+        wanted = sampling.sample(backbone.bind(text, 2.0), z, grid).z
+        with policy.use("reference"):
+            base = sampling.sample(backbone.bind(text, 2.0), z, grid).z
+    torch.testing.assert_close(job.latents([0, 1]), wanted, atol=1e-5, rtol=1e-4)
+    assert (wanted - base).abs().max() > 0.05
+    for layers in (2, 4):
+        recipe["model"] = recipe["model"] | {"path": str(write_sd3(tmp_path / f"other{layers}", layers=layers))}
+        with pytest.raises(UserError, match="trained on another architecture"):
+            steer.Job(steer.checked(recipe, "tiny"))
+    with pytest.raises(UserError, match="'lora': .* is no folder"):
+        steer.checked(recipe | {"lora": str(tmp_path / "none")}, "tiny")
+
+
 def test_the_best_particle_is_kept(tmp_path, sd3_dir, clip_dir):
     """Best of six by the pixel reward beats the first of them for every prompt, and is reproduced by best of six on the judge itself."""
     method = {"_target_": "rlstitch.steering.best_of_n", "num_particles": 6}

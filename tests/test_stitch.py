@@ -1,6 +1,7 @@
 """Search, stitch, distillation and files of the stitched value model, each against something that is known exactly."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from rlstitch import schedule
 from rlstitch.rewards.clip import ClipReward
 from rlstitch.stitch import distill as distilling
 from rlstitch.stitch.distill import DistillConfig, distill, draw_sigma
-from rlstitch.stitch.model import StitchedValueModel, StitchLayer, values
+from rlstitch.stitch.model import OtherDenoiser, StitchedValueModel, StitchLayer, values
 from rlstitch.stitch.search import features, search, solve
 from rlstitch.types import Batch, Latent, UserError
 from tests.conftest import write_clip, write_sd3
@@ -220,6 +221,31 @@ def test_files_round_trip_and_refuse_what_is_foreign(backbone, reward, tmp_path)
     weights.write_bytes(weights.read_bytes()[:-8] + b"\0" * 8)
     with pytest.raises(UserError, match="sha256"):
         StitchedValueModel.from_pretrained(tmp_path / "v", backbone=backbone, reward=reward)
+
+
+def test_a_value_of_another_denoiser_brings_its_own_blocks(backbone, reward, tmp_path, capsys):
+    """Cross-backbone use (the paper's Table 6): same autoencoder, another transformer; two such values share one donor."""
+    from rlstitch.backbones.sd3 import SD3Backbone
+    from rlstitch.oracles import load_values
+
+    model, _, _ = stitched(backbone, reward)
+    for name in ("v", "w"):
+        model.save_pretrained(tmp_path / name, half=False)
+    other = write_sd3(tmp_path / "sd3", seed=8, layers=4)
+    shutil.rmtree(other / "vae")
+    shutil.copytree(backbone.path / "vae", other / "vae")
+    foreign = SD3Backbone(str(other), max_sequence_length=0)
+    with pytest.raises(OtherDenoiser, match="stitched from another denoiser"):
+        StitchedValueModel.from_pretrained(tmp_path / "v", backbone=foreign, reward=reward)
+    node = {"_target_": "rlstitch.oracles.Stitched", "weights": {"clip": 1.0, "hps": 1.0}}
+    paths = {"clip": str(tmp_path / "v"), "hps": str(tmp_path / "w")}
+    loaded = load_values(node, paths, foreign, {"clip": reward, "hps": reward})
+    assert "its first blocks are loaded beside" in capsys.readouterr().out
+    latent, batch = Latent(torch.randn(2, 4, 8, 8), torch.tensor([0.5, 0.2])), batch_of(["a red circle", "two stars"])
+    for one in loaded.values():
+        torch.testing.assert_close(one.value(latent, batch), model.value(latent, batch))
+    first, second = ([p.data_ptr() for p in one.prefix.parameters()] for one in loaded.values())
+    assert first == second
 
 
 def test_a_card_cannot_name_foreign_code(tmp_path, backbone, reward):

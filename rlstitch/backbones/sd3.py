@@ -155,6 +155,33 @@ class SD3Backbone:
             raise UserError(f"the {part} of {self.path} cannot be loaded: {error}") from error
         return model.to(self.device).requires_grad_(False).eval()
 
+    def load_lora(self, folder: str | Path) -> None:
+        """Put a trained LoRA on the frozen transformer: the `lora/` of a run, or any folder that diffusers wrote. Prefixes made before stay without it.
+
+        Raises UserError where the file is missing, corrupt, or was trained on another architecture.
+        """
+        file = require(Path(require(folder, "the LoRA folder")) / "pytorch_lora_weights.safetensors", "the LoRA's weights")
+        tensors = read_tensors(file)
+        state, metadata = StableDiffusion3Pipeline.lora_state_dict(
+            str(file.parent), weight_name=file.name, local_files_only=True, return_lora_metadata=True
+        )
+        linears = {n: m for n, m in self.transformer.named_modules() if isinstance(m, nn.Linear)}
+        targets = tuple((metadata or {}).get("transformer.target_modules", ()))
+        odd = {n for n in linears if targets and n.endswith(targets)}  # what it should be on and is not, or is on and should not be
+        for name, value in tensors.items():
+            layer, _, kind = name.removeprefix("transformer.").partition(".lora_")
+            linear, down = linears.get(layer), kind.startswith("A")
+            if linear is not None and value.shape[down] == (linear.in_features if down else linear.out_features):
+                odd.discard(layer)
+            else:
+                odd.add(layer)
+        if odd:
+            raise UserError(
+                f"the LoRA in {folder} does not fit model {self.path}: {len(odd)} layers differ, e.g. {min(odd)}. It was trained on another architecture."
+            )
+        StableDiffusion3Pipeline.load_lora_into_transformer(state, self.transformer, metadata=metadata)
+        self.transformer.requires_grad_(False)
+
     # ------------------------------------------------------------------------------------------------ text
 
     @property

@@ -107,8 +107,12 @@ def distill(
     config: DistillConfig,
     *,
     progress: Callable[[int, dict[str, float]], None] | None = None,
+    objective: Callable[..., tuple[Tensor, dict[str, Tensor]]] = distillation_loss,
 ) -> float:
-    """Train stitch and tail in place on N clean latents with their targets; returns the seconds it took. `progress(step, metrics)` is called every step."""
+    """Train stitch and tail in place on N clean latents with their targets; returns the seconds it took. `progress(step, metrics)` is called every step.
+
+    objective: the loss to descend, with the signature of `distillation_loss`.
+    """
     generator = torch.Generator().manual_seed(config.seed)
     stitch, tail = list(model.stitch.parameters()), [p for p in model.tail.parameters() if p.requires_grad]
     groups = [{"params": stitch, "lr": config.lr * config.stitch_lr_factor}, {"params": tail, "lr": config.lr}]
@@ -127,7 +131,7 @@ def distill(
         sigma = draw_sigma(config.batch_size, config, model.sigma_range, generator).to(latents.device)
         z = schedule.interpolate(latents[index].float(), noise, sigma)
         with torch.autocast(latents.device.type, dtype=torch.bfloat16, enabled=config.autocast and native_bf16(latents.device.type)):
-            loss, parts = distillation_loss(model, z, sigma, targets[index], target_tokens[index].float(), config)
+            loss, parts = objective(model, z, sigma, targets[index], target_tokens[index].float(), config)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(stitch + tail, config.clip_norm)
         if not torch.isfinite(norm):

@@ -19,6 +19,10 @@ from rlstitch.types import Batch, Conditioning, Latent, UserError
 CARD, WEIGHTS = "value.json", "value.safetensors"
 
 
+class OtherDenoiser(UserError):
+    """The value model was stitched from another denoiser than the one given."""
+
+
 class StitchLayer(nn.Module):
     """h -> y = Up(F(h)), y + G(y): F a 1x1 convolution set to the closed-form map, Up bilinear to the reward's grid, G a residual that starts at zero."""
 
@@ -170,7 +174,7 @@ class StitchedValueModel(nn.Module):
     def from_pretrained(cls, path: str | Path, *, backbone: Any = None, reward: Any = None, share: bool = True) -> StitchedValueModel:
         """Load a value model. What it was stitched from is taken from `backbone` and `reward`, or built from the card; both must match by hash.
 
-        Call it before LoRA is added to the backbone. Raises UserError for missing, corrupt or foreign parts.
+        Call it before LoRA is added to the backbone. Raises UserError for missing, corrupt or foreign parts (OtherDenoiser where only the denoiser is another one).
         """
         folder, card = require(path, "the value model"), read_card(path)
         tensors = read_tensors(require(folder / WEIGHTS, "the value model's weights"), card["sha256"])
@@ -180,7 +184,7 @@ class StitchedValueModel(nn.Module):
         linear, on_latents = tensors["stitch.linear.weight"], card.get("prefix") == "latent"
         width = backbone.latent_shape[0] * card["fold"] ** 2 if on_latents else backbone.width
         if linear.shape[1] != width or card["blocks"] > backbone.num_blocks:
-            raise UserError(
+            raise OtherDenoiser(
                 f"value model '{path}' is for a denoiser of width {linear.shape[1]} cut after block {card['blocks']}; this one has width {width} and {backbone.num_blocks} blocks"
             )
         null = Conditioning(tensors["null_tokens"].to(backbone.dtype), tensors["null_pooled"].to(backbone.dtype)).to(backbone.device)
@@ -197,12 +201,12 @@ class StitchedValueModel(nn.Module):
             sigma_range=tuple(card["sigma_range"]),
             card=card,
         )
-        for what, found, wanted in (
-            ("denoiser", model.prefix.fingerprint(), card["prefix_sha256"]),
-            ("reward model", reward.fingerprint(), card["reward_sha256"]),
+        for what, found, wanted, kind in (
+            ("reward model", reward.fingerprint(), card["reward_sha256"], UserError),
+            ("denoiser", model.prefix.fingerprint(), card["prefix_sha256"], OtherDenoiser),
         ):
             if found != wanted:
-                raise UserError(
+                raise kind(
                     f"value model '{path}' was stitched from another {what} (hash {wanted[:12]}..., this one has {found[:12]}...): stitch it again with launch/stitch.py"
                 )
         trained = {k: v.float() for k, v in tensors.items() if k.startswith(("stitch.", "tail."))}

@@ -29,7 +29,7 @@ class StitchRecipe:
 
     kind: `stitch` for StitchVM, or a baseline on the latent itself: `vae` (closed-form stitch, no denoiser) or `noisy_clip` (random projection).
     blocks: the denoiser block to cut after ("best", "cheapest" within `margin` among the first `max_fraction` of the blocks, or a number);
-    reward_block: 0 takes the search's. normalise: unit-norm student as in the paper, else the calibrated one.
+    reward_block: 0 takes the search's. ridge: penalty of the closed-form fit. normalise: unit-norm student as in the paper, else the calibrated one.
     """
 
     name: str = ""
@@ -43,6 +43,7 @@ class StitchRecipe:
     max_reward_block: int = 4
     blocks: str = "cheapest"
     reward_block: int = 0
+    ridge: float = 0.0
     margin: float = 0.05
     max_fraction: float = 0.5
     normalise: bool = False
@@ -118,7 +119,7 @@ def assemble(
         return noisy_clip(backbone, reward, norm=norm, seed=recipe.seed, card=card)
     started = time.perf_counter()
     pictures = images[: recipe.search_images].float() / 255
-    result = search(backbone, reward, pictures, max_reward_block=recipe.max_reward_block, seed=recipe.seed)
+    result = search(backbone, reward, pictures, max_reward_block=recipe.max_reward_block, seed=recipe.seed, ridge=recipe.ridge)
     pair, seconds = choose(result, recipe), time.perf_counter() - started
     print(
         f"{recipe.name}: search over {len(result.table)} pairs took {seconds:.1f} s; best {result.best.i, result.best.j} ({result.best.normalised:.4f} of the variance), taken {pair.i, pair.j} ({pair.normalised:.4f})",

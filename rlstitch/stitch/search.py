@@ -64,10 +64,14 @@ def features(
     return denoiser, targets, [x[:, 0].double() for x in inputs]
 
 
-def solve(gram: Tensor, cross: Tensor) -> Tensor:
-    """gram^-1 cross for a positive semi-definite Gram matrix [W, W], scaled to unit diagonal first; pseudo-inverse where it is singular."""
+def solve(gram: Tensor, cross: Tensor, ridge: float = 0.0) -> Tensor:
+    """gram^-1 cross for a positive semi-definite Gram matrix [W, W], scaled to unit diagonal first; pseudo-inverse where it is singular.
+
+    ridge: what is added to the unit diagonal, i.e. the penalty ridge * |w_k|^2 gram_kk on the weights of every input channel k.
+    """
     scale = gram.diagonal().clamp(min=torch.finfo(gram.dtype).tiny).rsqrt()
     scaled = gram * scale[:, None] * scale[None]
+    scaled.diagonal().add_(ridge)
     factor, info = torch.linalg.cholesky_ex(scaled)
     if int(info) == 0:
         return scale[:, None] * torch.cholesky_solve(scale[:, None] * cross, factor)
@@ -78,8 +82,10 @@ def solve(gram: Tensor, cross: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def search(backbone: Any, reward: Any, images: Tensor, *, max_reward_block: int = 4, batch_size: int = 25, seed: int = 0) -> SearchResult:
-    """Fit W_ij = argmin |W F_i + b - G_j|^2 for all blocks i and j <= max_reward_block over images [N, 3, H, W] in [0, 1], one sigma ~ U[0, 1] each.
+def search(
+    backbone: Any, reward: Any, images: Tensor, *, max_reward_block: int = 4, batch_size: int = 25, seed: int = 0, ridge: float = 0.0
+) -> SearchResult:
+    """Fit W_ij = argmin |W F_i + b - G_j|^2 (plus `ridge`, see `solve`) for all blocks i and j <= max_reward_block over images [N, 3, H, W] in [0, 1], one sigma ~ U[0, 1] each.
 
     Losses are means over tokens of the squared error summed over channels. Raises ValueError where j exceeds the reward's blocks.
     """
@@ -119,7 +125,7 @@ def search(backbone: Any, reward: Any, images: Tensor, *, max_reward_block: int 
         gram = sums["ff"][i] - count * torch.outer(f_mean, f_mean)
         g_means = [g / count for g in sums["g"]]
         crosses = [fg - count * torch.outer(f_mean, g) for fg, g in zip(sums["fg"][i], g_means)]
-        solutions = solve(gram, torch.cat(crosses, 1)).split([c.shape[1] for c in crosses], 1)
+        solutions = solve(gram, torch.cat(crosses, 1), ridge).split([c.shape[1] for c in crosses], 1)
         for j, (cross, w, g_mean) in enumerate(zip(crosses, solutions, g_means)):
             variance = sums["gg"][j].sum() - count * g_mean.square().sum()
             loss = float(variance - 2 * (w * cross).sum() + (w * (gram @ w)).sum()) / count

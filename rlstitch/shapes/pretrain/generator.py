@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,12 +19,11 @@ from rlstitch.shapes.pretrain.common import autocast, batches, device, fit, rank
 from rlstitch.shapes.pretrain.pool import labels_of, make_pool
 from rlstitch.shapes.scenes import COLOURS, SHAPES
 
-SIZES = {"shapes": dict(num_layers=6, num_attention_heads=4), "shapes-large": dict(num_layers=8, num_attention_heads=6)}
+LAYERS, HEADS = 6, 4
 EMPTY_PROMPT_RATE = 0.1
 
 
-def build_transformer(size: str) -> SD3Transformer2DModel:
-    heads = SIZES[size]["num_attention_heads"]
+def build_transformer(layers: int = LAYERS, heads: int = HEADS) -> SD3Transformer2DModel:
     model = SD3Transformer2DModel(
         sample_size=16,
         patch_size=2,
@@ -35,7 +35,8 @@ def build_transformer(size: str) -> SD3Transformer2DModel:
         pooled_projection_dim=128,
         pos_embed_max_size=16,
         qk_norm="rms_norm",
-        **SIZES[size],
+        num_layers=layers,
+        num_attention_heads=heads,
     )
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
@@ -100,38 +101,25 @@ def start(transformer: SD3Transformer2DModel, encoders: list[CLIPTextModelWithPr
     encoders[0].text_projection.load_state_dict(clip.text_projection.state_dict())
 
 
-def train(
-    size: str,
-    out: Path,
-    vae_folder: Path,
-    work: Path,
+def objective(
+    transformer: SD3Transformer2DModel,
+    encoders: list[CLIPTextModelWithProjection],
+    tokenizer,
+    vae: AutoencoderKL,
     *,
     seed: int,
-    steps: int,
-    minutes: float | None,
-    init: str = "",
-    lr: float = 1.5e-3,
-    batch: int = 64,
-    pool_size: int = 24_000,
-) -> None:
-    torch.manual_seed(seed)
-    rank, world = ranks()
-    folder, batch = out / size, batch // world
-    vae = AutoencoderKL.from_pretrained(vae_folder, dtype=torch.float32).to(device())
-    tokenizer = shapes_tokenizer.build(folder / "tokenizer")
-    shapes_tokenizer.build(folder / "tokenizer_2")
-    transformer, encoders = build_transformer(size), [text_encoder(tokenizer, 96, 3), text_encoder(tokenizer, 32, 2)]
-    start(transformer, encoders, out / "clip", init)
+    batch: int,
+    pool_size: int,
+) -> tuple[nn.ModuleDict, Callable[[int, torch.Generator], tuple[Tensor, dict[str, Tensor]]]]:
+    """What is trained (with a probe for `patch_loss`) and its flow-matching loss of a step, for `fit`; `batch` is this rank's."""
+    rank, _ = ranks()
     probe = nn.Linear(transformer.inner_dim, len(SHAPES) + len(COLOURS) + 2)
-    model = nn.ModuleDict({"transformer": transformer, "text_encoder": encoders[0], "text_encoder_2": encoders[1], "probe": probe}).to(
-        device()
-    )
+    parts = {"transformer": transformer, "text_encoder": encoders[0], "text_encoder_2": encoders[1], "probe": probe}
+    model = nn.ModuleDict(parts).to(device())
     pool = make_pool(pool_size, seed + 1)
     latents = encode_latents(vae, pool.images)
     labels = labels_of(pool)
-    seen: dict[str, Tensor] = {}
     middle = transformer.transformer_blocks[len(transformer.transformer_blocks) // 2]
-    hook = middle.register_forward_hook(lambda _, __, output: seen.update(tokens=output[1]))
 
     def tokens(prompts) -> Tensor:
         return tokenizer([p.text for p in prompts], padding="max_length", truncation=True, return_tensors="pt").input_ids
@@ -151,23 +139,60 @@ def train(
         t = torch.where(torch.rand(batch, generator=generator) < 0.2, torch.rand(batch, generator=generator), t)
         z0, noise, t = z0.to(device()), noise.to(device()), t.to(device())
         z = torch.lerp(z0, noise, t.view(-1, 1, 1, 1))
+        seen: list[Tensor] = []
+        hook = middle.register_forward_hook(lambda _, __, output: seen.append(output[1]))
         with autocast():
             context, pooled = conditioning(encoders, batch_ids.to(device()))
-            v = model["transformer"](
+            v = transformer(
                 hidden_states=z, encoder_hidden_states=context, pooled_projections=pooled, timestep=1000 * t, return_dict=False
             )[0]
+        hook.remove()
         error = (v.float() - (noise - z0)).square().mean()
-        dense = patch_loss(probe(seen.pop("tokens").float()), tuple(label[index].to(t.device) for label in labels), 1 - t)
+        dense = patch_loss(probe(seen[0].float()), tuple(label[index].to(t.device) for label in labels), 1 - t)
         return error + 0.1 * dense, {"loss": error.detach(), "dense": dense.detach()}
 
+    return model, loss_of
+
+
+def train(
+    out: Path,
+    vae_folder: Path,
+    work: Path,
+    *,
+    seed: int,
+    steps: int,
+    minutes: float | None,
+    init: str = "",
+    lr: float = 1.5e-3,
+    batch: int = 64,
+    pool_size: int = 24_000,
+) -> None:
+    torch.manual_seed(seed)
+    rank, world = ranks()
+    folder = out / "shapes"
+    vae = AutoencoderKL.from_pretrained(vae_folder, dtype=torch.float32).to(device())
+    tokenizer = shapes_tokenizer.build(folder / "tokenizer")
+    shapes_tokenizer.build(folder / "tokenizer_2")
+    transformer, encoders = build_transformer(), [text_encoder(tokenizer, 96, 3), text_encoder(tokenizer, 32, 2)]
+    start(transformer, encoders, out / "clip", init)
+    model, loss_of = objective(transformer, encoders, tokenizer, vae, seed=seed, batch=batch // world, pool_size=pool_size)
     facts = fit(
-        size, model, loss_of, steps=steps, lr=lr, seed=seed, work=work, minutes=minutes, weight_decay=0.01, ema_decay=0.999, log_every=100
+        "shapes",
+        model,
+        loss_of,
+        steps=steps,
+        lr=lr,
+        seed=seed,
+        work=work,
+        minutes=minutes,
+        weight_decay=0.01,
+        ema_decay=0.999,
+        log_every=100,
     )
-    hook.remove()
     if rank:
         return
     pipeline = StableDiffusion3Pipeline(
-        transformer=model["transformer"].half(),
+        transformer=transformer.half(),
         vae=vae.half(),
         text_encoder=encoders[0].half(),
         text_encoder_2=encoders[1].half(),
@@ -179,5 +204,5 @@ def train(
     )
     pipeline.save_pretrained(folder)
     shutil.copy(vae_folder / "card.json", folder / "vae" / "card.json")
-    write_card(folder, facts | {"part": size, "seed": seed, "parameters": sum(p.numel() for p in transformer.parameters())})
+    write_card(folder, facts | {"part": "shapes", "seed": seed, "parameters": sum(p.numel() for p in transformer.parameters())})
     print(facts, flush=True)

@@ -10,14 +10,14 @@ import torch
 from diffusers import AutoencoderKL
 
 from rlstitch.shapes import prompts
-from rlstitch.shapes.pretrain import generator, rewards, vae
+from rlstitch.shapes.pretrain import generator, grow, rewards, vae
 
-# Minutes are wall time on one core (vae, clip and the rewards) or two (shapes: two ranks under torchrun); a part ends with its steps or its minutes, whichever comes first.
+# Minutes are wall time on one core (vae, clip, the rewards and shapes-large) or two (shapes: two ranks under torchrun); a part ends with its steps or its minutes, whichever comes first.
 BUDGET = {
     "vae": dict(steps=20_000, minutes=28),
     "clip": dict(steps=4_000, minutes=18),
     "shapes": dict(steps=20_000, minutes=85),
-    "shapes-large": dict(steps=9_000, minutes=180),
+    "shapes-large": dict(steps=6_000, minutes=45),
     "hps": dict(steps=1_500, minutes=9),
     "aesthetic": dict(steps=3_000, minutes=None),
     "preference_b": dict(steps=2_500, minutes=10),
@@ -41,11 +41,11 @@ def trainers(out: Path, work: Path, seed: int, init: str = "") -> dict[str, Call
     return {
         "vae": lambda: vae.train(**args("vae")),
         "clip": lambda: rewards.train_clip(vae=load_vae(out), **args("clip")),
-        "shapes": lambda: generator.train("shapes", vae_folder=vae_folder(out), init=init, **args("shapes")),
+        "shapes": lambda: generator.train(vae_folder=vae_folder(out), init=init, **args("shapes")),
         "hps": lambda: rewards.train_preference("hps", vae=load_vae(out), start_from=out / "clip", **args("hps")),
         "aesthetic": lambda: rewards.train_aesthetic(vae=load_vae(out), **args("aesthetic")),
         "preference_b": lambda: rewards.train_preference("preference_b", vae=load_vae(out), **args("preference_b")),
-        "shapes-large": lambda: generator.train("shapes-large", vae_folder=vae_folder(out), **args("shapes-large")),
+        "shapes-large": lambda: grow.train(**args("shapes-large")),
     }
 
 

@@ -1,0 +1,167 @@
+"""Beyond the paper's recipe: each change to a stitch alone, at the same cut, data and steps, by held-out Recall@1 and correlation at every noise level.
+
+    python -m benchmarks.beyond [reward=clip] [variants=all] [steps=300] [seeds=0] [images=8000] [out=values/beyond] [threads=0]
+
+ridge:  weight on the closed-form map. taps: all earlier blocks of the prefix beside the last one enter the stitch. level: the noise level enters it, as
+constant maps of sin and cos of log sigma. weight: the loss weighted by 1 - sigma or by sigma (mean one over a batch). unit: the paper's unit-norm student.
+Finished variants are kept under `out`, so that the script goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.common import RESULTS, arguments, save
+from rlstitch import config as cfg
+from rlstitch import schedule
+from rlstitch.backbones.sd3 import advance, enter
+from rlstitch.files import write_json, write_text
+from rlstitch.stitch import recipe as stitch
+from rlstitch.stitch.distill import DistillConfig, distill, distillation_loss, latents_of, targets_of
+from rlstitch.stitch.model import StitchedValueModel, StitchLayer, read_card, resample
+from rlstitch.stitch.search import solve
+from rlstitch.types import Conditioning
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "the recipe": {},
+    "ridge 1e-3": {"ridge": 1e-3},
+    "ridge 1e-1": {"ridge": 1e-1},
+    "taps after every block": {"taps": True},
+    "level in the stitch": {"level": True},
+    "weight 1 - sigma": {"weight": lambda sigma: 1 - sigma},
+    "weight sigma": {"weight": lambda sigma: sigma},
+    "unit-norm student": {"normalise": True},
+}
+
+
+def level_maps(sigma: Tensor, size: tuple[int, int], count: int = 4) -> Tensor:
+    """[B, 2 count, h, w]: sin and cos of 1, 2, 4, ... times log(sigma + .01), constant over the map."""
+    angle = (sigma + 0.01).log()[:, None] * 2.0 ** torch.arange(count, device=sigma.device)
+    return torch.cat([angle.sin(), angle.cos()], 1)[:, :, None, None].expand(-1, -1, *size)
+
+
+class WidePrefix(nn.Module):
+    """A prefix whose image stream has further channels: the stream after earlier blocks, and maps of the noise level."""
+
+    def __init__(self, prefix: nn.Module, *, taps: bool, level: bool):
+        super().__init__()
+        self.inner, self.taps, self.level, self.blocks = prefix, taps, level, prefix.blocks
+
+    def forward(self, z: Tensor, sigma: Tensor, text: Conditioning) -> SimpleNamespace:
+        state, grids = enter(self.inner, z, sigma, text), []
+        for k in range(1, len(self.blocks) + 1):
+            state = advance(self.blocks, state, k)
+            if self.taps or k == len(self.blocks):
+                grids.append(state.grid)
+        if self.level:
+            grids.append(level_maps(sigma, grids[0].shape[-2:]))
+        return SimpleNamespace(grid=torch.cat(grids, 1))
+
+
+@torch.no_grad()
+def closed_form(
+    prefix: nn.Module, null: Conditioning, reward: Any, images: Tensor, latents: Tensor, seed: int, ridge: float
+) -> StitchLayer:
+    """The stitch to the reward's patch embeddings, sigma ~ U[0, 1], float64."""
+    generator = torch.Generator().manual_seed(seed)
+    sigma = torch.rand(len(latents), generator=generator)
+    z = schedule.interpolate(latents.cpu(), torch.randn(latents.shape, generator=generator), sigma).to(latents.device)
+    grid = prefix(z, sigma.to(z.device), null.expand(len(z))).grid
+    f = resample(grid.double(), reward.grid).flatten(2).transpose(1, 2).flatten(0, 1)
+    g = reward.patches(images.to(z.device)).double().flatten(0, 1)
+    f_mean, g_mean = f.mean(0), g.mean(0)
+    weight = solve((f - f_mean).T @ (f - f_mean), (f - f_mean).T @ (g - g_mean), ridge).T
+    return StitchLayer(weight.float(), (g_mean - weight @ f_mean).float(), reward.grid).to(z.device)
+
+
+def weighted(weight: Callable[[Tensor], Tensor]) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
+    """`distillation_loss` of every row alone, weighted by its noise level."""
+
+    def objective(model: StitchedValueModel, z: Tensor, sigma: Tensor, target: Tensor, target_tokens: Tensor, config: DistillConfig):
+        with torch.no_grad():
+            grid = model.activations(z, sigma).grid
+        embedding, tokens = model.embed(grid)
+        rows = (embedding - target).square().sum(-1) + config.token_weight * (tokens - target_tokens).square().mean((1, 2))
+        if model.reward.head is not None:
+            rows = rows + config.score_weight * (model.reward.head(embedding) - model.reward.head(target)).square().flatten(1).mean(1)
+        w = weight(sigma)
+        loss = (rows * w).sum() / w.sum()
+        return loss, {"loss": loss.detach()}
+
+    return objective
+
+
+class Bench:
+    def __init__(self, options: dict[str, str]):
+        self.recipe = stitch.checked(cfg.compose(f"stitch_{options['reward']}"), "beyond")
+        self.backbone, self.reward = cfg.build(self.recipe.model), cfg.build(self.recipe.reward)
+        self.images, _ = cfg.build(self.recipe.images | {"n": int(options["images"])})
+        self.latents = latents_of(self.backbone, self.images)
+        self.targets = targets_of(self.reward, self.images)
+        held, self.prompts = cfg.build(self.recipe.held_out)
+        self.held = latents_of(self.backbone, held), targets_of(self.reward, held)[0]
+        card = read_card(f"shapes:value_{options['reward']}")
+        if card["reward_block"] != 1:
+            raise SystemExit("beyond: this script fits the stitch into the patch embeddings (reward block 1) only")
+        self.blocks = card["blocks"]
+
+    def run(self, change: dict[str, Any], seed: int, steps: int) -> dict[str, Any]:
+        """Stitch, distil and measure one variant."""
+        torch.manual_seed(seed)
+        targets, tokens, norm = self.targets
+        prefix = WidePrefix(self.backbone.make_prefix(self.blocks), taps=change.get("taps", False), level=change.get("level", False))
+        pictures, latents = self.images[: self.recipe.search_images].float() / 255, self.latents[: self.recipe.search_images]
+        layer = closed_form(prefix, self.backbone.null, self.reward, pictures, latents, seed, change.get("ridge", 0.0))
+        model = StitchedValueModel(
+            prefix, self.backbone.null, layer, self.reward.tail(1), self.reward, normalise=change.get("normalise", False), norm=norm,
+            sigma_range=(0.0, 1.0), card={},
+        )  # fmt: skip
+        objective = weighted(change["weight"]) if "weight" in change else distillation_loss
+        config = dataclasses.replace(self.recipe.distill, steps=steps, seed=seed)
+        seconds = distill(model, self.latents, targets, tokens, config, objective=objective)
+        return {"seconds": round(seconds, 1), "quality": stitch.quality(model, self.held[0], self.prompts, self.held[1])}
+
+
+def main() -> None:
+    defaults = {"reward": "clip", "variants": "all", "steps": "300", "seeds": "0", "images": "8000", "out": "values/beyond", "threads": "0"}
+    options = arguments(defaults)
+    if int(options["threads"]):
+        torch.set_num_threads(int(options["threads"]))
+    wanted = list(VARIANTS) if options["variants"] == "all" else options["variants"].split(",")
+    out, steps, bench, table = Path(options["out"]), int(options["steps"]), None, {}
+    for name in wanted:
+        for seed in options["seeds"].split(","):
+            file = out / f"{options['reward']}-{name.replace(' ', '_')}-{steps}-{seed}.json"
+            if not file.exists():
+                bench = bench or Bench(options)
+                write_json(file, bench.run(VARIANTS[name], int(seed), steps))
+            table.setdefault(name, []).append(json.loads(file.read_text()))
+            print(name, seed, table[name][-1], flush=True)
+    levels = list(next(iter(table.values()))[0]["quality"])
+    figure = "recall_at_1" if "recall_at_1" in table[wanted[0]][0]["quality"][levels[0]] else "correlation"
+    lines = ["| | seconds | " + " | ".join(f"sigma {level}" for level in levels) + " |", "|---|---|" + "---|" * len(levels)]
+    for name, rows in table.items():
+        cells = [
+            f"{statistics.mean(r['quality'][level][figure] for r in rows):.3f} / {statistics.mean(r['quality'][level]['correlation'] for r in rows):.3f}"
+            for level in levels
+        ]
+        lines.append(f"| {name} | {statistics.mean(r['seconds'] for r in rows):.0f} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        f"{figure} / correlation with the clean reward over matched and mismatched prompts; {steps} steps, seeds {options['seeds']}.",
+    ]
+    write_text(RESULTS / f"beyond_{options['reward']}.md", "\n".join(lines) + "\n")
+    save(f"beyond_{options['reward']}", {"steps": steps, "seeds": options["seeds"], "variants": table})
+
+
+if __name__ == "__main__":
+    main()
