@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rlstitch.shapes.images import images_from_folder
 from rlstitch.stitch import recipe as stitch
 from rlstitch.stitch.model import StitchedValueModel
 from rlstitch.types import UserError
@@ -21,7 +20,7 @@ def folder(tmp_path):
 
 
 def given(folder, sd3_dir, clip_dir, **more):
-    pictures = {"_target_": "rlstitch.shapes.images.images_from_folder", "path": str(folder), "size": 16}
+    pictures = {"_target_": "rlstitch.pictures.images_from_folder", "path": str(folder), "size": 16}
     return {
         "name": "tiny",
         "out": str(folder / "values"),
@@ -60,19 +59,3 @@ def test_all_faults_of_a_stitch_recipe_come_at_once(folder, sd3_dir, clip_dir):
         stitch.checked(bad, "tiny")
     for part in ("4 faults", "did you mean 'distill'", "'blocks' must be best", "0 <= low < high", "unknown key 'model.pth'"):
         assert part in str(caught.value)
-
-
-def test_unreadable_pictures_are_counted_and_named(folder, capsys):
-    (folder / "03.png").write_bytes(b"no picture")
-    (folder / "zz.jpg").write_bytes(b"")
-    with pytest.raises(UserError, match=r"2 of 13 pictures .* 03.png .*zz.jpg"):
-        images_from_folder(str(folder), 16)
-    images, prompts = images_from_folder(str(folder), 16, skip_unreadable=True)
-    assert images.shape == (11, 3, 16, 16) and len(prompts) == 11 and "left out 2" in capsys.readouterr().out
-    with pytest.raises(UserError, match="no picture"):
-        images_from_folder(str(_empty(folder)), 16)
-
-
-def _empty(folder):
-    (folder / "empty").mkdir()
-    return folder / "empty"

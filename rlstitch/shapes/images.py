@@ -57,33 +57,3 @@ def graded_looks(n: int = 1000, seed: int = 0) -> tuple[Tensor, list[str], Tenso
     images[bad] = degrade(images[bad], generator)
     truth = 10 * (looks(images) + AESTHETIC_NOISE * torch.randn(n, generator=generator))
     return to_bytes(images), [p.text for p in pool.prompts], truth
-
-
-def images_from_folder(path: str, size: int, *, skip_unreadable: bool = False) -> tuple[Tensor, list[str]]:
-    """Every picture under a folder, short side to `size` and cropped, without prompts. Unreadable files are counted and named; the run goes on only if told so."""
-    import numpy as np
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    from rlstitch.files import require
-    from rlstitch.types import UserError
-
-    files = sorted(
-        p for p in require(path, "the image folder").rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-    )
-    good, bad = [], []
-    for file in files:
-        try:
-            with Image.open(file) as image:
-                fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
-            good.append(torch.from_numpy(np.array(fitted)).permute(2, 0, 1))
-        except (UnidentifiedImageError, OSError) as error:
-            bad.append(f"{file.name} ({type(error).__name__})")
-    if bad and not skip_unreadable:
-        raise UserError(
-            f"{len(bad)} of {len(files)} pictures under {path} cannot be read: {', '.join(bad[:8])}{'...' if len(bad) > 8 else ''}. Mend or remove them, or set skip_unreadable: true"
-        )
-    if bad:
-        print(f"left out {len(bad)} unreadable pictures of {len(files)}: {', '.join(bad[:8])}", flush=True)
-    if not good:
-        raise UserError(f"no picture under {path}")
-    return torch.stack(good), ["" for _ in good]
