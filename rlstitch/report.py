@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,22 @@ from rlstitch.files import write_text
 
 COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#4a5568", "#d69e2e", "#319795", "#e53e3e")
 _STYLE = "body{font:15px/1.5 system-ui,sans-serif;max-width:980px;margin:2em auto;padding:0 1em;color:#1a202c}table{border-collapse:collapse}td,th{padding:.25em .9em;text-align:right;border-bottom:1px solid #e2e8f0}td:first-child,th:first-child{text-align:left}img{max-width:100%;border:1px solid #e2e8f0}figure{margin:1em 0}h2{margin-top:1.6em}svg text{font:12px system-ui,sans-serif}.pair{display:grid;grid-template-columns:1fr 1fr;gap:1em}"
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """About `count` round numbers (1, 2, 2.5 or 5 times a power of ten apart) within [low, high]."""
+    raw = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * (1 - 1e-9))
+    first = math.ceil(low / step - 1e-9)
+    return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def running_mean(line: list[tuple[float, float]], window: int) -> list[tuple[float, float]]:
+    """Each y replaced by the mean of the `window` points around it, fewer at the ends."""
+    half = window // 2
+    near = [line[max(0, k - half) : k + half + 1] for k in range(len(line))]
+    return [(x, sum(y for _, y in part) / len(part)) for (x, _), part in zip(line, near)]
 
 
 def line_plot(
@@ -25,11 +42,15 @@ def line_plot(
     height: int = 260,
     standalone: bool = False,
 ) -> str:
-    """An SVG of lines; `offset` marks where the one-off cost ends on the x axis; `standalone`: a file of its own, with title and a legend below the plot."""
+    """An SVG of lines under their title, with a legend where there are several; lines of many points are pale, with their running mean over them.
+
+    `offset` marks where a one-off cost ends on the x axis; `standalone`: a file of its own, with its font and a white ground.
+    """
     points = [p for line in series.values() for p in line]
     if not points:
         return "<p>No data.</p>"
-    left, bottom, top, right = 58, 40 + (18 * (-(-len(series) // 3)) if standalone else 0), 34 if standalone else 12, 12
+    many = len(series) > 1
+    left, bottom, top, right = 58, 40 + (18 * (-(-len(series) // 3)) if many else 0), 30, 22
     x0, x1 = 0.0, max(p[0] for p in points) or 1.0
     y0, y1 = min(p[1] for p in points), max(p[1] for p in points)
     pad = 0.06 * (y1 - y0) or 0.5
@@ -38,42 +59,41 @@ def line_plot(
     def place(x: float, y: float) -> tuple[float, float]:
         return left + (x - x0) / (x1 - x0) * (width - left - right), height - bottom - (y - y0) / (y1 - y0) * (height - bottom - top)
 
+    def drawn(line: list[tuple[float, float]], colour: str, opacity: float) -> str:
+        path = " ".join(f"{'M' if k == 0 else 'L'}{x:.1f},{y:.1f}" for k, (x, y) in enumerate(place(*p) for p in line))
+        return f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="1.8" stroke-opacity="{opacity}"/>'
+
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" aria-label="{html.escape(y_label)}">'
     ]
     if standalone:
         out.append(f'<style>text{{font:12px sans-serif}}</style><rect width="{width}" height="{height}" fill="white"/>')
-        out.append(f'<text x="{left}" y="20">{html.escape(y_label)}</text>')
-    for k in range(5):
-        y = y0 + (y1 - y0) * k / 4
-        px, py = place(x0, y)
-        out.append(
-            f'<line x1="{px:.1f}" x2="{width - right}" y1="{py:.1f}" y2="{py:.1f}" stroke="#edf2f7"/><text x="{left - 6}" y="{py + 4:.1f}" text-anchor="end">{y:.3g}</text>'
-        )
-        x = x0 + (x1 - x0) * k / 4
-        px, _ = place(x, y0)
-        out.append(f'<text x="{px:.1f}" y="{height - bottom + 16}" text-anchor="middle">{x:.3g}</text>')
     if offset > 0:
         px, _ = place(min(offset, x1), y0)
         out.append(
-            f'<rect x="{left}" y="{top}" width="{px - left:.1f}" height="{height - bottom - top}" fill="#faf5ff"/><text x="{left + 4}" y="{top + 12}" fill="#6b46c1">stitching</text>'
+            f'<rect x="{left}" y="{top}" width="{px - left:.1f}" height="{height - bottom - top}" fill="#faf5ff"/><text x="{left + 4}" y="{height - bottom - 8}" fill="#6b46c1">stitching</text>'
         )
+    out.append(f'<text x="{left}" y="18" font-weight="bold">{html.escape(y_label)}</text>')
+    for y in ticks(y0, y1):
+        _, py = place(x0, y)
+        out.append(
+            f'<line x1="{left}" x2="{width - right}" y1="{py:.1f}" y2="{py:.1f}" stroke="#e2e8f0"/><text x="{left - 6}" y="{py + 4:.1f}" text-anchor="end">{y:.4g}</text>'
+        )
+    for x in ticks(x0, x1):
+        px, _ = place(x, y0)
+        out.append(f'<text x="{px:.1f}" y="{height - bottom + 16}" text-anchor="middle">{x:.4g}</text>')
     for colour, line in zip(COLOURS, series.values()):
-        path = " ".join(f"{'M' if k == 0 else 'L'}{place(*p)[0]:.1f},{place(*p)[1]:.1f}" for k, p in enumerate(line))
-        out.append(f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="1.8"/>')
-        out += [
-            f'<circle cx="{place(*p)[0]:.1f}" cy="{place(*p)[1]:.1f}" r="2.4" fill="{colour}"/>'
-            for p in (line if len(line) < 25 else line[-1:])
-        ]
+        if len(line) < 40:
+            out.append(drawn(line, colour, 1.0))
+            out += [f'<circle cx="{place(*p)[0]:.1f}" cy="{place(*p)[1]:.1f}" r="2.4" fill="{colour}"/>' for p in line]
+        else:
+            out += [drawn(line, colour, 0.25), drawn(running_mean(line, max(5, len(line) // 15)), colour, 1.0)]
     out.append(f'<text x="{(left + width - right) / 2}" y="{height - bottom + 34}" text-anchor="middle">{html.escape(x_label)}</text>')
-    if standalone:
-        for k, (colour, name) in enumerate(zip(COLOURS, series)):
-            x, y = left + k % 3 * (width - left) / 3, height - bottom + 54 + k // 3 * 18
-            out.append(f'<rect x="{x:.0f}" y="{y - 9:.0f}" width="10" height="10" fill="{colour}"/>')
-            out.append(f'<text x="{x + 15:.0f}" y="{y:.0f}">{html.escape(name)}</text>')
-        return "".join(out) + "</svg>"
-    legend = " ".join(f'<tspan fill="{c}">{html.escape(n)}</tspan>' for c, n in zip(COLOURS, series))
-    return "".join(out) + f'<text x="{width - right}" y="{height - bottom - 8}" text-anchor="end">{legend}</text></svg>'
+    for k, (colour, name) in enumerate(zip(COLOURS, series) if many else ()):
+        x, y = left + k % 3 * (width - left) / 3, height - bottom + 54 + k // 3 * 18
+        out.append(f'<rect x="{x:.0f}" y="{y - 9:.0f}" width="10" height="10" fill="{colour}"/>')
+        out.append(f'<text x="{x + 15:.0f}" y="{y:.0f}">{html.escape(name)}</text>')
+    return "".join(out) + "</svg>"
 
 
 def heat_map(table: list[list[float]], *, title: str, x_label: str, y_label: str, x: list[Any], y: list[Any], cell: int = 62) -> str:
@@ -139,10 +159,7 @@ def write(run: Path) -> Path:
     trained = trained or {"loss": [(r[unit]["total"], r["loss"]) for r in train]}
     judges = {n: [(r[unit]["total"], r["eval"][n]) for r in evals] for n in (evals[0]["eval"] if evals else {}) if "/" not in n}
     plots = [line_plot({name: line}, x_label=unit.replace("_", "-"), y_label=name, offset=offset) for name, line in trained.items()]
-    held = [
-        f"<figure>{line_plot({name: line}, x_label=unit.replace('_', '-'), y_label=name, offset=offset)}<figcaption>{html.escape(name)}</figcaption></figure>"
-        for name, line in judges.items()
-    ]
+    held = [line_plot({name: line}, x_label=unit.replace("_", "-"), y_label=name, offset=offset) for name, line in judges.items()]
     hours = ", ".join(f"{k} {v:.4f}" for k, v in summary["device_hours"].items())
     body = [
         f"<h1>{html.escape(run.name)}</h1><p>{summary['steps']} updates, {summary['samples']} samples, seed {summary['seed']}, peak memory {summary['peak_memory_mb']:.0f} MB. Device-hours: {hours}.</p>",

@@ -1,0 +1,33 @@
+"""Plots of the report: round ticks inside the range, and long noisy lines drawn with their running mean."""
+
+import pytest
+
+from rlstitch.report import line_plot, running_mean, ticks
+
+
+@pytest.mark.parametrize(
+    "low, high, wanted",
+    [
+        (0.0, 1.0, [0, 0.2, 0.4, 0.6, 0.8, 1.0]),
+        (0.41, 0.73, [0.5, 0.6, 0.7]),
+        (-3.0, 9.0, [-2.5, 0, 2.5, 5, 7.5]),
+        (6.52, 7.55, [6.75, 7.0, 7.25, 7.5]),
+        (0.0, 4e-4, [0, 1e-4, 2e-4, 3e-4, 4e-4]),
+    ],
+)
+def test_ticks_are_round_and_inside(low, high, wanted):
+    assert ticks(low, high) == pytest.approx(wanted)
+
+
+def test_running_mean_by_hand():
+    line = [(0.0, 0.0), (1.0, 3.0), (2.0, 0.0), (3.0, 9.0)]
+    assert running_mean(line, 3) == [(0.0, 1.5), (1.0, 1.0), (2.0, 4.0), (3.0, 4.5)]
+
+
+def test_only_long_lines_are_smoothed_and_only_several_have_a_legend():
+    short, long = [(float(k), float(k % 3)) for k in range(10)], [(float(k), float(k % 3)) for k in range(50)]
+    assert line_plot({"a": short}, x_label="x", y_label="y").count("<path") == 1
+    plot = line_plot({"a": short, "b": long}, x_label="x", y_label="a < b", offset=4.0)
+    assert plot.count("<path") == 3 and 'stroke-opacity="0.25"' in plot
+    assert "stitching" in plot and ">b</text>" in plot and "a &lt; b" in plot
+    assert line_plot({"a": []}, x_label="x", y_label="y") == "<p>No data.</p>"
