@@ -1,10 +1,13 @@
 """The paper's Table 3 and Figures 4, 5 and 7 in miniature: every training method with pixel rewards and with stitched values, against device-hours.
 
-    python -m benchmarks.paper_tables [parts=table3,windows] [seeds=0,1,2] [out=runs/paper] [updates=0: the recipes'] [threads=0] [max_prompts=0: all]
+    python -m benchmarks.paper_tables [parts=table3,windows,marble,pictures,recipes] [seeds=0,1,2] [out=runs/paper] [updates=0: the recipes'] [threads=0] [max_prompts=0: all]
 
 table3:  base, Flow-GRPO-Fast, DRaFT-1, DRaFT-3, DiffusionNFT, and the three with StitchVM: device-hours (the value models' one-off cost beside them), trained
          rewards, held-out judges; time to the pixel method's final reward; every metric against device-hours as SVG (Figures 4 and 5).
 windows: NFT + StitchVM under four stopping windows (Figure 7).
+marble:  five rewards, one of which pulls the other way: how often the update goes against the worst one, under MARBLE and under the weighted sum, and the cost.
+pictures: SOAR, plain SFT and Diffusion-DPO at equal updates.
+recipes: what every shipped training recipe makes of its reward, and in how many minutes.
 Each run is kept under `out` and resumes; a table is written from what is there.
 """
 
@@ -31,6 +34,15 @@ METHODS = {  # name: (recipe, overrides, the pixel method it is held against)
     "DiffusionNFT + StitchVM": ("nft_stitch", (), "DiffusionNFT"),
 }
 WINDOWS = ((2, 3), (4, 5), (5, 6), (7, 8))
+FIVE = (
+    "rewards.darkness={_target_: rlstitch.rewards.simple.Darkness}",
+    "oracle.weights={clip: 1.0, hps: 1.0, aesthetic: 0.1, detector: 1.0, darkness: 1.0}",
+    "evaluation.rewards=[clip, hps, aesthetic, preference_b, detector, darkness]",
+)
+RECIPES = (
+    "draft", "draft_stitch", "align_prop", "refl", "nft", "nft_stitch", "flow_grpo", "flow_grpo_fast", "flow_grpo_fast_stitch",
+    "marble", "marble_stitch", "dpo_online", "dpo_online_stitch", "pdtr", "soar", "sft", "dpo",
+)  # fmt: skip
 JUDGES = ("clip", "hps", "preference_b", "aesthetic", "detector")
 TRAINED = ("clip", "hps")
 
@@ -116,6 +128,47 @@ class Tables:
         self.write("windows", runs)
         return {label: [s for _, s in found] for label, found in runs.items()}
 
+    def marble(self) -> dict[str, Any]:
+        runs = {
+            "MARBLE": self.runs("marble five", "marble", *FIVE),
+            "weighted sum": self.runs("marble five sum", "marble", *FIVE, "algorithm.solve=sum"),
+            "NFT on the weighted sum, unmeasured": self.runs("nft five", "nft", *FIVE),
+        }
+        self.write("marble", runs)
+        out: dict[str, Any] = {}
+        for label, found in runs.items():
+            rows = [r for run, _ in found for r in metrics.read(run)]
+            out[label] = {
+                "seconds_per_update": round(statistics.mean(3600 * training_hours(s) / s["steps"] for _, s in found), 3),
+                "base": [s["eval"]["base"] for _, s in found],
+                "ema": [s["eval"]["ema"] for _, s in found],
+            }
+            for key in ("worst_cosine", "amortised_worst_cosine"):
+                if measured := [r[key] for r in rows if key in r]:
+                    out[label][key] = {
+                        "updates": len(measured),
+                        "share_positive": round(sum(c > 0 for c in measured) / len(measured), 4),
+                        "mean": round(statistics.mean(measured), 4),
+                    }
+        return out
+
+    def pictures(self) -> dict[str, Any]:
+        runs = {label: self.runs(label, recipe) for label, recipe in (("SFT", "sft"), ("SOAR", "soar"), ("Diffusion-DPO", "dpo"))}
+        self.write("pictures", runs)
+        return {label: [s for _, s in found] for label, found in runs.items()}
+
+    def recipes(self) -> dict[str, Any]:
+        runs = {recipe: self.runs(f"recipe {recipe}", recipe) for recipe in RECIPES}
+        self.write("recipes", runs)
+        return {
+            recipe: {
+                "minutes": [round(60 * training_hours(s), 2) for _, s in found],
+                "base": [s["eval"]["base"] for _, s in found],
+                "ema": [s["eval"]["ema"] for _, s in found],
+            }
+            for recipe, found in runs.items()
+        }
+
 
 def _offset(run: Path) -> float:
     return json.loads((run / "summary.json").read_text())["device_hours"]["stitching"]
@@ -123,7 +176,14 @@ def _offset(run: Path) -> float:
 
 def main() -> None:
     options = arguments(
-        {"parts": "table3,windows", "seeds": "0,1,2", "out": "runs/paper", "updates": "0", "threads": "0", "max_prompts": "0"}
+        {
+            "parts": "table3,windows,marble,pictures,recipes",
+            "seeds": "0,1,2",
+            "out": "runs/paper",
+            "updates": "0",
+            "threads": "0",
+            "max_prompts": "0",
+        }
     )
     tables = Tables(options)
     for part in options["parts"].split(","):
