@@ -98,16 +98,19 @@ def read(run: Path) -> list[dict[str, Any]]:
 
 
 def grid(images: Tensor, captions: list[str], path: Path, *, columns: int = 4, side: int = 160) -> None:
-    """A PNG of pictures [N, 3, H, W] in [0, 1] with a caption under each, written under a temporary name and renamed."""
-    rows, line = -(-len(images) // columns), 12
-    height = side + 3 * line + 6
-    sheet = Image.new("RGB", (columns * (side + 8) + 8, rows * height + 8), "white")
+    """A PNG of pictures [N, 3, H, W] in [0, 1] with a caption under each, written under a temporary name and renamed.
+
+    A caption is a prompt, of which three lines are shown, and, behind " | ", pairs of a name and its score, all of which are.
+    """
+    line, texts = 12, [_caption(c, side // 6) for c in captions]
+    height = side + max(map(len, texts), default=0) * line + 10
+    sheet = Image.new("RGB", (columns * (side + 8) + 8, -(-len(images) // columns) * height + 8), "white")
     draw = ImageDraw.Draw(sheet)
-    for k, (image, caption) in enumerate(zip(images, captions)):
+    for k, (image, lines) in enumerate(zip(images, texts)):
         x, y = 8 + k % columns * (side + 8), 8 + k // columns * height
         pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
         sheet.paste(Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST), (x, y))
-        for n, text in enumerate(_wrap(caption, side // 6)[:3]):
+        for n, text in enumerate(lines):
             draw.text((x, y + side + 2 + n * line), text, fill="black")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
@@ -115,12 +118,21 @@ def grid(images: Tensor, captions: list[str], path: Path, *, columns: int = 4, s
     os.replace(temporary, path)
 
 
-def _wrap(text: str, width: int) -> list[str]:
+def _caption(text: str, width: int, most: int = 3) -> list[str]:
+    """Lines under a picture: the prompt, cut after `most` of them, then its scores, a name never parted from its number."""
+    prompt, scores = text.rsplit(" | ", 1) if " | " in text else (text, "")
+    lines, words = _wrap(prompt.split(), width), scores.split()
+    if len(lines) > most:
+        lines = [*lines[: most - 1], lines[most - 1][: width - 3] + "..."]
+    return lines + (_wrap([" ".join(pair) for pair in zip(words[::2], words[1::2])], width) if words else [])
+
+
+def _wrap(pieces: list[str], width: int) -> list[str]:
     lines = [""]
-    for word in text.split():
-        if len(lines[-1]) + len(word) + 1 > width and lines[-1]:
+    for piece in pieces:
+        if len(lines[-1]) + len(piece) + 1 > width and lines[-1]:
             lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
+        lines[-1] = f"{lines[-1]} {piece}".strip()
     return lines
 
 

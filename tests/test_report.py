@@ -31,3 +31,18 @@ def test_only_long_lines_are_smoothed_and_only_several_have_a_legend():
     assert plot.count("<path") == 3 and 'stroke-opacity="0.25"' in plot
     assert "stitching" in plot and ">b</text>" in plot and "a &lt; b" in plot
     assert line_plot({"a": []}, x_label="x", y_label="y") == "<p>No data.</p>"
+
+
+def test_captions_show_the_prompt_cut_and_every_score():
+    from rlstitch.metrics import _caption
+
+    assert _caption("two stars | clip 0.5 hps 0.25", 26) == ["two stars", "clip 0.5 hps 0.25"]
+    assert _caption("two stars | clip 0.5 aesthetic 6.25 preference_b 0.3", 20) == [
+        "two stars",
+        "clip 0.5",
+        "aesthetic 6.25",
+        "preference_b 0.3",
+    ]
+    long = _caption(" ".join(["circle"] * 20) + " | clip 0.5", 14)
+    assert len(long) == 4 and long[2] == "circle circ..." and long[3] == "clip 0.5"
+    assert _caption("no scores", 26) == ["no scores"]
