@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,28 @@ def save(
     """
     final = run / "checkpoints" / f"step-{step:06d}"
     temporary = final.with_name(final.name + ".tmp")
-    if engine.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    engine.barrier()
     weights = policy.state_dict()
-    problem = ""
-    try:
+
+    def together(write: Callable[[], None]) -> None:
+        """Every rank writes its part, and all give up where one cannot."""
+        problem = ""
+        try:
+            write()
+        except OSError as error:
+            problem = str(error)
+        if engine.any(bool(problem)):
+            if engine.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise UserError(
+                f"checkpoint {final.name} could not be written ({problem or 'another rank failed'}); the last good one is {folders(run)[-1].name if folders(run) else 'none'}. Free some space and start again: the run resumes from there."
+            )
+
+    def begin() -> None:
+        if engine.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+
+    def contents() -> None:
         write_tensors(temporary / f"rng-{engine.rank}.safetensors", {"torch": torch.get_rng_state()})
         if engine.is_main:
             write_tensors(temporary / "policy.safetensors", weights)
@@ -58,28 +74,21 @@ def save(
             engine.deepspeed.save_checkpoint(str(temporary), tag="deepspeed", exclude_frozen_parameters=True)
         elif engine.is_main:
             write_tensors(temporary / "optimiser.safetensors", engine.optimiser_state()[0])
-    except OSError as error:
-        problem = str(error)
-    if engine.any(bool(problem)):
-        if engine.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(
-            f"checkpoint {final.name} could not be written ({problem or 'another rank failed'}); the last good one is {folders(run)[-1].name if folders(run) else 'none'}. Free some space and start again: the run resumes from there."
-        )
-    engine.barrier()
-    if engine.is_main:
-        hashes = {p.name: sha256(p) for p in temporary.glob("*.safetensors")}
-        write_json(
-            temporary / DONE,
-            progress
-            | ({} if refresher is None else {"refresh": refresher.progress()})
-            | {"step": step, "world": engine.world, "zero_stage": engine.zero_stage, "policy_updates": policy.updates, "sha256": hashes},
-        )
+
+    def finish() -> None:
+        if not engine.is_main:
+            return
+        told = {"step": step, "world": engine.world, "zero_stage": engine.zero_stage, "policy_updates": policy.updates}
+        told |= {} if refresher is None else {"refresh": refresher.progress()}
+        told |= {"sha256": {p.name: sha256(p) for p in temporary.glob("*.safetensors")}}
+        write_json(temporary / DONE, progress | told)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
         for old in folders(run)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
-    engine.barrier()
+
+    for part in (begin, contents, finish):
+        together(part)
     return final
 
 

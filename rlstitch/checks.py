@@ -55,6 +55,13 @@ def _faults(config: RunConfig) -> list[str]:
     _catch(faults, "evaluation.prompts", read_prompts, config.evaluation.prompts)
     faults += unknown_rewards("evaluation.rewards", config.evaluation.rewards, config.rewards)
     faults += guard_faults(config)
+    if config.distributed.zero_stage and config.distributed.precision == "fp16":
+        faults.append("'distributed.precision' fp16 has no loss scaling under ZeRO here: use bf16 or fp32, or zero_stage=0")
+    faults += [
+        f"'{k}' must be within 0..2^40, not {v}"
+        for k, v in (("seed", config.seed), ("evaluation.seed", config.evaluation.seed))
+        if not 0 <= v <= 2**40
+    ]
     _catch(faults, "batch", geometry, config, count)
     if config.resume not in ("auto", "never"):
         _catch(faults, "resume", require, config.resume, "the checkpoint to resume from")
@@ -142,6 +149,16 @@ def guard_faults(config: RunConfig) -> list[str]:
     ]
     if guard.judge and guard.judge not in judges:
         faults.append(f"'guard.judge' is '{guard.judge}', which is not among evaluation.rewards{cfg.nearest(guard.judge, judges)}")
+    weights = config.oracle.get("weights", {})
+    unseen = (
+        [n for n in weights if n not in judges]
+        if isinstance(weights, dict) and judges and config.evaluation.every and guard.patience
+        else []
+    )
+    if weights and len(unseen) == len(weights):
+        faults.append(
+            f"the guard holds the held-out judge against the trained reward, and none of it ({', '.join(unseen)}) is among evaluation.rewards: add it there, or set guard.patience=0"
+        )
     if guard.prompts and guard.images < 2:
         faults.append(f"'guard.images' is {guard.images}: diversity within a prompt takes at least 2 pictures (or guard.prompts=0)")
     return faults
@@ -229,6 +246,10 @@ def _pairings(config: RunConfig, cards: dict[str, dict[str, Any]], faults: list[
     if config.algorithm.get("grad_steps") == 0 and not issubclass(oracle, Tweedie):
         faults.append(
             f"'algorithm.grad_steps' is 0, so the gradient has to come through the oracle, and {config.oracle['_target_']} does not run the policy: use rlstitch.oracles.Tweedie (ReFL), or grad_steps=1"
+        )
+    elif config.algorithm.get("grad_steps") == 0 and grid[stops.stop - 1] == 0:
+        faults.append(
+            f"'algorithm.grad_steps' is 0 and 'stop' may halt after all {steps} steps, where Tweedie has nothing left to guess and no gradient: halt after {steps - 1} at most"
         )
     faults += algorithm.faults({k: v for k, v in config.algorithm.items() if k != "_target_"}, stops)
 

@@ -161,6 +161,16 @@ def resolve_geometry(
     return Geometry(prompts, images, world, micro, share // micro)
 
 
+def first_seed(seed: int, update: int) -> int:
+    """Noise seed of an update's first sample; those of the others follow it, and `update_number` tells the update from any of them."""
+    return (seed * 1_000_003 + update) % 2**42 * 1_000_000
+
+
+def update_number(seeds: Tensor) -> int:
+    """A number that belongs to the update that noise seeds [B] are of, the same on every rank and in every micro-batch."""
+    return int(seeds[0]) // 1_000_000
+
+
 class UpdateStream:
     """The prompts and noise seeds of update 0, 1, ...; a function of (seed, update) alone, so that resuming needs no state but the count."""
 
@@ -183,7 +193,7 @@ class UpdateStream:
         """This rank's share of an update, micro-batch by micro-batch."""
         g = self.geometry
         index = self.indices(update)
-        seeds = torch.arange(g.samples) + (self.seed * 1_000_003 + update) * 1_000_000
+        seeds = torch.arange(g.samples) + first_seed(self.seed, update)
         start = rank * g.accumulation * g.micro_batch
         for k in range(g.accumulation):
             part = slice(start + k * g.micro_batch, start + (k + 1) * g.micro_batch)

@@ -179,7 +179,8 @@ class Engine:
             for group, lr in zip(self.optimiser.param_groups, rates):
                 group["lr"] = lr
             return None
-        return float(self.deepspeed.get_global_grad_norm())
+        norm = float(self.deepspeed.get_global_grad_norm())  # a step that DeepSpeed itself left out has inf or -1 here
+        return norm if 0 <= norm < float("inf") else None
 
     # ------------------------------------------------------------------------------------------------ collectives
 

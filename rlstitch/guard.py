@@ -38,12 +38,17 @@ class Guard:
         self.config = config
         self.judge = config.judge or (judges[-1] if judges else "")
         self.best: list[float] = []
-        self.best_trained, self.fallen = 0.0, 0
+        self.best_trained, self.fallen, self.stage = 0.0, 0, ""
 
-    def see(self, scores: Mapping[str, Tensor], trained: float) -> str | None:
-        """Scores [N] of the evaluation's prompts, always the same ones, and the trained reward; -> why to stop, or None."""
+    def see(self, scores: Mapping[str, Tensor], stage: str, trained: float) -> str | None:
+        """Scores [N] of the evaluation's prompts, always the same ones, and the trained reward of this stage; -> why to stop, or None.
+
+        Every stage is judged by itself: rewards of different stages cannot be compared.
+        """
         if not self.judge or not self.config.patience:
             return None
+        if stage != self.stage:
+            self.best, self.fallen, self.stage = [], 0, stage
         now = scores[self.judge].double()
         if not self.best or float(now.mean()) >= sum(self.best) / len(self.best):
             self.best, self.best_trained, self.fallen = now.tolist(), trained, 0
@@ -64,10 +69,11 @@ class Guard:
         )
 
     def state(self) -> dict[str, Any]:
-        return {"best": self.best, "best_trained": self.best_trained, "fallen": self.fallen}
+        return {"best": self.best, "best_trained": self.best_trained, "fallen": self.fallen, "stage": self.stage}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.best, self.best_trained, self.fallen = list(state["best"]), state["best_trained"], state["fallen"]
+        self.stage = state["stage"]
 
 
 @torch.no_grad()

@@ -97,6 +97,7 @@ def sample(
         grad = k >= stop - num_grad_steps
         if k == stop - num_grad_steps:
             z = z.detach()
+            torch.clear_autocast_cache()  # torch before 2.10 would use the casts made without gradient again, and none would reach the weights
         with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
             v = velocity(z, torch.full((len(z),), levels[k], device=z.device))
             z = kernel(z, v, levels[k], levels[k + 1], generator=generator)

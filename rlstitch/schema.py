@@ -168,6 +168,8 @@ POSITIVE = (
     "batch.micro_batch",
     "lora.rank",
     "optimiser.lr",
+    "optimiser.clip_norm",
+    "max_bad_steps",
     "evaluation.num_steps",
     "evaluation.batch_size",
     "checkpoint.keep",

@@ -133,6 +133,14 @@ def checked(given: dict[str, Any], name: str) -> SteerConfig:
             faults.append(f"'{path}' must be one of {', '.join(choices)}, not {value!r}")
     faults += [f"'{p}' must be positive, not {v}" for p in POSITIVE if (v := OmegaConf.select(structured, p)) <= 0]
     config = OmegaConf.to_object(structured)
+    faults += [] if 0 <= config.seed <= 2**40 else [f"'seed' must be within 0..2^40, not {config.seed}"]
+    faults += (
+        []
+        if free_for_results(Path(config.out) / (config.name or _named(name)))
+        else [
+            f"'name': {Path(config.out) / (config.name or _named(name))} is there and is no result of steering, which would be replaced: choose another name or out"
+        ]
+    )
     if config.lora:
         faults += [f"'lora': {config.lora} is no folder"] if not resolve(config.lora).is_dir() else []
     faults += part_faults(config) + unknown_rewards("judges", config.judges, config.rewards)
@@ -154,13 +162,23 @@ def checked(given: dict[str, Any], name: str) -> SteerConfig:
             faults += _rehearsal(config, (low, high), not blind and getattr(oracle, "differentiable", True) is not False)
     if faults := faults + parts:
         raise cfg.report(list(dict.fromkeys(faults)), name)
-    config.name = config.name or name.rsplit("/", 1)[-1].removesuffix(".yaml")
+    config.name = config.name or _named(name)
     return config
+
+
+def _named(recipe: str) -> str:
+    """A job's name by its recipe."""
+    return recipe.rsplit("/", 1)[-1].removesuffix(".yaml")
+
+
+def free_for_results(folder: Path) -> bool:
+    """Whether a job may put its results at `folder`: nothing is there, or an earlier job's results."""
+    return not folder.exists() or (folder / "scores.json").is_file()
 
 
 def _row_seeds(seed: int, rows: list[int], particles: int) -> Tensor:
     """Noise seeds by (seed, picture, particle)."""
-    return torch.tensor([(seed * 1_000_003 + row) * 10_007 + p for row in rows for p in range(particles)])
+    return torch.tensor([((seed * 1_000_003 + row) * 10_007 + p) % 2**62 for row in rows for p in range(particles)])
 
 
 class Job:

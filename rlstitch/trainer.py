@@ -194,11 +194,11 @@ class Trainer:
             norm = engine.step()
             if norm is not None:
                 self.policy.update_ema()
-            self.algorithm.end_step(self.step)
+                self.algorithm.end_step(self.step)
         drift = {}
         if self.refresher is not None:
-            with clock.phase("refresh"), engine.autocast():
-                drift = self.refresher.after(rollouts[0], self.grid, stop)
+            with clock.phase("refresh"):
+                drift = self.refresher.after(rollouts[0], stage.oracle.names, self.grid, stop)
         self.step += 1
         means = {key: float(engine.gather(torch.cat(values)).mean()) for key, values in sums.items()}
         every_score = engine.gather(torch.cat(scores))
@@ -284,6 +284,9 @@ class Trainer:
             self.step = progress["step"]
             self.clock.hours.update(progress["hours"])
             self.guard.load_state(progress["guard"])
+            if self.engine.is_main:  # an abandoned future would be what `resume=auto` takes next
+                for later in (f for f in found if f != source and int(f.name.removeprefix("step-")) > self.step):
+                    shutil.rmtree(later)
         if self.engine.is_main:
             write_text(self.run / "recipe.yaml", cfg.to_yaml(config))
             print(f"{self.run}: {self.geometry}" + (f"; resumed from {source.name}" if source else ""), flush=True)
@@ -351,7 +354,7 @@ class Trainer:
                     guidance=self.config.sampler.guidance, seed=e.seed,
                 )  # fmt: skip
         goal = zip(stage.oracle.names, stage.oracle.weights) if stage.oracle else ()
-        self.guard.see(result.scores, sum(w * result.means[n] for n, w in goal if n in result.means))
+        self.guard.see(result.scores, stage.name, sum(w * result.means[n] for n, w in goal if n in result.means))
         if self.engine.is_main:
             self.log.write({"step": self.step, "eval": result.means, **self._hours()})
             self._draw(result, f"step-{self.step:06d}")

@@ -26,10 +26,10 @@ def scores(mean, seed=0):
 
 def test_a_fallen_judge_under_a_climbing_reward_stops_after_patience():
     guard = Guard(GuardConfig(patience=2), ["other", "judge"])
-    assert guard.see(scores(0.0), 1.0) is None
-    assert guard.see(scores(0.3, 1), 1.2) is None  # better: the new best
-    assert guard.see(scores(0.2, 2), 1.3) is None
-    why = guard.see(scores(0.1, 3), 1.4)
+    assert guard.see(scores(0.0), "", 1.0) is None
+    assert guard.see(scores(0.3, 1), "", 1.2) is None  # better: the new best
+    assert guard.see(scores(0.2, 2), "", 1.3) is None
+    why = guard.see(scores(0.1, 3), "", 1.4)
     assert why and "'judge'" in why and "2 evaluations" in why and guard.verdict() == why
 
 
@@ -42,26 +42,26 @@ def test_a_fallen_judge_under_a_climbing_reward_stops_after_patience():
 )
 def test_what_does_not_stop(history):
     guard = Guard(GuardConfig(patience=2), ["judge"])
-    assert not any(guard.see(scores(m, 7), t) for m, t in history)
+    assert not any(guard.see(scores(m, 7), "", t) for m, t in history)
 
 
 def test_a_fall_within_one_standard_error_is_noise():
     guard, base = Guard(GuardConfig(patience=1), ["judge"]), torch.zeros(N)
     wobble = torch.tensor([1.0, -1.0]).repeat(N // 2)  # standard error 1 / 8 = .126
-    assert guard.see({"judge": base}, 1.0) is None
-    assert guard.see({"judge": base + wobble - 0.12}, 2.0) is None
-    assert guard.see({"judge": base + wobble - 0.13}, 2.0) is not None
+    assert guard.see({"judge": base}, "", 1.0) is None
+    assert guard.see({"judge": base + wobble - 0.12}, "", 2.0) is None
+    assert guard.see({"judge": base + wobble - 0.13}, "", 2.0) is not None
 
 
 def test_patience_zero_never_stops_and_state_resumes():
     off, on = Guard(GuardConfig(patience=0), ["judge"]), Guard(GuardConfig(patience=2), ["judge"])
     for k in range(4):
-        assert off.see(scores(-0.1 * k, k), k) is None
-    on.see(scores(0.3), 1.0)
-    on.see(scores(0.1, 1), 1.1)
+        assert off.see(scores(-0.1 * k, k), "", k) is None
+    on.see(scores(0.3), "", 1.0)
+    on.see(scores(0.1, 1), "", 1.1)
     again = Guard(GuardConfig(patience=2), ["judge"])
     again.load_state(on.state())
-    assert again.see(scores(0.1, 2), 1.2) == on.see(scores(0.1, 2), 1.2) is not None
+    assert again.see(scores(0.1, 2), "", 1.2) == on.see(scores(0.1, 2), "", 1.2) is not None
 
 
 def test_spread_within_by_hand():

@@ -33,14 +33,14 @@ def test_the_gap_is_measured_and_closes(backbone, reward):
 
     watcher = refresher(threshold=1e9)
     for seed in range(3):
-        before = watcher.after(rollout(seed), grid, 4)
+        before = watcher.after(rollout(seed), ["r"], grid, 4)
     assert before["refreshed"] == 0 and before["gap/r"] > 0.5
     weights = {k: v.clone() for k, v in model.state_dict().items()}
     mender = refresher()
-    acted = [mender.after(rollout(seed), grid, 4)["refreshed"] for seed in range(3)]
+    acted = [mender.after(rollout(seed), ["r"], grid, 4)["refreshed"] for seed in range(3)]
     assert acted[0] == 0 and 1 in acted  # never on a buffer too small to learn from
     assert not any(p.requires_grad for p in model.parameters())
     moved = {k for k, v in model.state_dict().items() if not torch.equal(v, weights[k])}
     assert moved and all(k.startswith(("stitch.", "tail.")) for k in moved)
-    after = refresher(threshold=1e9).after(rollout(9), grid, 4)["gap/r"]
+    after = refresher(threshold=1e9).after(rollout(9), ["r"], grid, 4)["gap/r"]
     assert after < 0.4 * before["gap/r"], (before, after)

@@ -37,7 +37,9 @@ def _told(loss: Tensor, margin: Tensor, share: Tensor) -> dict[str, Tensor]:
 def _above(grid: Tensor, tau: float, seeds: Tensor, count: int) -> Tensor:
     """Levels [P, count] of the grid above tau, each pair its own draw without replacement."""
     above = grid[grid > tau + 1e-6]
-    order = [torch.randperm(len(above), generator=torch.Generator().manual_seed(seed * 7919 + 29))[:count] for seed in seeds.tolist()]
+    order = [
+        torch.randperm(len(above), generator=torch.Generator().manual_seed((seed * 7919 + 29) % 2**63))[:count] for seed in seeds.tolist()
+    ]
     return above[torch.stack(order)]
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlstitch import losses, sampling, schedule
+from rlstitch.data import update_number
 from rlstitch.policy import REFERENCE, Policy
 from rlstitch.types import Batch, Latent, Oracle, Rollout, UserError, noise_like
 
@@ -79,7 +80,7 @@ class Draft:
         """K of this update, the same for every sample on every rank: the update's number is in its seeds."""
         if self.truncation == "fixed":
             return self.grad_steps
-        source = random.Random(int(batch.seeds[0]) // 1_000_000)
+        source = random.Random(f"depth {update_number(batch.seeds)}")  # a stream of its own: the stop is drawn from the plain number
         if self.truncation == "uniform":
             return source.randint(1, stop)
         while not 1 <= (k := int(source.gauss(self.grad_steps, self.grad_steps_std))) <= stop:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rlstitch import advantages, losses, sampling
+from rlstitch.data import update_number
 from rlstitch.policy import REFERENCE, Policy
 from rlstitch.types import Batch, Latent, Oracle, Rollout, Transition, UserError, noise_like
 
@@ -21,7 +22,7 @@ class FlowGRPO:
     Where the rollout runs to the end the window starts anywhere in `window_range` (0: the whole grid but its last step), by `strategy`: random, or
     progressive (it moves on by its own size every `every` updates). Where it halts early, on a stitched value, it is the last steps before the stop, so that the
     value at the window's end is the credit. sde_type: sde (Flow-GRPO) or cps (Flow-CPS). clip_range is small because log-probabilities are means over the
-    latent. kl: weight of |mean - mean_base|^2 / (2 std^2). guard: GRPO-Guard's ratio. spread, per_reward: of the advantages, see advantages.of_samples.
+    latent; with one optimiser step a rollout, as here, the ratio is 1 up to rounding and the clip does not bind. kl: weight of |mean - mean_base|^2 / (2 std^2). guard: GRPO-Guard's ratio. spread, per_reward: of the advantages, see advantages.of_samples.
     """
 
     needs_gradient, collects, keeps_old = False, True, False
@@ -55,6 +56,7 @@ class FlowGRPO:
         self.window, self.window_range, self.strategy, self.every = window, window_range, strategy, every
         self.sde_type, self.noise_level, self.clip_range, self.clip = sde_type, noise_level, clip_range, clip
         self.kl, self.guard, self.spread, self.per_reward = kl, guard, spread, per_reward
+        self.updates = 0
 
     @staticmethod
     def faults(options: dict[str, Any], stops: range) -> list[str]:
@@ -70,6 +72,11 @@ class FlowGRPO:
             out.append(f"'algorithm.window' must be within 1..{stops.start} (the earliest stop), not {window}")
         if reach and not window <= reach <= stops.stop - 1:
             out.append(f"'algorithm.window_range' must be within {window}..{stops.stop - 1}, not {reach}")
+        last = stops.stop - 1 if stops.stop - stops.start == 1 else 0  # the grid's length, where the rollout runs to its end
+        if options.get("sde_type", "cps") == "cps" and reach and reach == last and (options.get("kl", 0) > 0 or options.get("guard")):
+            out.append(
+                f"'algorithm.window_range' is {reach}, and the last step of a cps rollout has no noise to divide the KL or the guard's ratio by: set it to {reach - 1} or less"
+            )
         if options.get("sde_type", "cps") == "cps" and options.get("noise_level", 0.8) >= 1 + 1e-9:
             out.append(f"'algorithm.noise_level' of cps must be at most 1, not {options['noise_level']}")
         return out
@@ -85,8 +92,10 @@ class FlowGRPO:
         if stop < last:
             return stop - self.window
         places = (self.window_range or max(self.window, last - 1)) - self.window + 1  # the last step has no noise worth the name
-        update = int(batch.seeds[0]) // 1_000_000
-        return random.Random(update).randrange(places) if self.strategy == "random" else update // self.every * self.window % places
+        if self.strategy == "random":
+            return random.Random(f"window {update_number(batch.seeds)}").randrange(places)
+        starts = [*range(0, places - 1, self.window), places - 1]  # slides by its own length; the last one may overlap
+        return starts[self.updates // self.every % len(starts)]
 
     def step(self, z: Tensor, v: Tensor, sigma: float, sigma_next: float) -> tuple[Tensor, float]:
         """Mean and standard deviation of a stochastic step."""
@@ -158,11 +167,13 @@ class FlowGRPO:
             yield loss, {"loss": loss.detach(), **metrics}
 
     def end_step(self, step: int) -> None:
-        """On-policy: every update samples anew from the current weights."""
+        """On-policy: every update samples anew from the current weights. One update more, by which a progressive window moves."""
+        self.updates += 1
 
     def state(self) -> dict[str, Tensor]:
-        """Nothing beside the policy."""
-        return {}
+        """Count of updates."""
+        return {"updates": torch.tensor(self.updates)}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Nothing beside the policy."""
+        """Raises KeyError where the state is of another algorithm."""
+        self.updates = int(tensors["updates"])

@@ -110,7 +110,7 @@ class NFT:
         tau = float(rollout.latent.sigma[0])
         above = self.grid[self.grid > tau + 1e-6]
         order = [
-            torch.randperm(len(above), generator=torch.Generator().manual_seed(seed * 7919 + 13))[:count]
+            torch.randperm(len(above), generator=torch.Generator().manual_seed((seed * 7919 + 13) % 2**63))[:count]
             for seed in rollout.batch.seeds.tolist()
         ]
         return above[torch.stack(order)]

@@ -137,6 +137,7 @@ def distill(
         if not torch.isfinite(norm):
             raise FloatingPointError(f"distillation: the gradient norm is {norm.item()} at step {step}; lower lr (now {config.lr:g})")
         optimiser.step()
+        torch.clear_autocast_cache()  # inside a caller's autocast, the casts of the old weights would be used again
         optimiser.zero_grad(set_to_none=True)
         if progress is not None:
             progress(step, {"loss": loss.item(), **{k: v.item() for k, v in parts.items()}})

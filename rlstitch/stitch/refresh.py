@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -43,17 +43,22 @@ class Refresher:
         self.seen, self.count = 0, 0
 
     @torch.no_grad()
-    def measure(self, rollout: Rollout, grid: Tensor, stop: int) -> dict[str, float]:
-        """Finish some of the rollout, compare, remember the latents; -> the gap of every value model."""
+    def measure(self, rollout: Rollout, names: Sequence[str], grid: Tensor, stop: int) -> dict[str, float]:
+        """Finish some of the rollout, compare, remember the latents; -> the gap of every value model that its scores [B, K] have a column of, called `names`."""
         rows = max(1, round(self.config.fraction * len(rollout.batch)))
         part, z = rollout.batch[slice(0, rows)], rollout.latent.z[:rows].detach()
-        if stop < len(grid) - 1:
-            z = sampling.sample(self.backbone.bind(part.text, self.guidance), z, grid[stop:]).z
-        images, gaps = self.backbone.decode(z), {}
+        with self.engine.autocast():
+            if stop < len(grid) - 1:
+                z = sampling.sample(self.backbone.bind(part.text, self.guidance), z, grid[stop:]).z
+            images = self.backbone.decode(z)
+            truths = {name: self.rewards[name].score(images, part).float() for name in names if name in self.rewards}
+        gaps = {}
         self.seen += 1
         keep = 1 - max(0.1, 1 / self.seen)  # a plain mean at first, then about the last ten updates
-        for k, (name, reward) in enumerate(self.rewards.items()):
-            pair = torch.stack([rollout.scores[:rows, k].detach().float(), reward.score(images, part).float()], 1)
+        for k, name in enumerate(names):
+            if name not in truths:
+                continue
+            pair = torch.stack([rollout.scores[:rows, k].detach().float(), truths[name]], 1)
             pair = self.engine.gather(pair)
             error = float((pair[:, 0] - pair[:, 1]).mean())
             spread = float(pair[:, 1].std()) if len(pair) > 1 else 1.0
@@ -63,9 +68,9 @@ class Refresher:
         self.latents = torch.cat([self.latents, self.engine.gather(z.float()).cpu()])[-self.config.buffer :]
         return gaps
 
-    def after(self, rollout: Rollout, grid: Tensor, stop: int) -> dict[str, float]:
-        """What the trainer calls after an update; -> figures for the log."""
-        gaps = self.measure(rollout, grid, stop)
+    def after(self, rollout: Rollout, names: Sequence[str], grid: Tensor, stop: int) -> dict[str, float]:
+        """What the trainer calls after an update, `names` the oracle's columns in it; -> figures for the log."""
+        gaps = self.measure(rollout, names, grid, stop)
         wide = [name for name, gap in gaps.items() if gap > self.config.threshold]
         full = len(self.latents) >= min(self.config.buffer, 64)
         for name in wide if full else []:
@@ -80,7 +85,7 @@ class Refresher:
             targets, tokens, _ = targets_of(self.rewards[name], images)
         self.count += 1
         config = replace(
-            DistillConfig(), steps=self.config.steps, lr=self.config.lr, batch_size=min(self.config.batch_size, len(latents)), warmup=1, decay=False,
+            DistillConfig(**model.card.get("distill", {})), steps=self.config.steps, lr=self.config.lr, batch_size=min(self.config.batch_size, len(latents)), warmup=1, decay=False,
             uniform_share=0.3, seed=self.count,
         )  # fmt: skip
         for part in (model.stitch, model.tail):
