@@ -92,7 +92,7 @@ def weighted(weight: Callable[[Tensor], Tensor]) -> Callable[..., tuple[Tensor, 
         embedding, tokens = model.embed(grid)
         rows = (embedding - target).square().sum(-1) + config.token_weight * (tokens - target_tokens).square().mean((1, 2))
         if model.reward.head is not None:
-            rows = rows + config.score_weight * (model.reward.head(embedding) - model.reward.head(target)).square().flatten(1).mean(1)
+            rows = rows + config.score_weight * (model.reward.head_of(embedding) - model.reward.head_of(target)).square()
         w = weight(sigma)
         loss = (rows * w).sum() / w.sum()
         return loss, {"loss": loss.detach()}

@@ -124,6 +124,11 @@ def build(size: str, pixels: int, blocks: int, device: str, dtype: torch.dtype) 
     return backbone, reward, value
 
 
+def _measured(cases: dict[tuple[str, str], Callable[[], object]], repeats: int) -> tuple[dict, dict]:
+    """Median seconds and peak megabytes by case."""
+    return interleaved(cases, repeats), {case: peak_megabytes(run) for case, run in cases.items()}
+
+
 def measure(size: str, pixels: int, blocks: int, repeats: int) -> dict:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -162,6 +167,9 @@ def measure(size: str, pixels: int, blocks: int, repeats: int) -> dict:
             (name, "DPS step"): dps,
             (name, "FK, two steps"): fk,
         }
+        assert name != "stitched" or Steered(backbone, oracle, batch, guidance=4.5)._depths, "the stitched case does not share its prefix"
+    seconds, memory = _measured(cases, repeats)  # before there is a LoRA: it would end the sharing, and slow the pixel queries
+    cases = {}
     policy = Policy(backbone.transformer, rank=8, alpha=16.0, targets=backbone.lora_targets, seed=0, ema_decay=0.9)
     ends = {"tweedie": (Terminal(backbone, {"r": reward}, {"r": 1.0}), 10), "stitched": (oracles["stitched"], 5)}
     for name, (oracle, stop) in ends.items():
@@ -174,10 +182,10 @@ def measure(size: str, pixels: int, blocks: int, repeats: int) -> dict:
                 p.grad = None
 
         cases[name, "DRaFT-1 update"] = draft
-    seconds = interleaved(cases, repeats)
-    memory = {case: peak_megabytes(run) for case, run in cases.items()}
+    for total, part in zip((seconds, memory), _measured(cases, repeats)):
+        total |= part
     rows = {}
-    for what in dict.fromkeys(kind for _, kind in cases):
+    for what in dict.fromkeys(kind for _, kind in seconds):
         a, b = ("tweedie", what), ("stitched", what)
         rows[what] = {
             "pixel_seconds": round(seconds[a], 5), "stitched_seconds": round(seconds[b], 5), "times_faster": round(seconds[a] / seconds[b], 3),

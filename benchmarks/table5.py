@@ -11,6 +11,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.common import RESULTS, arguments, save
 from rlstitch import config as cfg
 from rlstitch.files import write_text
@@ -42,7 +44,7 @@ def dina(steps: int, pairs: int = 8000) -> Any:
 
     def rows(reward: Any) -> list[measure.Subject]:
         recipe = cfg.compose("evaluate_value")
-        backbone = cfg.build(recipe["model"])
+        backbone = cfg.build(recipe["model"], device="cuda" if torch.cuda.is_available() else "cpu")
         first, second, prompts, wins = cfg.build(recipe["pairs"]["hps"] | {"n": pairs, "seed": 505})
         head = PreferenceHead(backbone, max(1, backbone.num_blocks // 3))
         sides = (latents_of(backbone, first), latents_of(backbone, second))

@@ -142,6 +142,12 @@ def geometry(config: RunConfig, count: int | None = None) -> Geometry:
     return resolve_geometry(batch.prompts_per_update, batch.images_per_prompt, batch.micro_batch, world_size(), count, whole_groups=whole)
 
 
+def trained_on(config: RunConfig) -> list[str]:
+    """Names of the rewards that a run trains on, as far as its oracle can be read."""
+    weights = config.oracle.get("weights", {})
+    return list(weights) if isinstance(weights, dict) else []
+
+
 def guard_faults(config: RunConfig) -> list[str]:
     guard, judges = config.guard, config.evaluation.rewards
     faults = [
@@ -149,15 +155,11 @@ def guard_faults(config: RunConfig) -> list[str]:
     ]
     if guard.judge and guard.judge not in judges:
         faults.append(f"'guard.judge' is '{guard.judge}', which is not among evaluation.rewards{cfg.nearest(guard.judge, judges)}")
-    weights = config.oracle.get("weights", {})
-    unseen = (
-        [n for n in weights if n not in judges]
-        if isinstance(weights, dict) and judges and config.evaluation.every and guard.patience
-        else []
-    )
-    if weights and len(unseen) == len(weights):
+    trained = trained_on(config)
+    watching = config.evaluation.every and guard.patience and judges and all(n in config.rewards for n in judges)
+    if watching and trained and not set(trained) & set(judges):
         faults.append(
-            f"the guard holds the held-out judge against the trained reward, and none of it ({', '.join(unseen)}) is among evaluation.rewards: add it there, or set guard.patience=0"
+            f"the guard holds the held-out judge against the trained reward, and none of it ({', '.join(trained)}) is among evaluation.rewards: add it there, or set guard.patience=0"
         )
     if guard.prompts and guard.images < 2:
         faults.append(f"'guard.images' is {guard.images}: diversity within a prompt takes at least 2 pictures (or guard.prompts=0)")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,12 +23,14 @@ MAX_FILE_BYTES = 64 << 20
 class PromptSet:
     """N prompts with the rows they came from and, once encoded, the denoiser's text.
 
+    `text` is that of all prompts; where a cache on disk has it, `lookup` reads it batch by batch instead.
     Where pictures are learned from: `pictures` uint8 [N, 3, H, W], or [N, 2, 3, H, W] for pairs with the better first; once encoded, their latents `clean`.
     """
 
     prompts: list[str]
     rows: list[dict[str, Any]]
     text: Conditioning | None = field(default=None, repr=False)
+    lookup: Callable[[list[str]], Conditioning] | None = field(default=None, repr=False)
     pictures: Tensor | None = field(default=None, repr=False)
     clean: Tensor | None = field(default=None, repr=False)
 
@@ -36,7 +38,10 @@ class PromptSet:
         return len(self.prompts)
 
     def batch(self, index: list[int], seeds: Tensor) -> Batch:
-        text = None if self.text is None else self.text[torch.tensor(index, device=self.text.tokens.device)]
+        if self.lookup is not None:
+            text = self.lookup([self.prompts[i] for i in index])
+        else:
+            text = None if self.text is None else self.text[torch.tensor(index, device=self.text.tokens.device)]
         clean = None if self.clean is None else self.clean[torch.tensor(index)].to("cpu" if text is None else text.tokens.device)
         return Batch([self.prompts[i] for i in index], torch.tensor(index), seeds, [self.rows[i] for i in index], text, clean)
 
@@ -87,15 +92,25 @@ def read_data(config: DataConfig, learns_from: str = "prompts") -> PromptSet:
     return PromptSet(list(prompts), [{"prompt": p} for p in prompts], pictures=pictures)
 
 
-def encode(backbone: Any, prompts: PromptSet, *, truncate: bool = False) -> PromptSet:
-    """Encode a prompt set and its pictures once. Prompts that the encoders would cut are refused by name unless `truncate` allows it."""
+def encode(backbone: Any, prompts: PromptSet, *, truncate: bool = False, engine: Any = None) -> PromptSet:
+    """Encode a prompt set and its pictures once. Prompts that the encoders would cut are refused by name unless `truncate` allows it.
+
+    With a cache of text on disk, the ranks of `engine` share the work, and the set holds nothing but the prompts.
+    """
     cut = backbone.too_long(prompts.prompts)
     if cut and not truncate:
         shown = "; ".join(f"'{p[:60]}...' ({n} tokens)" for p, n, _ in cut[:3])
         raise UserError(
             f"{len(cut)} of {len(prompts)} prompts are longer than the {cut[0][2]} tokens that the text encoder takes: {shown}. Shorten them, or set truncate to true"
         )
-    prompts.text = backbone.encode_prompts(prompts.prompts)
+    if getattr(backbone, "cache", None) is None:
+        prompts.text = backbone.encode_prompts(prompts.prompts)
+    else:
+        rank, world = (0, 1) if engine is None else (engine.rank, engine.world)
+        backbone.remember(prompts.prompts[rank::world])
+        if engine is not None:
+            engine.barrier()
+        prompts.lookup = backbone.encode_prompts
     if prompts.pictures is not None:
         prompts.clean, prompts.pictures = encode_pictures(backbone, prompts.pictures), None
     return prompts

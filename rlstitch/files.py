@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -88,10 +89,10 @@ def sha256(path: Path) -> str:
 
 
 def hash_tensors(tensors: dict[str, Tensor]) -> str:
-    """Hash of names, shapes and values (as float32, so that a cast up from half precision hashes alike)."""
+    """Hash of names, shapes and values, these rounded to bfloat16: a model hashes alike whether it was loaded in float32 or in bfloat16."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        value = tensors[name].detach().float().cpu().contiguous()
+        value = tensors[name].detach().to(torch.bfloat16).float().cpu().contiguous()
         digest.update(f"{name}{list(value.shape)}".encode())
         digest.update(value.numpy().tobytes())
     return digest.hexdigest()

@@ -245,7 +245,7 @@ class Job:
         shutil.rmtree(work, ignore_errors=True)
         (work / "images").mkdir(parents=True)
         kinds = ["steered", "baseline"] if config.baseline else ["steered"]
-        images: dict[str, list[Tensor]] = {k: [] for k in kinds}
+        shown: dict[str, list[Tensor]] = {k: [] for k in kinds}  # for the grid; every other picture is on disk only
         scores: dict[str, dict[str, list[Tensor]]] = {k: {n: [] for n in config.judges} for k in kinds}
         seconds, trace = dict.fromkeys(kinds, 0.0), Trace()
         bar = tqdm(total=len(self.prompts), desc=config.name, unit="image", disable=not config.progress)
@@ -258,19 +258,23 @@ class Job:
                     torch.cuda.synchronize()
                 seconds[kind] += time.perf_counter() - started
                 pictures, judged = self.judge(latents, rows)
-                images[kind].append(pictures.cpu())
+                shown[kind] += pictures[: max(0, config.grid - first)].cpu().unbind()
+                if kind == "steered":
+                    for row, picture in zip(rows, pictures):
+                        pixels = (picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+                        Image.fromarray(pixels).save(work / "images" / f"{row:05d}.png")
                 for name, column in judged.items():
                     scores[kind][name].append(column)
             bar.update(len(rows))
             bar.set_postfix({n: f"{torch.cat(c).mean():.3f}" for n, c in scores["steered"].items()})
         bar.close()
-        result = self._write(work, {k: torch.cat(v) for k, v in images.items()}, scores, seconds, trace)
+        result = self._write(work, shown, scores, seconds, trace)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(work, folder)
         return result
 
     def _write(
-        self, work: Path, images: dict[str, Tensor], scores: dict[str, Any], seconds: dict[str, float], trace: Trace
+        self, work: Path, shown: dict[str, list[Tensor]], scores: dict[str, Any], seconds: dict[str, float], trace: Trace
     ) -> dict[str, Any]:
         config, count = self.config, len(self.prompts)
         table = {k: {n: torch.cat(c) for n, c in columns.items()} for k, columns in scores.items()}
@@ -282,20 +286,21 @@ class Job:
                     means[kind] |= {name: parts.pop("overall")} | {f"{name}/{k}": v for k, v in parts.items()}
         listing = []
         for k in range(count):
-            name = f"images/{k:05d}.png"
-            pixels = (images["steered"][k].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-            Image.fromarray(pixels).save(work / name)
             listing.append(
-                {"file": name, "prompt": self.prompts.prompts[k], **{n: round(float(c[k]), 5) for n, c in table["steered"].items()}}
+                {
+                    "file": f"images/{k:05d}.png",
+                    "prompt": self.prompts.prompts[k],
+                    **{n: round(float(c[k]), 5) for n, c in table["steered"].items()},
+                }
             )
-        shown = range(min(config.grid, count))
         pictures, captions = [], []
-        for k in shown:
-            for kind in reversed(images):  # baseline first
-                pictures.append(images[kind][k])
+        for k in range(len(shown["steered"])):
+            for kind in reversed(shown):  # baseline first
+                pictures.append(shown[kind][k])
                 told = " ".join(f"{n} {float(c[k]):.2f}" for n, c in table[kind].items())
                 captions.append(f"{'unsteered: ' if kind == 'baseline' else ''}{self.prompts.prompts[k]} | {told}")
-        draw_grid(torch.stack(pictures), captions, work / "grid.png")
+        if pictures:
+            draw_grid(torch.stack(pictures), captions, work / "grid.png")
         result = {
             "method": config.method,
             "means": means,

@@ -85,8 +85,8 @@ class Trainer:
         stitching = sum(model.card.get("device_hours", 0.0) for model in self.values.values())
         cut = config.data.truncate
         for encoded in prompts.values():
-            encode(self.backbone, encoded, truncate=cut)
-        self.held_out = encode(self.backbone, read_prompts(config.evaluation.prompts), truncate=cut)
+            encode(self.backbone, encoded, truncate=cut, engine=self.engine)
+        self.held_out = encode(self.backbone, read_prompts(config.evaluation.prompts), truncate=cut, engine=self.engine)
         lora = config.lora
         self.policy = Policy(
             self.backbone.transformer,

@@ -114,6 +114,35 @@ def test_text_equals_the_pipelines_and_is_cached(sd3_dir, tmp_path):
     torch.testing.assert_close(again.tokens, tokens.flip(0))
 
 
+def test_a_cached_prompt_set_is_read_batch_by_batch(sd3_dir, tmp_path):
+    """A large set does not fit on a device: with a cache it holds no text, and its batches are the same."""
+    from rlstitch.data import PromptSet, encode
+
+    prompts = ["a red circle", "two stars", "a blue ring"]
+    plain, cached = (SD3Backbone(str(sd3_dir), max_sequence_length=0, cache=c) for c in (None, str(tmp_path)))
+    whole, lean = (encode(b, PromptSet(list(prompts), [{}] * 3)) for b in (plain, cached))
+    assert lean.text is None and whole.text is not None
+    cached._text_pipeline = None
+    a, b = (s.batch([2, 0], torch.tensor([0, 1])).text for s in (whole, lean))
+    torch.testing.assert_close(a.tokens, b.tokens)
+    torch.testing.assert_close(a.pooled, b.pooled)
+
+
+def test_the_autoencoder_takes_a_large_batch_in_parts(backbone, monkeypatch):
+    images = torch.rand(5, 3, 16, 16)
+    z, whole = backbone.encode(images), SD3Backbone._parts
+    decoded = backbone.decode(z)
+    monkeypatch.setattr(SD3Backbone, "_parts", staticmethod(lambda x, factor: whole(x, factor, pixels=2 * 16**2)))
+    sizes = []
+    backbone.vae.decoder.register_forward_hook(lambda m, args, out: sizes.append(len(args[0])))
+    torch.testing.assert_close(backbone.encode(images), z, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(backbone.decode(z), decoded, atol=1e-5, rtol=1e-5)
+    assert sizes == [2, 2, 1]
+    leaf = z.clone().requires_grad_(True)
+    backbone.decode(leaf).sum().backward()
+    assert sizes[3:] == [5] and leaf.grad.abs().sum() > 0
+
+
 def test_whole_sampling_equals_the_stock_pipeline(sd3_dir):
     backbone = SD3Backbone(str(sd3_dir), max_sequence_length=0)
     z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))

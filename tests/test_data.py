@@ -58,3 +58,31 @@ def test_prompt_files(tmp_path):
             read_prompts(str(tmp_path / name))
     with pytest.raises(UserError, match="Beside it: a.txt"):
         read_prompts(str(tmp_path / "missing.txt"))
+
+
+def test_any_seed_gives_noise_seeds_that_torch_takes():
+    from rlstitch.data import first_seed, update_number
+
+    for seed in (0, 2330, 20_250_101, 2**40):
+        first = first_seed(seed, 7)
+        seeds = torch.arange(64) + first
+        assert int(seeds[0]) >= 0 and int(seeds[-1]) < 2**63 and update_number(seeds) == update_number(seeds[-1:])
+        assert update_number(torch.tensor([first_seed(seed, 8)])) != update_number(seeds)
+
+
+def test_a_disk_that_is_full_says_so_and_leaves_the_old_file(tmp_path, monkeypatch):
+    from safetensors import SafetensorError
+
+    from rlstitch import files
+
+    path = tmp_path / "a.safetensors"
+    files.write_tensors(path, {"x": torch.ones(2)})
+
+    def full(tensors, file, metadata=None):
+        file.write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(files, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        files.write_tensors(path, {"x": torch.zeros(2)})
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"] and files.read_tensors(path)["x"].tolist() == [1, 1]

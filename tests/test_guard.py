@@ -53,6 +53,17 @@ def test_a_fall_within_one_standard_error_is_noise():
     assert guard.see({"judge": base + wobble - 0.13}, "", 2.0) is not None
 
 
+def test_a_new_stage_is_judged_by_itself():
+    """Rewards of different stages have different scales: what stage 1 reached says nothing about stage 2."""
+    guard = Guard(GuardConfig(patience=1), ["judge"])
+    guard.see(scores(0.5), "clip", 0.7)
+    assert guard.see(scores(0.1, 1), "hps", 22.0) is None
+    assert guard.see(scores(0.0, 2), "hps", 23.0) is not None
+    again = Guard(GuardConfig(patience=1), ["judge"])
+    again.load_state(guard.state())
+    assert again.verdict() == guard.verdict()
+
+
 def test_patience_zero_never_stops_and_state_resumes():
     off, on = Guard(GuardConfig(patience=0), ["judge"]), Guard(GuardConfig(patience=2), ["judge"])
     for k in range(4):

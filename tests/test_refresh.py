@@ -35,6 +35,9 @@ def test_the_gap_is_measured_and_closes(backbone, reward):
     for seed in range(3):
         before = watcher.after(rollout(seed), ["r"], grid, 4)
     assert before["refreshed"] == 0 and before["gap/r"] > 0.5
+    assert watcher.after(Rollout(batch, rollout(0).latent, torch.zeros(len(PROMPTS), 1)), ["of another stage"], grid, 4) == {
+        "refreshed": 0.0
+    }
     weights = {k: v.clone() for k, v in model.state_dict().items()}
     mender = refresher()
     acted = [mender.after(rollout(seed), ["r"], grid, 4)["refreshed"] for seed in range(3)]

@@ -94,6 +94,16 @@ def test_a_trained_policy_is_steered(tmp_path, sd3_dir, clip_dir):
         steer.checked(recipe | {"lora": str(tmp_path / "none")}, "tiny")
 
 
+def test_what_is_no_result_of_steering_is_never_replaced(tmp_path, sd3_dir, clip_dir):
+    run = tmp_path / "out" / "tiny"
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").write_text("{}")
+    with pytest.raises(UserError, match="no result of steering, which would be replaced"):
+        steer.checked(given(tmp_path, sd3_dir, clip_dir), "tiny")
+    (run / "scores.json").write_text("{}")
+    assert steer.checked(given(tmp_path, sd3_dir, clip_dir), "tiny").name == "tiny"
+
+
 def test_the_best_particle_is_kept(tmp_path, sd3_dir, clip_dir):
     """Best of six by the pixel reward beats the first of them for every prompt, and is reproduced by best of six on the judge itself."""
     method = {"_target_": "rlstitch.steering.best_of_n", "num_particles": 6}

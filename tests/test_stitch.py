@@ -170,6 +170,43 @@ def test_distillation_lowers_the_loss_and_touches_stitch_and_tail_only(backbone,
     assert changed == {"stitch", "tail"} and reward.fingerprint() == reward_before
 
 
+def test_micro_batches_and_tokens_made_anew_change_nothing(backbone, reward):
+    """What a large reward on one GPU needs: gradients of an accumulated batch, with target tokens that are not kept, are those of the whole one."""
+    targets, tokens, norm = distilling.targets_of(reward, IMAGES)
+    same, again, same_norm = distilling.targets_of(reward, IMAGES, most_bytes=1000)
+    assert callable(again) and torch.equal(same, targets) and norm == same_norm
+    torch.testing.assert_close(again(torch.tensor([4, 2])), tokens[[4, 2]].float(), atol=2e-3, rtol=2e-3)
+    latents, trained = distilling.latents_of(backbone, IMAGES), []
+    for micro, given in ((0, tokens), (5, lambda index: tokens[index])):
+        torch.manual_seed(0)  # the residual branch starts at random
+        model, _, _ = stitched(backbone, reward)
+        distill(model, latents, targets, given, DistillConfig(steps=3, batch_size=16, micro_batch=micro, lr=1e-3, warmup=1, autocast=False))
+        trained.append({n: p.detach() for n, p in model.named_parameters()})
+    for name, value in trained[0].items():
+        apart = (value - trained[1][name]).abs()  # Adam makes whole steps, of up to 5e-3, of gradients that are all but zero
+        assert float((apart > 1e-4).float().mean()) < 0.02 and float(apart.max()) < 5e-3, name
+
+
+def test_pictures_of_another_size_are_refused(backbone):
+    with pytest.raises(UserError, match="20 x 20 pixels, the model takes 16 x 16"):
+        distilling.latents_of(backbone, torch.zeros(1, 3, 20, 20))
+
+
+def test_refreshing_inside_autocast_uses_the_new_weights(backbone, reward):
+    """The casts that a caller's autocast keeps would be those of the first step, and every later gradient one of the old weights."""
+    targets, tokens, _ = distilling.targets_of(reward, IMAGES)
+    latents, ends = distilling.latents_of(backbone, IMAGES), []
+    config = DistillConfig(steps=4, batch_size=8, lr=5e-3, warmup=1, decay=False)
+    for outer in (False, True):
+        torch.manual_seed(0)
+        model, _, _ = stitched(backbone, reward)
+        with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", dtype=torch.bfloat16, enabled=outer):
+            patch.setattr(distilling, "native_bf16", lambda _: True)
+            distill(model, latents, targets, tokens, config)
+        ends.append(model.tail.projection.weight.detach().clone())
+    torch.testing.assert_close(ends[0], ends[1], atol=2e-3, rtol=0)  # with the old casts they are .025 apart
+
+
 def test_sigma_law(generator):
     config = DistillConfig(sigma_mean=0.0, sigma_std=1.0)
     drawn = draw_sigma(50_000, config, (0.0, 1.0), generator)

@@ -216,6 +216,16 @@ BAD = {
     "oracle without gradient": (["oracle._target_=rlstitch.oracles.MonteCarlo"], "needs gradients"),
     "too many gradient steps": (["algorithm.grad_steps=3"], "earliest stop"),
     "batch larger than the prompts": (["batch.prompts_per_update=99"], "the prompt set has 8"),
+    "seed out of range": (["seed=-1"], "'seed' must be within 0..2^40, not -1"),
+    "fp16 under ZeRO": (["distributed.precision=fp16", "distributed.zero_stage=2"], "no loss scaling under ZeRO"),
+    "ReFL at the end": (
+        ["oracle._target_=rlstitch.oracles.Tweedie", "algorithm.grad_steps=0", "algorithm.regulariser=0", "stop.low=2", "stop.high=4"],
+        "nothing left to guess",
+    ),
+    "a guard that sees nothing": (
+        ["rewards.dark={_target_: rlstitch.rewards.simple.Darkness}", "evaluation.rewards=[dark]", "evaluation.every=2"],
+        "none of it (clip)",
+    ),
     "not an override": (["--lr", "3"], "key=value"),
 }
 

@@ -132,6 +132,7 @@ class SD3Backbone:
         self.image_size = side
         self.latent_shape = (self.transformer.config.in_channels, side // self.scale_factor, side // self.scale_factor)
         self._null: Conditioning | None = None
+        self._text_folder: Path | None = None
 
     lora_targets = LORA_TARGETS
 
@@ -197,31 +198,45 @@ class SD3Backbone:
 
     def encode_prompts(self, prompts: Sequence[str], *, batch_size: int = 64) -> Conditioning:
         """Text of N prompts, from the cache where it is there. The encoders are loaded once for all that are missing and freed again."""
-        folder = None if self.cache is None else self.cache / self.text_fingerprint()
-        files = {p: None if folder is None else folder / f"{hashlib.sha256(p.encode()).hexdigest()[:32]}.safetensors" for p in prompts}
+        files = self._text_files(prompts)
         known = {p: Conditioning(**read_tensors(f)) for p, f in files.items() if f is not None and f.exists()}
-        missing = [p for p in files if p not in known]
-        if missing:
-            pipeline = self._text_pipeline()
-            for start in range(0, len(missing), batch_size):
-                part = missing[start : start + batch_size]
-                with torch.no_grad():
-                    tokens, _, pooled, _ = pipeline.encode_prompt(
-                        part,
-                        None,
-                        None,
-                        do_classifier_free_guidance=False,
-                        device=self.device,
-                        max_sequence_length=self.max_sequence_length,
-                    )
-                for prompt, t, p in zip(part, tokens.cpu(), pooled.cpu()):
-                    known[prompt] = Conditioning(t.clone(), p.clone())
-                    if files[prompt] is not None:
-                        write_tensors(files[prompt], {"tokens": t, "pooled": p})
-            del pipeline
-            gc.collect()
+        for part, tokens, pooled in self._encoded([p for p in files if p not in known], batch_size):
+            for prompt, t, p in zip(part, tokens, pooled):
+                known[prompt] = Conditioning(t.clone(), p.clone())
+                if files[prompt] is not None:
+                    write_tensors(files[prompt], {"tokens": t, "pooled": p})
         rows = [known[p] for p in prompts]
         return Conditioning(torch.stack([r.tokens for r in rows]), torch.stack([r.pooled for r in rows])).to(self.device)
+
+    def remember(self, prompts: Sequence[str], *, batch_size: int = 64) -> None:
+        """Put the text of prompts into the cache, holding no more than a batch: a large set takes gigabytes (1.6 MiB a prompt at SD3.5's size)."""
+        files = self._text_files(prompts)
+        for part, tokens, pooled in self._encoded([p for p, f in files.items() if not f.exists()], batch_size):
+            for prompt, t, p in zip(part, tokens, pooled):
+                write_tensors(files[prompt], {"tokens": t, "pooled": p})
+
+    def _text_files(self, prompts: Sequence[str]) -> dict[str, Path | None]:
+        """Where the cache keeps each prompt's text; None without a cache."""
+        if self.cache is None:
+            return dict.fromkeys(prompts)
+        if self._text_folder is None:
+            self._text_folder = self.cache / self.text_fingerprint()
+        return {p: self._text_folder / f"{hashlib.sha256(p.encode()).hexdigest()[:32]}.safetensors" for p in prompts}
+
+    def _encoded(self, prompts: list[str], batch_size: int) -> Iterator[tuple[list[str], Tensor, Tensor]]:
+        """(prompts, tokens, pooled) on the CPU, batch by batch."""
+        if not prompts:
+            return
+        pipeline = self._text_pipeline()
+        for start in range(0, len(prompts), batch_size):
+            part = prompts[start : start + batch_size]
+            with torch.no_grad():
+                tokens, _, pooled, _ = pipeline.encode_prompt(
+                    part, None, None, do_classifier_free_guidance=False, device=self.device, max_sequence_length=self.max_sequence_length
+                )
+            yield part, tokens.cpu(), pooled.cpu()
+        del pipeline
+        gc.collect()
 
     def too_long(self, prompts: Sequence[str]) -> list[tuple[str, int, int]]:
         """(prompt, its tokens, the limit) of prompts that the widest encoder would cut: T5's limit where there is one, else CLIP's."""
@@ -293,12 +308,23 @@ class SD3Backbone:
 
     # ------------------------------------------------------------------------------------------------ autoencoder
 
+    @staticmethod
+    def _parts(x: Tensor, factor: int, pixels: int = 8 * 512**2) -> tuple[Tensor, ...]:
+        """A batch cut so that the autoencoder, whose activations outweigh everything else, sees no more than so many pixels at once; whole where gradients flow."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            return (x,)
+        return x.split(max(1, pixels // (x.shape[-1] * x.shape[-2] * factor**2)))
+
     def encode(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [0, 1] -> latents after shift and scale (the posterior's mode)."""
+        """Images [B, 3, H, W] in [0, 1] -> latents after shift and scale (the posterior's mode); without gradient a few at a time."""
+        if len(parts := self._parts(images, 1)) > 1:
+            return torch.cat([self.encode(part) for part in parts])
         mode = self.vae.encode((2 * images - 1).to(self.dtype)).latent_dist.mode().float()
         return (mode - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latents -> images [B, 3, H, W] in [0, 1], differentiable inside the range."""
+        """Latents -> images [B, 3, H, W] in [0, 1], differentiable inside the range; without gradient a few at a time."""
+        if len(parts := self._parts(z, self.scale_factor)) > 1:
+            return torch.cat([self.decode(part) for part in parts])
         raw = z / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
         return (self.vae.decode(raw.to(self.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)

@@ -113,12 +113,9 @@ class ClipReward:
         try:
             # On a CPU the fused kernel's backward is several times slower than plain attention at these lengths.
             kernel = "eager" if self.device.type == "cpu" else "sdpa"
-            self.model = (
-                CLIPModel.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation=kernel)
-                .to(self.device)
-                .requires_grad_(False)
-                .eval()
-            )
+            model = CLIPModel.from_pretrained(folder, dtype=torch.float32, attn_implementation=kernel)
+            temperature = float(model.logit_scale.detach().exp())  # before the cast: in bf16 100 would become 99
+            self.model = model.to(self.device, getattr(torch, dtype)).requires_grad_(False).eval()
             self.tokenizer = CLIPTokenizer.from_pretrained(folder)
         except Exception as error:  # transformers raises many kinds for a missing or damaged file
             raise UserError(f"the reward model '{path}' cannot be loaded: {error}") from error
@@ -133,7 +130,7 @@ class ClipReward:
             line = json.loads(require(folder / "surrogate.json", "the surrogate's scale").read_text())
             self.scale, self.offset = line["scale"], line["offset"]
         else:
-            self.scale = float(self.model.logit_scale.exp()) if scale == "logit" else float(scale)
+            self.scale = temperature if scale == "logit" else float(scale)
         self.head = None if head is None else load_head(head, head_activation).to(self.device).requires_grad_(False).eval()
         self._whole = VisionTail(self.model, 1)
         self._texts: dict[str, Tensor] = {}
@@ -146,8 +143,13 @@ class ClipReward:
     def score_embedding(self, embedding: Tensor, batch: Batch) -> Tensor:
         """From an image embedding [B, D] (unit norm for a clean picture) to the reward [B]."""
         if self.head is not None:
-            return self.head(embedding.float())[:, 0]
+            return self.head_of(embedding)
         return self.scale * (embedding * self.embed_texts(batch.prompts)).sum(-1) + self.offset
+
+    def head_of(self, embedding: Tensor) -> Tensor:
+        """The head's score [B] of an embedding, in float32 also inside autocast: bf16 would round scores of 4 to 8 to 1/32."""
+        with torch.autocast(self.device.type, enabled=False):
+            return self.head(embedding.float())[:, 0]
 
     def embed_texts(self, prompts: list[str]) -> Tensor:
         """Unit text embeddings [B, D]. Each prompt is encoded once and by itself: in a batch, its last bits would depend on its neighbours, and with

@@ -25,6 +25,11 @@ class _Seen:
     guided: Tensor | None = None
 
 
+def _same_text(a: Tensor, b: Tensor) -> bool:
+    """Whether two encodings are one but for the half precision that a value model keeps its own in."""
+    return a.shape == b.shape and bool((a.float() - b.float()).abs().max() <= 0.01 * b.float().abs().max())
+
+
 class Steered:
     """`velocity(z, sigma)` and `value(z, sigma)` of P prompts for any multiple of P rows, a prompt's rows side by side; one noise level a call.
 
@@ -46,8 +51,9 @@ class Steered:
             self._depths = []
 
     def _same_base(self, model: StitchedValueModel) -> bool:
-        """Whether the value's prefix is this denoiser's own first blocks: the same tensors, and no adapter on them."""
-        if not len(model.prefix.blocks):
+        """Whether the value's prefix is this denoiser's own first blocks under the same null text: the same tensors, and no adapter on them."""
+        own, null = (model.null_tokens, model.null_pooled), self.backbone.null
+        if not len(model.prefix.blocks) or not all(_same_text(a, b) for a, b in zip(own, (null.tokens, null.pooled))):
             return False
         blocks = self.backbone.transformer.transformer_blocks[: len(model.prefix.blocks)]
         return [p.data_ptr() for p in blocks.parameters()] == [p.data_ptr() for p in model.prefix.blocks.parameters()]

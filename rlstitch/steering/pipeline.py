@@ -43,12 +43,17 @@ class _Bound:
             value.value if isinstance(value, StitchedValueModel) else lambda latent, batch: value.total(value(latent, batch))
         )
         self.sigma_range = value.sigma_range
+        self.device = value.reward.device if isinstance(value, StitchedValueModel) else None
 
     def __call__(self, z: Tensor, sigma: Tensor) -> Tensor:
         copies, rest = divmod(len(z), len(self.batch))
         if rest:
             raise UserError(
                 f"the pipeline holds {len(z)} latents, no multiple of the {len(self.batch)} prompts that the guide was made with"
+            )
+        if self.device is not None and torch.device(self.device).type != z.device.type:
+            raise UserError(
+                f"the pipeline runs on {z.device}, the value on {self.device}: load it there with StitchedValueModel.from_pretrained(..., device='{z.device}')"
             )
         return self.ask(Latent(z.float(), sigma), self.batch.interleave(copies))
 

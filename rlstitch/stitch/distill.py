@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from rlstitch import schedule
 from rlstitch.distributed import native_bf16
 from rlstitch.stitch.model import StitchedValueModel
+from rlstitch.types import UserError
 
 
 @dataclass
@@ -21,11 +22,12 @@ class DistillConfig:
     """The paper's settings are lr 1e-5, stitch_lr_factor 5, batch_size 128, warmup 100, logit-normal(0, 1), weights 1.
 
     sigma is drawn logit-normal(mean, std), except for a share `uniform_share` drawn uniformly; both are kept inside sigma_range.
-    token_weight is lambda_tok; score_weight lambda_sc, used where the reward has a head; loss: squared error or Smooth-L1.
+    micro_batch: rows that are run at once, their gradients added up to the batch's (0: all). token_weight is lambda_tok; score_weight lambda_sc, used where the reward has a head; loss: squared error or Smooth-L1.
     """
 
     steps: int = 1500
     batch_size: int = 128
+    micro_batch: int = 0
     lr: float = 1e-5
     stitch_lr_factor: float = 5.0
     weight_decay: float = 0.0
@@ -72,26 +74,44 @@ def distillation_loss(
     }
     loss = parts["embedding"] + config.token_weight * parts["tokens"]
     if model.reward.head is not None:
-        parts["head"] = _error(model.reward.head(embedding), model.reward.head(target), config.loss).mean()
+        parts["head"] = _error(model.reward.head_of(embedding), model.reward.head_of(target), config.loss).mean()
         loss = loss + config.score_weight * parts["head"]
     return loss, {k: v.detach() for k, v in parts.items()}
 
 
 @torch.no_grad()
-def targets_of(reward: Any, images: Tensor, batch_size: int = 64) -> tuple[Tensor, Tensor, float]:
-    """Frozen reward on clean pictures: unit embeddings [N, D], output tokens [N, T, W] (half precision), mean norm of the raw embedding."""
+def targets_of(
+    reward: Any, images: Tensor, batch_size: int = 64, *, most_bytes: int = 4 << 30
+) -> tuple[Tensor, Tensor | Callable[[Tensor], Tensor], float]:
+    """Frozen reward on clean pictures: unit embeddings [N, D], output tokens [N, T, W] (half precision), mean norm of the raw embedding.
+
+    Tokens of more than `most_bytes` are not kept (a ViT-H/14 at 378 px makes 1.9 MB a picture): then a function gives those of any rows when they are asked for.
+    """
     unit, tokens, norm = [], [], 0.0
+    kept = len(images) * (reward.grid**2 + 1) * reward.width * 2 <= most_bytes
     for start in range(0, len(images), batch_size):
         raw, h = reward.encode(_pixels(images[start : start + batch_size]).to(reward.device))
         norm += float(raw.norm(dim=-1).sum())
         unit.append(F.normalize(raw, dim=-1))
-        tokens.append(h.half())
-    return torch.cat(unit), torch.cat(tokens), norm / len(images)
+        if kept:
+            tokens.append(h.half())
+    if kept:
+        return torch.cat(unit), torch.cat(tokens), norm / len(images)
+
+    @torch.no_grad()
+    def again(index: Tensor) -> Tensor:
+        return reward.encode(_pixels(images[index.to(images.device)]).to(reward.device))[1]
+
+    return torch.cat(unit), again, norm / len(images)
 
 
 @torch.no_grad()
 def latents_of(backbone: Any, images: Tensor, batch_size: int = 64) -> Tensor:
-    """Clean latents [N, C, H, W] of pictures, uint8 or float in [0, 1]."""
+    """Clean latents [N, C, H, W] of pictures, uint8 or float in [0, 1]. Raises UserError where they have another size than the model's."""
+    if images.shape[-1] != backbone.image_size or images.shape[-2] != backbone.image_size:
+        raise UserError(
+            f"the pictures have {images.shape[-1]} x {images.shape[-2]} pixels, the model takes {backbone.image_size} x {backbone.image_size}: resize them, or set model.image_size"
+        )
     return torch.cat([backbone.encode(_pixels(images[s : s + batch_size]).to(backbone.device)) for s in range(0, len(images), batch_size)])
 
 
@@ -103,7 +123,7 @@ def distill(
     model: StitchedValueModel,
     latents: Tensor,
     targets: Tensor,
-    target_tokens: Tensor,
+    target_tokens: Tensor | Callable[[Tensor], Tensor],
     config: DistillConfig,
     *,
     progress: Callable[[int, dict[str, float]], None] | None = None,
@@ -111,7 +131,7 @@ def distill(
 ) -> float:
     """Train stitch and tail in place on N clean latents with their targets; returns the seconds it took. `progress(step, metrics)` is called every step.
 
-    objective: the loss to descend, with the signature of `distillation_loss`.
+    target_tokens: tokens [N, T, W], or what gives those of rows [B]. objective: the loss to descend, with the signature of `distillation_loss`.
     """
     generator = torch.Generator().manual_seed(config.seed)
     stitch, tail = list(model.stitch.parameters()), [p for p in model.tail.parameters() if p.requires_grad]
@@ -130,9 +150,15 @@ def distill(
         noise = torch.randn(config.batch_size, *latents.shape[1:], generator=generator).to(latents.device)
         sigma = draw_sigma(config.batch_size, config, model.sigma_range, generator).to(latents.device)
         z = schedule.interpolate(latents[index].float(), noise, sigma)
-        with torch.autocast(latents.device.type, dtype=torch.bfloat16, enabled=config.autocast and native_bf16(latents.device.type)):
-            loss, parts = objective(model, z, sigma, targets[index], target_tokens[index].float(), config)
-        loss.backward()
+        told: dict[str, float] = {}
+        for rows in torch.arange(config.batch_size).split(config.micro_batch or config.batch_size):
+            picked, share = index[rows], len(rows) / config.batch_size
+            tokens = target_tokens(picked) if callable(target_tokens) else target_tokens[picked]
+            with torch.autocast(latents.device.type, dtype=torch.bfloat16, enabled=config.autocast and native_bf16(latents.device.type)):
+                loss, parts = objective(model, z[rows], sigma[rows], targets[picked], tokens.float(), config)
+            (loss * share).backward()
+            for key, value in {"loss": loss.detach(), **parts}.items():
+                told[key] = told.get(key, 0.0) + share * value
         norm = torch.nn.utils.clip_grad_norm_(stitch + tail, config.clip_norm)
         if not torch.isfinite(norm):
             raise FloatingPointError(f"distillation: the gradient norm is {norm.item()} at step {step}; lower lr (now {config.lr:g})")
@@ -140,6 +166,6 @@ def distill(
         torch.clear_autocast_cache()  # inside a caller's autocast, the casts of the old weights would be used again
         optimiser.zero_grad(set_to_none=True)
         if progress is not None:
-            progress(step, {"loss": loss.item(), **{k: v.item() for k, v in parts.items()}})
+            progress(step, {k: float(v) for k, v in told.items()})
     model.eval()
     return time.perf_counter() - started

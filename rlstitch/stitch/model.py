@@ -171,15 +171,20 @@ class StitchedValueModel(nn.Module):
         write_json(folder / CARD, card)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, backbone: Any = None, reward: Any = None, share: bool = True) -> StitchedValueModel:
-        """Load a value model. What it was stitched from is taken from `backbone` and `reward`, or built from the card; both must match by hash.
+    def from_pretrained(
+        cls, path: str | Path, *, backbone: Any = None, reward: Any = None, share: bool = True, device: str | None = None
+    ) -> StitchedValueModel:
+        """Load a value model. What it was stitched from is taken from `backbone` and `reward`, or built from the card on `device` (default: that of the
+        part that is given, else the CPU); both must match by hash.
 
         Call it before LoRA is added to the backbone. Raises UserError for missing, corrupt or foreign parts (OtherDenoiser where only the denoiser is another one).
         """
         folder, card = require(path, "the value model"), read_card(path)
         tensors = read_tensors(require(folder / WEIGHTS, "the value model's weights"), card["sha256"])
-        backbone = build(card["backbone"]) if backbone is None else backbone
-        reward = build(card["reward"]) if reward is None else reward
+        given = next((part.device for part in (backbone, reward) if part is not None), "cpu")
+        where = {"device": str(given if device is None else device)}
+        backbone = build(card["backbone"] | where) if backbone is None else backbone
+        reward = build(card["reward"] | where) if reward is None else reward
         check_vae(card, backbone.path, path)
         linear, on_latents = tensors["stitch.linear.weight"], card.get("prefix") == "latent"
         width = backbone.latent_shape[0] * card["fold"] ** 2 if on_latents else backbone.width

@@ -65,6 +65,20 @@ def checked(given: dict[str, Any], name: str) -> StitchRecipe:
         faults.append(f"'kind' must be stitch, vae or noisy_clip, not {recipe.kind!r}")
     if recipe.blocks not in ("best", "cheapest") and not recipe.blocks.isdigit():
         faults.append(f"'blocks' must be best, cheapest or a number, not {recipe.blocks!r}")
+    d = recipe.distill
+    faults += [
+        f"'distill.{k}' must be positive, not {v}" for k, v in (("steps", d.steps), ("batch_size", d.batch_size), ("lr", d.lr)) if v <= 0
+    ]
+    if d.micro_batch < 0:
+        faults.append(f"'distill.micro_batch' must not be negative, not {d.micro_batch}")
+    if recipe.kind != "stitch":
+        plain = StitchRecipe()
+        own = ("blocks", "reward_block", "ridge", "normalise", "sigma_low", "sigma_high")
+        faults += [
+            f"'{k}' is {getattr(recipe, k)!r}, but kind={recipe.kind} has no such choice: leave it out"
+            for k in own
+            if getattr(recipe, k) != getattr(plain, k)
+        ]
     if not 0 <= recipe.sigma_low < recipe.sigma_high <= 1:
         faults.append(f"'sigma_low' and 'sigma_high' must satisfy 0 <= low < high <= 1, not {recipe.sigma_low} and {recipe.sigma_high}")
     if faults:

@@ -1,0 +1,35 @@
+"""The CLIP family's scores in reduced precision: what must not be rounded is not."""
+
+import math
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from rlstitch.rewards.clip import ClipReward
+from rlstitch.types import Batch
+
+BATCH = Batch(["a red circle", "two stars"], torch.arange(2), torch.arange(2))
+
+
+def test_the_logit_scale_is_read_before_the_cast(clip_dir):
+    """PickScore's 4.6052 is 4.59375 in bfloat16, and 100 would be 99."""
+    full, half = (ClipReward(str(clip_dir), scale="logit", dtype=d) for d in ("float32", "bfloat16"))
+    assert half.scale == full.scale == pytest.approx(math.exp(float(full.model.logit_scale)))
+    assert half.model.visual_projection.weight.dtype == torch.bfloat16
+
+
+def test_a_model_hashes_alike_in_either_precision(clip_dir):
+    assert ClipReward(str(clip_dir)).fingerprint() == ClipReward(str(clip_dir), dtype="bfloat16").fingerprint()
+
+
+def test_a_head_is_not_rounded_inside_autocast(clip_dir, tmp_path):
+    width = ClipReward(str(clip_dir)).model.config.projection_dim
+    head = {"0.weight": torch.randn(1, width, generator=torch.Generator().manual_seed(0)), "0.bias": torch.tensor([6.0])}
+    save_file(head, tmp_path / "head.safetensors")
+    reward = ClipReward(str(clip_dir), head=str(tmp_path / "head.safetensors"))
+    embedding = torch.nn.functional.normalize(torch.randn(2, width), dim=-1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = reward.score_embedding(embedding, BATCH)
+    assert inside.dtype == torch.float32
+    torch.testing.assert_close(inside, embedding @ head["0.weight"][0] + 6.0)
