@@ -127,6 +127,10 @@ def read_tensors(path: Path, expected_sha256: str | None = None) -> dict[str, Te
         raise UserError(
             f"{path} is not the file that was saved: sha256 {found[:16]}... instead of {expected_sha256[:16]}.... Restore it or make it again."
         )
+    if path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".pkl"):
+        raise UserError(
+            f"{path} is a pickle, which can run code and is not read here: convert it where you trust it, with safetensors.torch.save_file(torch.load('{path.name}', weights_only=True), '{path.stem}.safetensors')"
+        )
     try:
         return load_file(path)
     except SafetensorError as error:

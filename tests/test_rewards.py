@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from rlstitch.rewards.clip import ClipReward
-from rlstitch.types import Batch
+from rlstitch.types import Batch, UserError
 
 BATCH = Batch(["a red circle", "two stars"], torch.arange(2), torch.arange(2))
 
@@ -24,6 +24,9 @@ def test_a_model_hashes_alike_in_either_precision(clip_dir):
 
 
 def test_a_head_is_not_rounded_inside_autocast(clip_dir, tmp_path):
+    (tmp_path / "head.pth").write_bytes(b"")
+    with pytest.raises(UserError, match="is a pickle, which can run code"):
+        ClipReward(str(clip_dir), head=str(tmp_path / "head.pth"))
     width = ClipReward(str(clip_dir)).model.config.projection_dim
     head = {"0.weight": torch.randn(1, width, generator=torch.Generator().manual_seed(0)), "0.bias": torch.tensor([6.0])}
     save_file(head, tmp_path / "head.safetensors")

@@ -161,7 +161,7 @@ def distill(
                 told[key] = told.get(key, 0.0) + share * value
         norm = torch.nn.utils.clip_grad_norm_(stitch + tail, config.clip_norm)
         if not torch.isfinite(norm):
-            raise FloatingPointError(f"distillation: the gradient norm is {norm.item()} at step {step}; lower lr (now {config.lr:g})")
+            raise UserError(f"distillation: the gradient norm is {norm.item()} at step {step}; lower lr (now {config.lr:g})")
         optimiser.step()
         torch.clear_autocast_cache()  # inside a caller's autocast, the casts of the old weights would be used again
         optimiser.zero_grad(set_to_none=True)

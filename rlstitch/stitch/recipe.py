@@ -162,6 +162,8 @@ def run(recipe: StitchRecipe) -> StitchedValueModel:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     backbone, reward = cfg.build(recipe.model, device=device), cfg.build(recipe.reward, device=device)
     require(recipe.model["path"], "the model directory")
+    if recipe.kind == "stitch" and recipe.max_reward_block > reward.num_blocks:
+        raise UserError(f"'max_reward_block' is {recipe.max_reward_block}, but the reward has {reward.num_blocks} blocks")
     images, _ = cfg.build(recipe.images)
     started = time.perf_counter()
     latents = latents_of(backbone, images)
