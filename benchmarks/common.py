@@ -28,6 +28,7 @@ def arguments(defaults: dict[str, str]) -> dict[str, str]:
 
 def save(name: str, result: dict[str, Any]) -> None:
     """results/<name>.json, with the machine's name."""
-    result = {"hardware": hardware(), "command": " ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]), **result}
+    told = [a for a in sys.argv[1:] if not a.startswith("out=")]  # where the runs lie says nothing
+    result = {"hardware": hardware(), "command": " ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *told]), **result}
     write_json(RESULTS / f"{name}.json", result)
     print(json.dumps(result, indent=1))
