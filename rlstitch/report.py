@@ -50,7 +50,9 @@ def line_plot(
     if not points:
         return "<p>No data.</p>"
     many = len(series) > 1
-    left, bottom, top, right = 58, 40 + (18 * (-(-len(series) // 3)) if many else 0), 30, 22
+    left, top, right = 58, 30, 22
+    columns = min(3, max(1, (width - left) // (7 * max(map(len, series)) + 20)))  # of the legend, as its longest name allows
+    bottom = 40 + (18 * (-(-len(series) // columns)) if many else 0)
     x0, x1 = 0.0, max(p[0] for p in points) or 1.0
     y0, y1 = min(p[1] for p in points), max(p[1] for p in points)
     pad = 0.06 * (y1 - y0) or 0.5
@@ -90,7 +92,7 @@ def line_plot(
             out += [drawn(line, colour, 0.25), drawn(running_mean(line, max(5, len(line) // 15)), colour, 1.0)]
     out.append(f'<text x="{(left + width - right) / 2}" y="{height - bottom + 34}" text-anchor="middle">{html.escape(x_label)}</text>')
     for k, (colour, name) in enumerate(zip(COLOURS, series) if many else ()):
-        x, y = left + k % 3 * (width - left) / 3, height - bottom + 54 + k // 3 * 18
+        x, y = left + k % columns * (width - left) / columns, height - bottom + 54 + k // columns * 18
         out.append(f'<rect x="{x:.0f}" y="{y - 9:.0f}" width="10" height="10" fill="{colour}"/>')
         out.append(f'<text x="{x + 15:.0f}" y="{y:.0f}">{html.escape(name)}</text>')
     return "".join(out) + "</svg>"
