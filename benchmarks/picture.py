@@ -8,11 +8,13 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks.common import RESULTS, arguments
+from rlstitch.config import compose
 
 
 def main() -> None:
     run = Path(arguments({"run": "runs/draft_stitch"})["run"])
-    grids = {"base model": run / "samples" / "base.png", "after DRaFT-3 + StitchVM": run / "samples" / "ema.png"}
+    k = compose(str(run / "recipe.yaml"))["algorithm"]["grad_steps"]
+    grids = {"base model": run / "samples" / "base.png", f"after DRaFT-{k} + StitchVM": run / "samples" / "ema.png"}
     images = {title: Image.open(path).convert("RGB") for title, path in grids.items()}
     width, height = sum(i.width for i in images.values()) + 24, max(i.height for i in images.values()) + 36
     sheet = Image.new("RGB", (width, height), "white")
