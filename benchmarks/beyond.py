@@ -27,8 +27,8 @@ from rlstitch.backbones.sd3 import advance, enter
 from rlstitch.files import write_json, write_text
 from rlstitch.stitch import recipe as stitch
 from rlstitch.stitch.distill import DistillConfig, distill, distillation_loss, latents_of, targets_of
-from rlstitch.stitch.model import StitchedValueModel, StitchLayer, read_card, resample
-from rlstitch.stitch.search import solve
+from rlstitch.stitch.model import StitchedValueModel, StitchLayer, read_card
+from rlstitch.stitch.search import fit
 from rlstitch.types import Conditioning
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -76,11 +76,7 @@ def closed_form(
     sigma = torch.rand(len(latents), generator=generator)
     z = schedule.interpolate(latents.cpu(), torch.randn(latents.shape, generator=generator), sigma).to(latents.device)
     grid = prefix(z, sigma.to(z.device), null.expand(len(z))).grid
-    f = resample(grid.double(), reward.grid).flatten(2).transpose(1, 2).flatten(0, 1)
-    g = reward.patches(images.to(z.device)).double().flatten(0, 1)
-    f_mean, g_mean = f.mean(0), g.mean(0)
-    weight = solve((f - f_mean).T @ (f - f_mean), (f - f_mean).T @ (g - g_mean), ridge).T
-    return StitchLayer(weight.float(), (g_mean - weight @ f_mean).float(), reward.grid).to(z.device)
+    return fit(grid, reward.patches(images.to(z.device)), reward.grid, ridge)
 
 
 def weighted(weight: Callable[[Tensor], Tensor]) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:

@@ -97,6 +97,11 @@ def read(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def to_image(picture: Tensor) -> Image.Image:
+    """A picture [3, H, W] in [0, 1], clamped to it, as eight bits a channel."""
+    return Image.fromarray((picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
 def grid(images: Tensor, captions: list[str], path: Path, *, columns: int = 4, side: int = 160) -> None:
     """A PNG of pictures [N, 3, H, W] in [0, 1] with a caption under each, written under a temporary name and renamed.
 
@@ -108,8 +113,7 @@ def grid(images: Tensor, captions: list[str], path: Path, *, columns: int = 4, s
     draw = ImageDraw.Draw(sheet)
     for k, (image, lines) in enumerate(zip(images, texts)):
         x, y = 8 + k % columns * (side + 8), 8 + k // columns * height
-        pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-        sheet.paste(Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST), (x, y))
+        sheet.paste(to_image(image).resize((side, side), Image.Resampling.NEAREST), (x, y))
         for n, text in enumerate(lines):
             draw.text((x, y + side + 2 + n * line), text, fill="black")
     path.parent.mkdir(parents=True, exist_ok=True)

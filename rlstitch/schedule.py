@@ -92,3 +92,10 @@ def bridge_variance(tau: float | Tensor, sigma: float | Tensor) -> Tensor:
     s = ((sigma - a * tau) * (sigma + a * tau)).sqrt()
     ds = (sigma + a * tau**2 / (1 - tau)) / s
     return ((tau * s / (1 - tau) + ds * a * tau) / sigma).square()
+
+
+def draw_above(grid: Tensor, tau: float, seeds: Tensor, count: int, *, stream: int) -> Tensor:
+    """Levels [B, count] of a grid that lie above tau: each of the noise seeds [B] has its own draw without replacement, another one in another `stream`."""
+    above = grid[grid > tau + 1e-6]
+    generators = (torch.Generator().manual_seed((seed * 7919 + stream) % 2**63) for seed in seeds.tolist())
+    return above[torch.stack([torch.randperm(len(above), generator=g)[:count] for g in generators])]

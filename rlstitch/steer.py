@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,7 +23,7 @@ from rlstitch.data import PromptSet, encode, read_prompts
 from rlstitch.distributed import native_bf16
 from rlstitch.files import resolve, write_json, write_text
 from rlstitch.metrics import grid as draw_grid
-from rlstitch.metrics import peak_memory_mb
+from rlstitch.metrics import peak_memory_mb, to_image
 from rlstitch.oracles import Terminal, load_values
 from rlstitch.schema import SamplerConfig
 from rlstitch.steering.model import Steered
@@ -261,8 +260,7 @@ class Job:
                 shown[kind] += pictures[: max(0, config.grid - first)].cpu().unbind()
                 if kind == "steered":
                     for row, picture in zip(rows, pictures):
-                        pixels = (picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-                        Image.fromarray(pixels).save(work / "images" / f"{row:05d}.png")
+                        to_image(picture).save(work / "images" / f"{row:05d}.png")
                 for name, column in judged.items():
                     scores[kind][name].append(column)
             bar.update(len(rows))

@@ -285,7 +285,7 @@ class Trainer:
             self.clock.hours.update(progress["hours"])
             self.guard.load_state(progress["guard"])
             if self.engine.is_main:  # an abandoned future would be what `resume=auto` takes next
-                for later in (f for f in found if f != source and int(f.name.removeprefix("step-")) > self.step):
+                for later in (f for f in found if int(f.name.removeprefix("step-")) > self.step):
                     shutil.rmtree(later)
         if self.engine.is_main:
             write_text(self.run / "recipe.yaml", cfg.to_yaml(config))

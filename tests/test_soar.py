@@ -11,7 +11,7 @@ from rlstitch.data import PromptSet, encode, encode_pictures
 from rlstitch.shapes import images
 from rlstitch.types import UserError
 from tests import pictures
-from tests.test_train import rows, start, weights, world  # noqa: F401  (a fixture)
+from tests.test_train import refusal, rows, start, weights, world  # noqa: F401  (a fixture)
 
 
 @pytest.fixture
@@ -157,15 +157,9 @@ FAULTS = {
 
 @pytest.mark.parametrize("case", FAULTS)
 def test_faults_are_told_before_anything_loads(world, case):  # noqa: F811
-    from rlstitch import cli
-    from rlstitch.checks import checked
-
     pictures.without_reward(world)
     recipe, overrides, expected = FAULTS[case]
-    with pytest.raises(UserError) as caught:
-        name, given = cli.recipe_and_overrides([f"recipe={world / recipe}", *overrides])
-        checked(given, name)
-    assert expected in str(caught.value)
+    assert expected in refusal(world / recipe, *overrides)
 
 
 def test_pairs_given_for_pictures_are_refused_in_one_message(world):  # noqa: F811

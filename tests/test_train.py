@@ -230,18 +230,22 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_recipes_get_one_clear_message(world, case, capsys):
-    """In one process: what the launcher prints before anything loads."""
+def refusal(recipe, *overrides):
+    """The message that a recipe is refused with, in one process: what the launcher prints before anything loads."""
     from rlstitch import cli
     from rlstitch.checks import checked
     from rlstitch.types import UserError
 
-    overrides, expected = BAD[case]
     with pytest.raises(UserError) as caught:
-        name, given = cli.recipe_and_overrides([f"recipe={world / 'recipe.yaml'}", *overrides])
+        name, given = cli.recipe_and_overrides([f"recipe={recipe}", *overrides])
         checked(given, name)
-    assert expected in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_recipes_get_one_clear_message(world, case, capsys):
+    overrides, expected = BAD[case]
+    assert expected in refusal(world / "recipe.yaml", *overrides)
 
 
 def test_all_faults_come_at_once_with_exit_2_and_nothing_written(world):

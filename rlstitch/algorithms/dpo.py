@@ -34,15 +34,6 @@ def _told(loss: Tensor, margin: Tensor, share: Tensor) -> dict[str, Tensor]:
     return {"loss": loss.detach(), "margin": (share * margin.detach()).sum() / count, "accuracy": (share * right).sum() / count}
 
 
-def _above(grid: Tensor, tau: float, seeds: Tensor, count: int) -> Tensor:
-    """Levels [P, count] of the grid above tau, each pair its own draw without replacement."""
-    above = grid[grid > tau + 1e-6]
-    order = [
-        torch.randperm(len(above), generator=torch.Generator().manual_seed((seed * 7919 + 29) % 2**63))[:count] for seed in seeds.tolist()
-    ]
-    return above[torch.stack(order)]
-
-
 def _faults(options: dict[str, Any], levels: int) -> list[str]:
     """What both have in common and a recipe may get wrong; `levels` is how many training times there are to draw from."""
     out = [f"'algorithm.{k}' must be positive, not {options[k]}" for k in ("beta", "times") if options.get(k, 1) <= 0]
@@ -100,7 +91,7 @@ class OfflineDPO:
     def levels(self, seeds: Tensor) -> Tensor:
         """Noise levels [B, times], one draw for both of a pair."""
         if self.draw == "grid":
-            return _above(self.grid, 0.0, seeds, self.times)
+            return schedule.draw_above(self.grid, 0.0, seeds, self.times, stream=29)
         return schedule.training_sigma(noise_like((self.times,), seeds, stream=701).double().sigmoid(), self.shift)
 
     def losses(self, rollout: Rollout) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
@@ -203,7 +194,7 @@ class OnlineDPO:
         seeds = batch.seeds[:: self.images]
         velocity = self.backbone.bind(batch.text[rows.flatten()], self.guidance)
         trained = sampling.checkpointed(velocity) if self.checkpointing else velocity
-        for slot, sigma in enumerate(_above(self.grid, tau, seeds, count).to(device).unbind(1)):
+        for slot, sigma in enumerate(schedule.draw_above(self.grid, tau, seeds, count, stream=29).to(device).unbind(1)):
             noise = noise_like(pair.shape[2:], seeds, stream=101 + slot, device=device)[:, None].expand_as(pair)
             z, target = schedule.bridge(pair, tau, sigma, noise)
             weight = 1 / (1 + schedule.bridge_variance(tau, sigma))

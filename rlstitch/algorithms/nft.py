@@ -107,13 +107,7 @@ class NFT:
 
     def levels(self, rollout: Rollout, count: int) -> Tensor:
         """Training times [B, count]: each sample its own draw without replacement from the grid above its stop."""
-        tau = float(rollout.latent.sigma[0])
-        above = self.grid[self.grid > tau + 1e-6]
-        order = [
-            torch.randperm(len(above), generator=torch.Generator().manual_seed((seed * 7919 + 13) % 2**63))[:count]
-            for seed in rollout.batch.seeds.tolist()
-        ]
-        return above[torch.stack(order)]
+        return schedule.draw_above(self.grid, float(rollout.latent.sigma[0]), rollout.batch.seeds, count, stream=13)
 
     def losses(self, rollout: Rollout, weight: Tensor, count: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """One loss a training time; samples without a score take no part."""

@@ -200,20 +200,15 @@ class SD3Backbone:
         """Text of N prompts, from the cache where it is there. The encoders are loaded once for all that are missing and freed again."""
         files = self._text_files(prompts)
         known = {p: Conditioning(**read_tensors(f)) for p, f in files.items() if f is not None and f.exists()}
-        for part, tokens, pooled in self._encoded([p for p in files if p not in known], batch_size):
-            for prompt, t, p in zip(part, tokens, pooled):
-                known[prompt] = Conditioning(t.clone(), p.clone())
-                if files[prompt] is not None:
-                    write_tensors(files[prompt], {"tokens": t, "pooled": p})
+        missing = {p: f for p, f in files.items() if p not in known}
+        known |= {prompt: Conditioning(t.clone(), p.clone()) for prompt, t, p in self._encoded(missing, batch_size)}
         rows = [known[p] for p in prompts]
         return Conditioning(torch.stack([r.tokens for r in rows]), torch.stack([r.pooled for r in rows])).to(self.device)
 
     def remember(self, prompts: Sequence[str], *, batch_size: int = 64) -> None:
         """Put the text of prompts into the cache, holding no more than a batch: a large set takes gigabytes (1.6 MiB a prompt at SD3.5's size)."""
-        files = self._text_files(prompts)
-        for part, tokens, pooled in self._encoded([p for p, f in files.items() if not f.exists()], batch_size):
-            for prompt, t, p in zip(part, tokens, pooled):
-                write_tensors(files[prompt], {"tokens": t, "pooled": p})
+        for _ in self._encoded({p: f for p, f in self._text_files(prompts).items() if not f.exists()}, batch_size):
+            pass
 
     def _text_files(self, prompts: Sequence[str]) -> dict[str, Path | None]:
         """Where the cache keeps each prompt's text; None without a cache."""
@@ -223,18 +218,21 @@ class SD3Backbone:
             self._text_folder = self.cache / self.text_fingerprint()
         return {p: self._text_folder / f"{hashlib.sha256(p.encode()).hexdigest()[:32]}.safetensors" for p in prompts}
 
-    def _encoded(self, prompts: list[str], batch_size: int) -> Iterator[tuple[list[str], Tensor, Tensor]]:
-        """(prompts, tokens, pooled) on the CPU, batch by batch."""
-        if not prompts:
+    def _encoded(self, files: dict[str, Path | None], batch_size: int) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """(prompt, tokens, pooled) on the CPU, each put into its file, where it has one, batch by batch."""
+        if not files:
             return
-        pipeline = self._text_pipeline()
+        pipeline, prompts = self._text_pipeline(), list(files)
         for start in range(0, len(prompts), batch_size):
             part = prompts[start : start + batch_size]
             with torch.no_grad():
                 tokens, _, pooled, _ = pipeline.encode_prompt(
                     part, None, None, do_classifier_free_guidance=False, device=self.device, max_sequence_length=self.max_sequence_length
                 )
-            yield part, tokens.cpu(), pooled.cpu()
+            for prompt, t, p in zip(part, tokens.cpu(), pooled.cpu()):
+                if files[prompt] is not None:
+                    write_tensors(files[prompt], {"tokens": t, "pooled": p})
+                yield prompt, t, p
         del pipeline
         gc.collect()
 

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from rlstitch import schedule
 from rlstitch.stitch.distill import DistillConfig, draw_sigma
-from rlstitch.stitch.model import LatentPrefix, StitchedValueModel, StitchLayer, resample
-from rlstitch.stitch.search import solve
+from rlstitch.stitch.model import LatentPrefix, StitchedValueModel, StitchLayer
+from rlstitch.stitch.search import fit
 from rlstitch.types import Batch, Latent, UserError
 
 
@@ -31,11 +31,7 @@ def vae_stitch(
     generator = torch.Generator().manual_seed(seed)
     sigma = draw_sigma(len(latents), DistillConfig(uniform_share=1.0), (0.0, 1.0), generator).to(latents.device)
     z = schedule.interpolate(latents, torch.randn(latents.shape, generator=generator).to(latents.device), sigma)
-    f = resample(z.double(), reward.grid).flatten(2).transpose(1, 2).flatten(0, 1)
-    g = reward.patches(images.to(latents.device)).double().flatten(0, 1)
-    f_mean, g_mean = f.mean(0), g.mean(0)
-    weight = solve((f - f_mean).T @ (f - f_mean), (f - f_mean).T @ (g - g_mean)).T
-    stitch = StitchLayer(weight.float(), (g_mean - weight @ f_mean).float(), reward.grid).to(latents.device)
+    stitch = fit(z, reward.patches(images.to(latents.device)), reward.grid)
     return _on_latents(backbone, reward, stitch, 1, norm, card or {})
 
 

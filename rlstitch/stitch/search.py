@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rlstitch import schedule
-from rlstitch.stitch.model import resample
+from rlstitch.stitch.model import StitchLayer, resample
 
 
 @dataclass
@@ -79,6 +79,16 @@ def solve(gram: Tensor, cross: Tensor, ridge: float = 0.0) -> Tensor:
     keep = values > values[-1] * len(values) * torch.finfo(gram.dtype).eps
     inverse = torch.where(keep, 1 / values.where(keep, torch.ones_like(values)), torch.zeros_like(values))
     return scale[:, None] * (vectors * inverse) @ (vectors.T @ (scale[:, None] * cross))
+
+
+@torch.no_grad()
+def fit(grid: Tensor, tokens: Tensor, side: int, ridge: float = 0.0) -> StitchLayer:
+    """The stitch of one pair whose features are at hand: maps [B, W, h, w] brought to side x side, onto the reward's tokens [B, side^2, W'], float64."""
+    f = resample(grid.double(), side).flatten(2).transpose(1, 2).flatten(0, 1)
+    g = tokens.double().flatten(0, 1)
+    f_mean, g_mean = f.mean(0), g.mean(0)
+    weight = solve((f - f_mean).T @ (f - f_mean), (f - f_mean).T @ (g - g_mean), ridge).T
+    return StitchLayer(weight.float(), (g_mean - weight @ f_mean).float(), side).to(grid.device)
 
 
 @torch.no_grad()
