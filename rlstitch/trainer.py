@@ -28,6 +28,7 @@ from rlstitch.metrics import grid as draw_grid
 from rlstitch.oracles import load_values
 from rlstitch.policy import CURRENT, EMA, REFERENCE, Policy
 from rlstitch.schema import RunConfig
+from rlstitch.scoring import Scorer
 from rlstitch.stitch.refresh import Refresher
 from rlstitch.stops import End
 from rlstitch.types import Rollout, UserError
@@ -131,6 +132,7 @@ class Trainer:
         trained = {name for stage in self.stages if stage.oracle for name in stage.oracle.names}
         self.guard = Guard(config.guard, [n for n in config.evaluation.rewards if n not in trained])
         self.clock = Clock(self.engine.world, stitching=stitching)
+        self.scorer = Scorer(self.engine, self.clock)
         self.step, self.bad = 0, 0
 
     # ------------------------------------------------------------------------------------------------ the loop
@@ -181,14 +183,15 @@ class Trainer:
         for batch in stage.stream.micro_batches(self.step, engine.rank):
             with clock.phase("rollout"), engine.autocast():
                 rollout = self.algorithm.rollout(batch, stop)
-            with clock.phase("oracle"), engine.autocast():
-                rollout.scores = self.algorithm.score(rollout)
+            self.scorer.ask(self.algorithm, rollout)
             if not self.algorithm.collects:
                 self._learn(rollout, sums)
-            scores.append(rollout.scores.detach())
+                scores.append(rollout.scores.detach())
             if self.algorithm.collects or not rollouts:
                 rollouts.append(rollout)
         if self.algorithm.collects:
+            self.scorer.finish()
+            scores = [rollout.scores for rollout in rollouts]
             self._learn_together(rollouts, sums)
         with clock.phase("update"):
             norm = engine.step()

@@ -31,14 +31,14 @@ def test_figures_by_hand(generator):
 
 def test_monte_carlo_means_its_rollouts_and_references_are_on_the_policy(backbone, reward):
     batch = measure.batch_of(["a red circle", "a blue star"], backbone.encode_prompts(["a red circle", "a blue star"]))
-    refs = measure.references(backbone, "r", reward, batch, rollouts=6, sigmas=(0.3, 0.8), num_steps=5)
-    assert set(refs) == {"0.3", "0.8"} and refs["0.3"].rewards.shape == (6, 2)
+    refs = measure.references(backbone, {"r": reward, "again": reward}, batch, rollouts=6, sigmas=(0.3, 0.8), num_steps=5)
+    assert set(refs) == {"0.3", "0.8"} and refs["0.3"].scores.shape == (6, 2, 2)
     assert float(refs["0.3"].latent.sigma[0]) == pytest.approx(0.3)
-    assert refs["0.8"].rewards.std(0).mean() > 0
-    mc = measure.monte_carlo_calibrations(2, refs, 4)["0.3"]
-    assert mc["mean_error"] == pytest.approx(float(refs["0.3"].rewards[4:].mean() - refs["0.3"].rewards[:4].mean()), abs=1e-6)
-    truth = measure.Subject("truth", lambda latent, batch: refs["0.3"].rewards[:4].mean(0))
-    exact = measure.calibrations(truth, {"0.3": refs["0.3"]}, 4)["0.3"]
+    assert refs["0.8"].of("r").std(0).mean() > 0 and torch.equal(refs["0.8"].of("r"), refs["0.8"].of("again"))
+    mc = measure.monte_carlo_calibrations(2, refs, "r", 4)["0.3"]
+    assert mc["mean_error"] == pytest.approx(float(refs["0.3"].of("r")[4:].mean() - refs["0.3"].of("r")[:4].mean()), abs=1e-6)
+    truth = measure.Subject("truth", lambda latent, batch: refs["0.3"].of("r")[:4].mean(0))
+    exact = measure.calibrations(truth, {"0.3": refs["0.3"]}, "r", 4)["0.3"]
     assert exact["rmse"] == pytest.approx(0, abs=1e-6) and exact["slope"] == pytest.approx(1, abs=1e-3)
 
 

@@ -32,10 +32,10 @@ def given(tmp_path, sd3_dir, clip_dir, target="Redness", **more):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\ntwo blue stars\na green square\na red star\n")
     return {
-        "name": "redness", "out": str(tmp_path), "prompts": str(prompts), "held_out": str(prompts), "start": {"_target_": "rlstitch.rewards.clip.ClipReward", "path": str(clip_dir)}, "surrogate": True,
+        "name": "redness", "out": str(tmp_path), "held_out": str(prompts), "start": {"_target_": "rlstitch.rewards.clip.ClipReward", "path": str(clip_dir)}, "surrogate": True,
         "model": {"_target_": "rlstitch.backbones.sd3.SD3Backbone", "path": str(sd3_dir), "max_sequence_length": 0},
         "rewards": {"redness": {"_target_": f"tests.test_surrogate.{target}"}},
-        "generations": 16, "held_generations": 8, "num_steps": 2, "steps": 3, "batch_size": 8, **more,
+        "generate": {"count": 16, "num_steps": 2, "prompts": str(prompts)}, "held_generations": 8, "steps": 3, "batch_size": 8, **more,
     }  # fmt: skip
 
 

@@ -138,18 +138,19 @@ class ClipReward:
     # ---------------------------------------------------------------------------------------- scoring
 
     def score(self, images: Tensor, batch: Batch) -> Tensor:
-        return self.score_embedding(F.normalize(self.encode(images)[0], dim=-1), batch)
+        """[B] on the pictures' device, wherever the reward itself is."""
+        return self.score_embedding(F.normalize(self.encode(images.to(self.device))[0], dim=-1), batch).to(images.device)
 
     def score_embedding(self, embedding: Tensor, batch: Batch) -> Tensor:
         """From an image embedding [B, D] (unit norm for a clean picture) to the reward [B]."""
         if self.head is not None:
             return self.head_of(embedding)
-        return self.scale * (embedding * self.embed_texts(batch.prompts)).sum(-1) + self.offset
+        return self.scale * (embedding * self.embed_texts(batch.prompts).to(embedding.device)).sum(-1) + self.offset
 
     def head_of(self, embedding: Tensor) -> Tensor:
         """The head's score [B] of an embedding, in float32 also inside autocast: bf16 would round scores of 4 to 8 to 1/32."""
         with torch.autocast(self.device.type, enabled=False):
-            return self.head(embedding.float())[:, 0]
+            return self.head(embedding.to(self.device).float())[:, 0].to(embedding.device)
 
     def embed_texts(self, prompts: list[str]) -> Tensor:
         """Unit text embeddings [B, D]. Each prompt is encoded once and by itself: in a batch, its last bits would depend on its neighbours, and with

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from rlstitch.metrics import interleaved, peak_megabytes
 from rlstitch.report import line_plot
 from rlstitch.stitch import measure
 from rlstitch.stitch.distill import latents_of, targets_of
-from rlstitch.stitch.measure import Subject
+from rlstitch.stitch.measure import Reference, Subject
 from rlstitch.stitch.model import StitchedValueModel, read_card
 from rlstitch.types import Latent, UserError
 
@@ -124,11 +125,23 @@ class Comparison:
             out.append(measure.tweedie("Tweedie (true prompt)", self.backbone, built, prompt=True))
         return out
 
+    @cached_property
+    def rewards(self) -> dict[str, Any]:
+        return {name: cfg.build(self.config.rewards[name], device=self.device) for name in self.config.compare}
+
+    @cached_property
+    def references(self) -> dict[str, Reference]:
+        """The policy's own latents, finished once and scored by every reward that is compared."""
+        c = self.config.calibration
+        return measure.references(
+            self.backbone, self.rewards, self.prompts, rollouts=c.rollouts + c.extra, sigmas=self.config.sigmas, num_steps=c.num_steps
+        )
+
     def measure_reward(
         self, name: str, extra: Callable[[Any], list[Subject]] | None = None, say: Callable[[str], None] = print
     ) -> dict[str, Any]:
         """{rows: {subject: {sigma: figures}}, clean: figures, cost: {subject: seconds and megabytes a query}} of one reward."""
-        config, reward = self.config, cfg.build(self.config.rewards[name], device=self.device)
+        config, reward, references = self.config, self.rewards[name], self.references
         subjects = self.subjects(name, reward) + (extra(reward) if extra else [])
         rows: dict[str, dict[str, dict[str, float]]] = {s.name: {} for s in subjects}
         targets, clean = targets_of(reward, self.held)[0], {}
@@ -150,9 +163,6 @@ class Comparison:
                 reward.score_embedding(targets_of(reward, graded[0])[0], measure.batch_of(graded[1])).cpu(), graded[2]
             )
         c = config.calibration
-        references = measure.references(
-            self.backbone, name, reward, self.prompts, rollouts=c.rollouts + c.extra, sigmas=config.sigmas, num_steps=c.num_steps
-        )
         for subject in subjects:
             say(f"{name}: {subject.name}")
             if reads_text and subject.embed is not None:
@@ -163,11 +173,11 @@ class Comparison:
                 _merge(
                     rows[subject.name], measure.rank_agreement(subject, graded_latents, graded[2], graded[1], graded_text, config.sigmas)
                 )
-            _merge(rows[subject.name], measure.calibrations(subject, references, c.rollouts))
+            _merge(rows[subject.name], measure.calibrations(subject, references, name, c.rollouts))
         if "monte_carlo" in config.rivals:
             for n in (1, c.extra):
                 rows[f"Monte Carlo, {n} rollout{'s' * (n > 1)}"] = {}
-                _merge(rows[f"Monte Carlo, {n} rollout{'s' * (n > 1)}"], measure.monte_carlo_calibrations(n, references, c.rollouts))
+                _merge(rows[f"Monte Carlo, {n} rollout{'s' * (n > 1)}"], measure.monte_carlo_calibrations(n, references, name, c.rollouts))
         return {"rows": rows, "clean": {k: round(v, 4) for k, v in clean.items()}, "cost": self.cost(subjects)}
 
     def cost(self, subjects: list[Subject]) -> dict[str, dict[str, float]]:

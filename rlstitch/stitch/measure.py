@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,18 +132,22 @@ def rank_agreement(
 
 @dataclass
 class Reference:
-    """A policy's own latents at one noise level and the rewards of n completed rollouts from each: `rewards` [n, B]."""
+    """A policy's own latents at one noise level and the scores of n completed rollouts from each: `scores` [n, B, K] by the K rewards `names`."""
 
     latent: Latent
     batch: Batch
-    rewards: Tensor
+    scores: Tensor
+    names: tuple[str, ...]
+
+    def of(self, reward: str) -> Tensor:
+        """One reward's scores [n, B]."""
+        return self.scores[:, :, self.names.index(reward)]
 
 
 @torch.no_grad()
 def references(
     backbone: Any,
-    name: str,
-    reward: Any,
+    rewards: Mapping[str, Any],
     batch: Batch,
     *,
     rollouts: int,
@@ -152,29 +156,29 @@ def references(
     shift: float = 3.0,
     seed: int = 0,
 ) -> dict[str, Reference]:
-    """Walk the policy from noise to each level (so that the latents are its own, not noised data) and finish every latent `rollouts` times."""
+    """Walk the policy from noise to each level (so that the latents are its own, not noised data) and finish every latent `rollouts` times, for all rewards at once."""
     grid = schedule.sigmas(num_steps, shift, "plain")
     start = torch.randn(len(batch), *backbone.latent_shape, generator=torch.Generator().manual_seed(seed)).to(backbone.device)
     out = {}
     for level in sigmas:
         down = torch.cat([grid[grid > level], torch.tensor([level])])
         latent = sampling.sample(backbone.bind(batch.text), start, down)
-        oracle = MonteCarlo(backbone, {name: reward}, {name: 1.0}, rollouts=rollouts, num_steps=num_steps, shift=shift, seed=seed)
-        out[f"{level:g}"] = Reference(latent, batch, oracle.each(latent, batch)[:, :, 0])
+        oracle = MonteCarlo(backbone, rewards, dict.fromkeys(rewards, 1.0), rollouts=rollouts, num_steps=num_steps, shift=shift, seed=seed)
+        out[f"{level:g}"] = Reference(latent, batch, oracle.each(latent, batch), tuple(rewards))
     return out
 
 
-def calibrations(subject: Subject, references: dict[str, Reference], truth_rollouts: int) -> dict[str, dict]:
-    """By sigma: the value against the mean of the first `truth_rollouts` rollouts."""
+def calibrations(subject: Subject, references: Mapping[str, Reference], reward: str, truth_rollouts: int) -> dict[str, dict]:
+    """By sigma: the value against the mean reward of the first `truth_rollouts` rollouts."""
     return {
-        level: calibration(in_parts(subject.value, ref.latent, ref.batch).cpu(), ref.rewards[:truth_rollouts].mean(0).cpu())
+        level: calibration(in_parts(subject.value, ref.latent, ref.batch).cpu(), ref.of(reward)[:truth_rollouts].mean(0).cpu())
         for level, ref in references.items()
     }
 
 
-def monte_carlo_calibrations(n: int, references: dict[str, Reference], truth_rollouts: int) -> dict[str, dict]:
+def monte_carlo_calibrations(n: int, references: Mapping[str, Reference], reward: str, truth_rollouts: int) -> dict[str, dict]:
     """A Monte-Carlo value of n rollouts against the mean of `truth_rollouts` others."""
     return {
-        level: calibration(ref.rewards[truth_rollouts : truth_rollouts + n].mean(0).cpu(), ref.rewards[:truth_rollouts].mean(0).cpu())
+        level: calibration(ref.of(reward)[truth_rollouts : truth_rollouts + n].mean(0).cpu(), ref.of(reward)[:truth_rollouts].mean(0).cpu())
         for level, ref in references.items()
     }

@@ -14,10 +14,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rlstitch import config as cfg
+from rlstitch.data import encode, read_prompts
 from rlstitch.files import require, vae_fingerprint
 from rlstitch.stitch import measure
 from rlstitch.stitch.baselines import noisy_clip, vae_stitch
 from rlstitch.stitch.distill import DistillConfig, distill, latents_of, targets_of
+from rlstitch.stitch.generate import GenerateConfig, generate, pictures_of
+from rlstitch.stitch.generate import faults as generate_faults
 from rlstitch.stitch.model import StitchedValueModel
 from rlstitch.stitch.search import SearchResult, search
 from rlstitch.types import UserError
@@ -26,6 +29,7 @@ from rlstitch.types import UserError
 @dataclass
 class StitchRecipe:
     """model, reward: parts to stitch. images, held_out: parts that give pictures ({_target_: ...}(n, seed) -> (uint8 [N, 3, H, W], prompts)).
+    generate: pictures of the model itself to distil on beside `images` (half of the paper's data, HPDv2, are generated ones, too).
 
     kind: `stitch` for StitchVM, or a baseline on the latent itself: `vae` (closed-form stitch, no denoiser) or `noisy_clip` (random projection).
     blocks: the denoiser block to cut after ("best", "cheapest" within `margin` among the first `max_fraction` of the blocks, or a number);
@@ -39,6 +43,7 @@ class StitchRecipe:
     reward: dict[str, Any] = field(default_factory=dict)
     images: dict[str, Any] = field(default_factory=dict)
     held_out: dict[str, Any] = field(default_factory=dict)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
     search_images: int = 200
     max_reward_block: int = 4
     blocks: str = "cheapest"
@@ -65,6 +70,7 @@ def checked(given: dict[str, Any], name: str) -> StitchRecipe:
         faults.append(f"'kind' must be stitch, vae or noisy_clip, not {recipe.kind!r}")
     if recipe.blocks not in ("best", "cheapest") and not recipe.blocks.isdigit():
         faults.append(f"'blocks' must be best, cheapest or a number, not {recipe.blocks!r}")
+    faults += generate_faults("generate", recipe.generate)
     d = recipe.distill
     faults += [
         f"'distill.{k}' must be positive, not {v}" for k, v in (("steps", d.steps), ("batch_size", d.batch_size), ("lr", d.lr)) if v <= 0
@@ -167,6 +173,9 @@ def run(recipe: StitchRecipe) -> StitchedValueModel:
     images, _ = cfg.build(recipe.images)
     started = time.perf_counter()
     latents = latents_of(backbone, images)
+    if recipe.generate.count:
+        own, _ = generate(backbone, encode(backbone, read_prompts(recipe.generate.prompts)), recipe.generate, f"{recipe.name}: pictures")
+        latents, images = torch.cat([latents, own]), torch.cat([images, pictures_of(backbone, own)])
     targets, tokens, norm = targets_of(reward, images)
     card = {
         "name": recipe.name,

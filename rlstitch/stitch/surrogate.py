@@ -6,6 +6,7 @@ pictures; being linear in the image embedding it stays E[r | z] when stitched. `
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shutil
 from dataclasses import dataclass, field
@@ -19,17 +20,19 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from rlstitch import config as cfg
-from rlstitch import sampling, schedule
 from rlstitch.checks import part_faults
 from rlstitch.data import PromptSet, encode, read_prompts
 from rlstitch.files import require, write_json
 from rlstitch.stitch import measure
-from rlstitch.types import Batch, Reward, UserError, noise_like
+from rlstitch.stitch.generate import GenerateConfig, generate, pictures_of
+from rlstitch.stitch.generate import faults as generate_faults
+from rlstitch.types import Batch, Reward, UserError
 
 
 @dataclass
 class SurrogateConfig:
-    """rewards: the black box alone. start: the part of a CLIP-family reward to finetune. Pictures: `generations` of the model on `prompts`, half of them at each guidance.
+    """rewards: the black box alone. start: the part of a CLIP-family reward to finetune. generate: the model's own pictures to learn from; `held_generations` more
+    on the prompts of `held_out` measure it.
 
     A prompt's picture is scored under its own prompt and under `others` prompts of other pictures, so that both high and low scores are seen.
     """
@@ -41,13 +44,9 @@ class SurrogateConfig:
     model: dict[str, Any] = field(default_factory=dict)
     rewards: dict[str, Any] = field(default_factory=dict)
     start: dict[str, Any] = field(default_factory=dict)
-    prompts: str = "shapes:train.jsonl"
+    generate: GenerateConfig = field(default_factory=lambda: GenerateConfig(count=2048))
     held_out: str = "shapes:held_out.jsonl"
-    generations: int = 2048
     held_generations: int = 344
-    guidance: list[float] = field(default_factory=lambda: [1.0, 3.0])
-    num_steps: int = 20
-    shift: float = 3.0
     others: int = 1
     steps: int = 800
     batch_size: int = 64
@@ -63,36 +62,23 @@ def checked(given: dict[str, Any], name: str) -> SurrogateConfig:
     faults += part_faults(config)
     if len(config.rewards) != 1:
         faults.append(f"'rewards' must hold the one reward to distil, not {len(config.rewards)}")
-    for key in ("generations", "held_generations", "num_steps", "steps", "batch_size", "lr"):
+    for key in ("held_generations", "steps", "batch_size", "lr"):
         if getattr(config, key) <= 0:
             faults.append(f"'{key}' must be positive, not {getattr(config, key)}")
-    faults += cfg.check_part("start", config.start)
-    for key in ("prompts", "held_out"):
+    faults += cfg.check_part("start", config.start) + generate_faults("generate", config.generate)
+    if config.generate.count < 1:
+        faults.append(
+            f"'generate.count' must be positive, not {config.generate.count}: the surrogate learns from the model's pictures alone"
+        )
+    for key, path in (("generate.prompts", config.generate.prompts), ("held_out", config.held_out)):
         try:
-            require(getattr(config, key), key)
+            require(path, key)
         except UserError as error:
             faults.append(f"'{key}': {error}")
     if faults:
         raise cfg.report(faults, name)
     config.name = config.name or name.rsplit("/", 1)[-1].removesuffix(".yaml")
     return config
-
-
-@torch.no_grad()
-def generate(
-    backbone: Any, prompts: PromptSet, count: int, config: SurrogateConfig, label: str, batch_size: int = 64
-) -> tuple[Tensor, list[int]]:
-    """`count` pictures [N, 3, H, W] uint8 and the prompt index of each: the prompts in turn, the guidances in turn."""
-    index = [k % len(prompts) for k in range(count)]
-    grid, out = schedule.sigmas(config.num_steps, config.shift, "plain"), []
-    for start in tqdm(range(0, count, batch_size), desc=label, unit="batch", leave=False):
-        rows = index[start : start + batch_size]
-        guidance = config.guidance[start // batch_size % len(config.guidance)]
-        batch = prompts.batch(rows, torch.arange(start, start + len(rows)) + config.seed * 1_000_003)
-        z = noise_like(backbone.latent_shape, batch.seeds, device=backbone.device)
-        images = backbone.decode(sampling.sample(backbone.bind(batch.text, guidance), z, grid).z)
-        out.append((images * 255).round().byte().cpu())
-    return torch.cat(out), index
 
 
 def scored(black_box: Reward, images: Tensor, asked: PromptSet, rows: list[int], batch_size: int = 64) -> Tensor:
@@ -176,11 +162,15 @@ def run(config: SurrogateConfig) -> dict[str, Any]:
     backbone = cfg.build(config.model, device=device)
     name, node = next(iter(config.rewards.items()))
     black_box, start = cfg.build(node, device=device), cfg.build(config.start, device=device)
-    sets = {k: encode(backbone, read_prompts(getattr(config, k))) for k in ("prompts", "held_out")}
-    images, rows = generate(backbone, sets["prompts"], config.generations, config, "pictures")
-    asked, truth = pairs_of(black_box, images, sets["prompts"], rows, config.others)
-    held, held_rows = generate(backbone, sets["held_out"], config.held_generations, config, "held-out pictures")
-    held_asked, held_truth = pairs_of(black_box, held, sets["held_out"], held_rows, config.others)
+    seen, held_out = (encode(backbone, read_prompts(path)) for path in (config.generate.prompts, config.held_out))
+    latents, rows = generate(backbone, seen, config.generate, "pictures")
+    images = pictures_of(backbone, latents)
+    asked, truth = pairs_of(black_box, images, seen, rows, config.others)
+    latents, held_rows = generate(
+        backbone, held_out, dataclasses.replace(config.generate, count=config.held_generations), "held-out pictures"
+    )
+    held = pictures_of(backbone, latents)
+    held_asked, held_truth = pairs_of(black_box, held, held_out, held_rows, config.others)
     student = Student(start)
     last = fit(student, images, asked, truth, config)
     folder = Path(config.out) / config.name

@@ -1,0 +1,56 @@
+"""Scores of rollouts: asked one after the other, or beside the next rollout where a pixel reward has a device of its own."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlstitch.distributed import Engine
+from rlstitch.metrics import Clock
+from rlstitch.oracles import Terminal
+from rlstitch.types import Oracle, Rollout
+
+
+def _place(device: Any) -> tuple[str, int]:
+    """A device's kind and number; a name that torch does not know (a service) is a kind of its own."""
+    kind, _, number = str(device).partition(":")
+    return kind, int(number) if number.isdigit() else 0
+
+
+def has_own_device(oracle: Oracle | None, device: torch.device) -> bool:
+    """Whether finished pictures are scored by a reward whose `device` is not the denoiser's, so that both can work at once."""
+    rewards = oracle.rewards.values() if isinstance(oracle, Terminal) else ()
+    return any(_place(getattr(reward, "device", device)) != _place(device) for reward in rewards)
+
+
+class Scorer:
+    """Fills in the scores of an update's rollouts. Where the algorithm compares them only after the last one, and a reward has its own device, a thread
+    scores rollout n while rollout n + 1 is made; the scores are the same."""
+
+    def __init__(self, engine: Engine, clock: Clock):
+        self.engine, self.clock = engine, clock
+        self.thread: ThreadPoolExecutor | None = None
+        self.pending: list[tuple[Rollout, Future]] = []
+
+    def ask(self, algorithm: Any, rollout: Rollout) -> None:
+        """Score a rollout now, or have it scored by `finish`."""
+        if not (algorithm.collects and has_own_device(algorithm.oracle, self.engine.device)):
+            with self.clock.phase("oracle"), self.engine.autocast():
+                rollout.scores = algorithm.score(rollout)
+            return
+        self.thread = self.thread or ThreadPoolExecutor(1, "rewards")
+        self.pending.append((rollout, self.thread.submit(self._score, algorithm, rollout)))
+
+    def _score(self, algorithm: Any, rollout: Rollout) -> Tensor:
+        with self.engine.autocast():  # of this thread: it is not inherited
+            return algorithm.score(rollout)
+
+    def finish(self) -> None:
+        """Wait for what is not scored yet; an error in a reward is raised here."""
+        with self.clock.phase("oracle"):
+            pending, self.pending = self.pending, []
+            for rollout, future in pending:
+                rollout.scores = future.result()

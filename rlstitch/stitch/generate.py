@@ -1,0 +1,71 @@
+"""Pictures of the generator itself, to distil on beside real ones: values are asked about its latents, not about noised photographs."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from rlstitch import sampling, schedule
+from rlstitch.data import PromptSet
+from rlstitch.files import cache_folder, quick_fingerprint, read_tensors, require, write_tensors
+from rlstitch.types import noise_like
+
+
+@dataclass
+class GenerateConfig:
+    """`count` pictures of the model on `prompts` in turn, by the ODE; the batches take the guidances in turn."""
+
+    count: int = 0
+    prompts: str = "shapes:train.jsonl"
+    guidance: list[float] = field(default_factory=lambda: [1.0, 3.0])
+    num_steps: int = 20
+    shift: float = 3.0
+    batch_size: int = 64
+    seed: int = 0
+
+
+def faults(where: str, config: GenerateConfig) -> list[str]:
+    """What is wrong with a recipe's node `where`."""
+    out = [f"'{where}.count' must not be negative, not {config.count}"] if config.count < 0 else []
+    out += [f"'{where}.{k}' must be positive, not {v}" for k in ("num_steps", "shift", "batch_size") if (v := getattr(config, k)) <= 0]
+    if not config.guidance:
+        out.append(f"'{where}.guidance' must name at least one guidance scale, e.g. [1.0]")
+    return out
+
+
+@torch.no_grad()
+def generate(backbone: Any, prompts: PromptSet, config: GenerateConfig, label: str) -> tuple[Tensor, list[int]]:
+    """Finished latents [N, C, H, W] of encoded prompts and the prompt index of each. Kept in the cache by what made them: the same are not made twice."""
+    index = [k % len(prompts) for k in range(config.count)]
+    told = dataclasses.asdict(config) | {
+        "prompts": prompts.prompts,
+        "text": backbone.text_fingerprint(),
+        "model": quick_fingerprint(require(backbone.path, "the model directory"), ("transformer/*.safetensors",)),
+        "dtype": str(backbone.dtype),
+    }
+    file = cache_folder() / "generations" / f"{hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]}.safetensors"
+    if file.exists():
+        return read_tensors(file)["latents"].to(backbone.device), index
+    grid, out, batch_size = schedule.sigmas(config.num_steps, config.shift, "plain"), [], config.batch_size
+    for start in tqdm(range(0, config.count, batch_size), desc=label, unit="batch", leave=False):
+        rows = index[start : start + batch_size]
+        guidance = config.guidance[start // batch_size % len(config.guidance)]
+        batch = prompts.batch(rows, torch.arange(start, start + len(rows)) + config.seed * 1_000_003)
+        z = noise_like(backbone.latent_shape, batch.seeds, device=backbone.device)
+        out.append(sampling.sample(backbone.bind(batch.text, guidance), z, grid).z.float())
+    latents = torch.cat(out)
+    write_tensors(file, {"latents": latents})
+    return latents, index
+
+
+@torch.no_grad()
+def pictures_of(backbone: Any, latents: Tensor, batch_size: int = 64) -> Tensor:
+    """Decoded pictures uint8 [N, 3, H, W], on the CPU."""
+    return torch.cat([(backbone.decode(part) * 255).round().byte().cpu() for part in latents.split(batch_size)])
