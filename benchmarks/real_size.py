@@ -2,7 +2,8 @@
 
     python -m benchmarks.real_size [size=sd35_medium|tiny] [pixels=512,1024] [blocks=4] [repeats=5] [flops=only]
 
-Value query (forward, gradient), a DPS step and an FK step under guidance, a DRaFT-1 update: time, peak memory, ratio, and the TFLOP counted beside each.
+Value query (forward, gradient), a DPS step and an FK step under guidance, a DRaFT-1 update, an NFT update of two pictures: time, peak memory, ratio, and the
+TFLOP counted beside each.
 flops=only counts on the meta device and needs no GPU. The reward's text tower is cut short: it never runs while anything is timed.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,6 +22,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from benchmarks.common import arguments, interleaved, peak_megabytes, save
 from rlstitch import sampling, schedule, steering
+from rlstitch.algorithms.nft import NFT
 from rlstitch.backbones.sd3 import SD3Backbone, advance, enter
 from rlstitch.oracles import Stitched, Terminal, Tweedie
 from rlstitch.policy import Policy
@@ -170,7 +173,8 @@ def measure(size: str, pixels: int, blocks: int, repeats: int) -> dict:
         assert name != "stitched" or Steered(backbone, oracle, batch, guidance=4.5)._depths, "the stitched case does not share its prefix"
     seconds, memory = _measured(cases, repeats)  # before there is a LoRA: it would end the sharing, and slow the pixel queries
     cases = {}
-    policy = Policy(backbone.transformer, rank=8, alpha=16.0, targets=backbone.lora_targets, seed=0, ema_decay=0.9)
+    policy = Policy(backbone.transformer, rank=8, alpha=16.0, targets=backbone.lora_targets, seed=0, ema_decay=0.9, old=True)
+    pair = replace(batch.interleave(2), seeds=torch.arange(2))  # NFT compares pictures of one prompt
     ends = {"tweedie": (Terminal(backbone, {"r": reward}, {"r": 1.0}), 10), "stitched": (oracles["stitched"], 5)}
     for name, (oracle, stop) in ends.items():
 
@@ -181,7 +185,17 @@ def measure(size: str, pixels: int, blocks: int, repeats: int) -> dict:
             for p in policy.parameters():
                 p.grad = None
 
-        cases[name, "DRaFT-1 update"] = draft
+        def nft(oracle=oracle, stop=stop):
+            """Rollout of the old policy, scores, one training time."""
+            method = NFT(backbone, policy, oracle, ten, activation_checkpointing=True, times=1)
+            done = method.rollout(pair, stop)
+            weight, _ = method.compare([done], method.score(done), pair.group)
+            for loss, _ in method.losses(done, weight, 1):
+                loss.backward()
+            for p in policy.parameters():
+                p.grad = None
+
+        cases |= {(name, "DRaFT-1 update"): draft, (name, "NFT update"): nft}
     for total, part in zip((seconds, memory), _measured(cases, repeats)):
         total |= part
     rows = {}

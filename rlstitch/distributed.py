@@ -27,6 +27,16 @@ def native_bf16(device_type: str) -> bool:
     return device_type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
+def resolve_precision(device_type: str, precision: str) -> str:
+    """`auto` is bf16 where the hardware multiplies it itself, else fp32."""
+    return precision if precision != "auto" else "bf16" if native_bf16(device_type) else "fp32"
+
+
+def autocast(device_type: str, precision: str) -> torch.autocast:
+    """A context in which forward passes run in fp32, bf16 or `auto`."""
+    return torch.autocast(device_type, dtype=torch.bfloat16, enabled=resolve_precision(device_type, precision) == "bf16")
+
+
 def world_size() -> int:
     """Ranks that torchrun started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -54,8 +64,7 @@ class Engine:
 
     def __init__(self, *, zero_stage: int, precision: str, accumulation: int, micro_batch: int, clip_norm: float):
         cuda = torch.cuda.is_available()
-        if precision == "auto":
-            precision = "bf16" if native_bf16("cuda" if cuda else "cpu") else "fp32"
+        precision = resolve_precision("cuda" if cuda else "cpu", precision)
         self.zero_stage, self.precision, self.accumulation, self.clip_norm = zero_stage, precision, accumulation, clip_norm
         world = world_size()
         launched = "WORLD_SIZE" in os.environ or bool(zero_stage)

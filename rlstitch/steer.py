@@ -20,7 +20,7 @@ from rlstitch import config as cfg
 from rlstitch import sampling, schedule
 from rlstitch.checks import part_faults, unknown_rewards, value_cards
 from rlstitch.data import PromptSet, encode, read_prompts
-from rlstitch.distributed import native_bf16
+from rlstitch.distributed import autocast
 from rlstitch.files import resolve, write_json, write_text
 from rlstitch.metrics import grid as draw_grid
 from rlstitch.metrics import peak_memory_mb, to_image
@@ -205,8 +205,7 @@ class Job:
         black = torch.zeros(1, 3, self.backbone.image_size, self.backbone.image_size, device=self.backbone.device)
         for name in config.judges:  # a judge that cannot read these prompts says so before the work, not after it
             self.rewards[name].score(black, self.prompts.batch([0], torch.zeros(1, dtype=torch.long)))
-        precision = config.precision if config.precision != "auto" else "bf16" if native_bf16(device) else "fp32"
-        self.autocast = lambda: torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bf16")
+        self.autocast = lambda: autocast(device, config.precision)
 
     def latents(self, rows: list[int], *, steered: bool = True, trace: Trace | None = None) -> Tensor:
         """Finished latents of some pictures; of several particles the one whose picture the guiding pixel rewards like best."""

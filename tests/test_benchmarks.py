@@ -13,7 +13,7 @@ def test_floors_of_sd35_medium_are_the_counted_ones(pixels, wanted):
 
 def test_real_size_runs_on_a_tiny_configuration():
     rows = real_size.measure("tiny", 16, 1, 1)
-    assert set(rows) == {"query forward", "query gradient", "DPS step", "FK, two steps", "DRaFT-1 update"}
+    assert set(rows) == {"query forward", "query gradient", "DPS step", "FK, two steps", "DRaFT-1 update", "NFT update"}
     assert all(row["stitched_seconds"] > 0 and row["pixel_megabytes"] > 0 for row in rows.values())
 
 

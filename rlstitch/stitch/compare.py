@@ -39,6 +39,7 @@ class CalibrationConfig:
     rollouts: int = 16
     extra: int = 4
     num_steps: int = 20
+    precision: str = "auto"
 
 
 @dataclass
@@ -72,6 +73,8 @@ def checked(given: dict[str, Any], name: str) -> CompareConfig:
     config = OmegaConf.to_object(structured)
     faults += part_faults(config) + unknown_rewards("compare", list(config.compare), config.rewards)
     faults += [f"'rivals' knows {', '.join(RIVALS)}, not {r!r}" for r in config.rivals if r not in RIVALS]
+    if config.calibration.precision not in ("auto", "fp32", "bf16"):
+        faults.append(f"'calibration.precision' must be one of auto, fp32, bf16, not {config.calibration.precision!r}")
     faults += [f"'sigmas' must lie in (0, 1), not {s:g}" for s in config.sigmas if not 0 < s < 1]
     for where, nodes in (("held_out", {"": config.held_out}), ("pairs", config.pairs), ("graded", config.graded)):
         for key, node in nodes.items():
@@ -134,7 +137,13 @@ class Comparison:
         """The policy's own latents, finished once and scored by every reward that is compared."""
         c = self.config.calibration
         return measure.references(
-            self.backbone, self.rewards, self.prompts, rollouts=c.rollouts + c.extra, sigmas=self.config.sigmas, num_steps=c.num_steps
+            self.backbone,
+            self.rewards,
+            self.prompts,
+            rollouts=c.rollouts + c.extra,
+            sigmas=self.config.sigmas,
+            num_steps=c.num_steps,
+            precision=c.precision,
         )
 
     def measure_reward(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from rlstitch import sampling, schedule
 from rlstitch.data import PromptSet
+from rlstitch.distributed import autocast, resolve_precision
 from rlstitch.files import cache_folder, quick_fingerprint, read_tensors, require, write_tensors
 from rlstitch.types import noise_like
 
@@ -28,6 +30,7 @@ class GenerateConfig:
     num_steps: int = 20
     shift: float = 3.0
     batch_size: int = 64
+    precision: str = "auto"
     seed: int = 0
 
 
@@ -35,16 +38,20 @@ def faults(where: str, config: GenerateConfig) -> list[str]:
     """What is wrong with a recipe's node `where`."""
     out = [f"'{where}.count' must not be negative, not {config.count}"] if config.count < 0 else []
     out += [f"'{where}.{k}' must be positive, not {v}" for k in ("num_steps", "shift", "batch_size") if (v := getattr(config, k)) <= 0]
+    if config.precision not in ("auto", "fp32", "bf16"):
+        out.append(f"'{where}.precision' must be one of auto, fp32, bf16, not {config.precision!r}")
     if not config.guidance:
         out.append(f"'{where}.guidance' must name at least one guidance scale, e.g. [1.0]")
     return out
 
 
 @torch.no_grad()
-def generate(backbone: Any, prompts: PromptSet, config: GenerateConfig, label: str) -> tuple[Tensor, list[int]]:
-    """Finished latents [N, C, H, W] of encoded prompts and the prompt index of each. Kept in the cache by what made them: the same are not made twice."""
+def generate(backbone: Any, prompts: PromptSet, config: GenerateConfig, label: str) -> tuple[Tensor, list[int], float]:
+    """Finished latents [N, C, H, W] of encoded prompts, the prompt index of each, and the seconds it took. Kept in the cache by what made them: the same are not made twice."""
     index = [k % len(prompts) for k in range(config.count)]
+    device_type = backbone.device.type
     told = dataclasses.asdict(config) | {
+        "precision": resolve_precision(device_type, config.precision),
         "prompts": prompts.prompts,
         "text": backbone.text_fingerprint(),
         "model": quick_fingerprint(require(backbone.path, "the model directory"), ("transformer/*.safetensors",)),
@@ -52,17 +59,20 @@ def generate(backbone: Any, prompts: PromptSet, config: GenerateConfig, label: s
     }
     file = cache_folder() / "generations" / f"{hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]}.safetensors"
     if file.exists():
-        return read_tensors(file)["latents"].to(backbone.device), index
+        kept = read_tensors(file)
+        return kept["latents"].to(backbone.device), index, float(kept["seconds"])
+    started = time.perf_counter()
     grid, out, batch_size = schedule.sigmas(config.num_steps, config.shift, "plain"), [], config.batch_size
     for start in tqdm(range(0, config.count, batch_size), desc=label, unit="batch", leave=False):
         rows = index[start : start + batch_size]
         guidance = config.guidance[start // batch_size % len(config.guidance)]
         batch = prompts.batch(rows, torch.arange(start, start + len(rows)) + config.seed * 1_000_003)
         z = noise_like(backbone.latent_shape, batch.seeds, device=backbone.device)
-        out.append(sampling.sample(backbone.bind(batch.text, guidance), z, grid).z.float())
-    latents = torch.cat(out)
-    write_tensors(file, {"latents": latents})
-    return latents, index
+        with autocast(device_type, config.precision):
+            out.append(sampling.sample(backbone.bind(batch.text, guidance), z, grid).z.float())
+    latents, seconds = torch.cat(out), time.perf_counter() - started
+    write_tensors(file, {"latents": latents, "seconds": torch.tensor(seconds)})
+    return latents, index, seconds
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rlstitch import sampling, schedule
+from rlstitch.distributed import autocast
 from rlstitch.oracles import MonteCarlo
 from rlstitch.stitch.model import StitchedValueModel
 from rlstitch.types import Batch, Latent
@@ -154,6 +155,7 @@ def references(
     sigmas: Sequence[float] = SIGMAS,
     num_steps: int = 20,
     shift: float = 3.0,
+    precision: str = "auto",
     seed: int = 0,
 ) -> dict[str, Reference]:
     """Walk the policy from noise to each level (so that the latents are its own, not noised data) and finish every latent `rollouts` times, for all rewards at once."""
@@ -162,9 +164,11 @@ def references(
     out = {}
     for level in sigmas:
         down = torch.cat([grid[grid > level], torch.tensor([level])])
-        latent = sampling.sample(backbone.bind(batch.text), start, down)
         oracle = MonteCarlo(backbone, rewards, dict.fromkeys(rewards, 1.0), rollouts=rollouts, num_steps=num_steps, shift=shift, seed=seed)
-        out[f"{level:g}"] = Reference(latent, batch, oracle.each(latent, batch), tuple(rewards))
+        with autocast(backbone.device.type, precision):
+            latent = sampling.sample(backbone.bind(batch.text), start, down)
+            scores = oracle.each(latent, batch).float()
+        out[f"{level:g}"] = Reference(latent, batch, scores, tuple(rewards))
     return out
 
 

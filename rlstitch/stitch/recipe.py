@@ -173,9 +173,13 @@ def run(recipe: StitchRecipe) -> StitchedValueModel:
     images, _ = cfg.build(recipe.images)
     started = time.perf_counter()
     latents = latents_of(backbone, images)
+    made = {}
     if recipe.generate.count:
-        own, _ = generate(backbone, encode(backbone, read_prompts(recipe.generate.prompts)), recipe.generate, f"{recipe.name}: pictures")
+        own, _, seconds = generate(
+            backbone, encode(backbone, read_prompts(recipe.generate.prompts)), recipe.generate, f"{recipe.name}: pictures"
+        )
         latents, images = torch.cat([latents, own]), torch.cat([images, pictures_of(backbone, own)])
+        made = {"generate": dataclasses.asdict(recipe.generate), "generate_seconds": round(seconds, 1)}
     targets, tokens, norm = targets_of(reward, images)
     card = {
         "name": recipe.name,
@@ -183,6 +187,7 @@ def run(recipe: StitchRecipe) -> StitchedValueModel:
         "reward": recipe.reward,
         "vae_sha256": vae_fingerprint(recipe.model["path"]),
         "distill": dataclasses.asdict(recipe.distill),
+        **made,
     }
     model = assemble(recipe, backbone, reward, images, latents, norm, card)
     bar = tqdm(total=recipe.distill.steps, desc=recipe.name, unit="step")

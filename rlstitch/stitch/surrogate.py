@@ -22,6 +22,7 @@ from tqdm import tqdm
 from rlstitch import config as cfg
 from rlstitch.checks import part_faults
 from rlstitch.data import PromptSet, encode, read_prompts
+from rlstitch.distributed import autocast
 from rlstitch.files import require, write_json
 from rlstitch.stitch import measure
 from rlstitch.stitch.generate import GenerateConfig, generate, pictures_of
@@ -129,7 +130,8 @@ def fit(student: Student, images: Tensor, prompts: list[str], truth: Tensor, con
         for group in optimiser.param_groups:
             group["lr"] = config.lr * min(1.0, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / config.steps)))
         index = torch.randint(len(truth), (config.batch_size,), generator=generator)
-        predicted = student(images[index % len(images)].float().to(reward.device) / 255, ids[index].to(reward.device))
+        with autocast(reward.device.type, "auto"):
+            predicted = student(images[index % len(images)].float().to(reward.device) / 255, ids[index].to(reward.device)).float()
         loss = (predicted - truth[index].to(predicted.device)).square().mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
@@ -163,10 +165,10 @@ def run(config: SurrogateConfig) -> dict[str, Any]:
     name, node = next(iter(config.rewards.items()))
     black_box, start = cfg.build(node, device=device), cfg.build(config.start, device=device)
     seen, held_out = (encode(backbone, read_prompts(path)) for path in (config.generate.prompts, config.held_out))
-    latents, rows = generate(backbone, seen, config.generate, "pictures")
+    latents, rows, seconds = generate(backbone, seen, config.generate, "pictures")
     images = pictures_of(backbone, latents)
     asked, truth = pairs_of(black_box, images, seen, rows, config.others)
-    latents, held_rows = generate(
+    latents, held_rows, _ = generate(
         backbone, held_out, dataclasses.replace(config.generate, count=config.held_generations), "held-out pictures"
     )
     held = pictures_of(backbone, latents)
@@ -196,6 +198,7 @@ def run(config: SurrogateConfig) -> dict[str, Any]:
         "held_out_rmse": round(float((predicted - held_truth).square().mean().sqrt()), 4),
         "mean_score": {"truth": round(float(held_truth[own].mean()), 4), "surrogate": round(float(predicted[own].mean()), 4)},
         "pictures": len(images),
+        "generate_seconds": round(seconds, 1),
         "hardware": cfg.hardware(),
     }
     write_json(folder / "surrogate.json", card)
