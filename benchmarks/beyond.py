@@ -3,7 +3,8 @@
     python -m benchmarks.beyond [reward=clip] [variants=all] [steps=300] [seeds=0] [images=8000] [out=values/beyond] [threads=0]
 
 ridge:  weight on the closed-form map. taps: all earlier blocks of the prefix beside the last one enter the stitch. level: the noise level enters it, as
-constant maps of sin and cos of log sigma. weight: the loss weighted by 1 - sigma or by sigma (mean one over a batch). unit: the paper's unit-norm student.
+constant maps of sin and cos of log sigma. weight: the loss weighted by 1 - sigma or by sigma (mean one over a batch). not normalised: a student
+whose norm is free.
 Finished variants are kept under `out`, so that the script goes on where it stopped.
 """
 
@@ -39,7 +40,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "level in the stitch": {"level": True},
     "weight 1 - sigma": {"weight": lambda sigma: 1 - sigma},
     "weight sigma": {"weight": lambda sigma: sigma},
-    "unit-norm student": {"normalise": True},
+    "not normalised": {"normalise": False},
 }
 
 
@@ -118,7 +119,7 @@ class Bench:
         pictures, latents = self.images[: self.recipe.search_images].float() / 255, self.latents[: self.recipe.search_images]
         layer = closed_form(prefix, self.backbone.null, self.reward, pictures, latents, seed, change.get("ridge", 0.0))
         model = StitchedValueModel(
-            prefix, self.backbone.null, layer, self.reward.tail(1), self.reward, normalise=change.get("normalise", False), norm=norm,
+            prefix, self.backbone.null, layer, self.reward.tail(1), self.reward, normalise=change.get("normalise", True), norm=norm,
             sigma_range=(0.0, 1.0), card={},
         )  # fmt: skip
         objective = weighted(change["weight"]) if "weight" in change else distillation_loss

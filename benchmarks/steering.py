@@ -101,25 +101,36 @@ class Bench:
         jobs = {name: steer.Job(steer.checked(self.recipe(name, {}) | {"name": f"cost-{name}"}, name)) for name in SCALES}
         cases: dict[str, Any] = {}
         for name, job in jobs.items():
-            batch, guidance = job.prompts.batch(list(range(rows)), torch.arange(rows)), job.config.sampler.guidance
+            batch, guidance = (
+                job.prompts.batch([k % len(job.prompts) for k in range(rows)], torch.arange(rows)),
+                job.config.sampler.guidance,
+            )
             z, step = torch.randn(rows, *job.backbone.latent_shape, generator=torch.Generator().manual_seed(0)), torch.tensor([0.5, 0.45])
 
             def dps(job=job, batch=batch, z=z, step=step, guidance=guidance):
-                model = Steered(job.backbone, job.oracle, batch, guidance=guidance)
-                return steering.dps(model.velocity, model.value, z, step)
+                with job.autocast():
+                    model = Steered(job.backbone, job.oracle, batch, guidance=guidance)
+                    return steering.dps(model.velocity, model.value, z, step)
 
             cases[name] = dps
         sigma, backbone = torch.full((rows,), 0.5), job.backbone  # the stitched job's from here on
         depth = len(job.oracle.models[0].prefix.blocks)
+
+        def part(ask):
+            def run():
+                with job.autocast():
+                    ask()
+
+            return run
 
         def value():
             leaf = z.clone().requires_grad_(True)
             torch.autograd.grad(job.oracle(Latent(leaf, sigma), batch).sum(), leaf)
 
         parts = {
-            "value with gradient": value,
-            "two denoiser passes": torch.no_grad()(lambda: backbone.velocity(z, sigma, batch.text, guidance=guidance)),
-            "prefix": torch.no_grad()(lambda: backbone.prefix(z, sigma, depth)),
+            "value with gradient": part(value),
+            "two denoiser passes": part(torch.no_grad()(lambda: backbone.velocity(z, sigma, batch.text, guidance=guidance))),
+            "prefix": part(torch.no_grad()(lambda: backbone.prefix(z, sigma, depth))),
         }
         seconds = interleaved(cases | parts, repeats)
         memory = {name: peak_megabytes(run) for name, run in cases.items()}

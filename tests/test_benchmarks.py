@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import paper_tables, real_size, step_floor
+from benchmarks import paper_tables, real_size, steering, step_floor
 
 
 @pytest.mark.parametrize("pixels, wanted", [(512, (2.44, 0.46, 2.51, 1.01)), (1024, (11.25, 2.21, 10.47, 1.01))])
@@ -34,3 +34,14 @@ def test_time_to_a_rivals_reward_is_interpolated():
     assert paper_tables.hours_to(points, 1.4) == pytest.approx(1.5)
     assert paper_tables.hours_to(points, 1.2) == pytest.approx(1.0)
     assert paper_tables.hours_to(points, 2.0) is None
+
+
+def test_steering_jobs_scale_the_schedule_and_are_kept(tmp_path, monkeypatch):
+    """A quarter of FK's 40 steps: resampling at 2, 3, 4, 5, 6, 7, 8 for 8, 12, .. 32. The second time a result comes from disk."""
+    options = {"reward": "clip", "prompts": "1", "out": str(tmp_path), "steps": "10", "threads": "0", "seeds": "0"}
+    bench = steering.Bench(options)
+    assert bench.recipe("fk_stitch", {"num_particles": 2})["method"]["resample_steps"] == [2, 3, 4, 5, 6, 7, 8]
+    row = bench.over_seeds("fk_stitch", num_particles=2)
+    assert row["clip_stdev"] is None and -1 <= row["clip"] <= 1 and row["seconds_per_image"] > 0
+    monkeypatch.setattr(steering.steer.Job, "run", lambda self: pytest.fail("run again"))
+    assert bench.over_seeds("fk_stitch", num_particles=2) == row

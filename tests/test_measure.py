@@ -61,9 +61,9 @@ def test_baselines_learn_and_are_saved_and_loaded(backbone, reward, kind, tmp_pa
 
     card = {"vae_sha256": vae_fingerprint(backbone.path)}
     if kind == "vae":
-        model = vae_stitch(backbone, reward, images, latents, norm=norm, card=card)
+        model = vae_stitch(backbone, reward, images, latents, norm=norm, normalise=False, card=card)
     else:
-        model = noisy_clip(backbone, reward, norm=norm, card=card)
+        model = noisy_clip(backbone, reward, norm=norm, normalise=False, card=card)
         assert model.stitch.linear.in_channels == 4 * model.prefix.fold**2
     config = DistillConfig(steps=60, batch_size=16, lr=2e-3, warmup=5, autocast=False)
 

@@ -16,33 +16,45 @@ from rlstitch.stitch.search import fit
 from rlstitch.types import Batch, Latent, UserError
 
 
-def _on_latents(backbone: Any, reward: Any, stitch: StitchLayer, fold: int, norm: float, card: dict[str, Any]) -> StitchedValueModel:
+def _on_latents(
+    backbone: Any, reward: Any, stitch: StitchLayer, fold: int, norm: float, normalise: bool, card: dict[str, Any]
+) -> StitchedValueModel:
     card = {"prefix": "latent", "fold": fold, "blocks": 0, "reward_block": 1} | card
     return StitchedValueModel(
-        LatentPrefix(fold), backbone.null, stitch, reward.tail(1), reward, normalise=False, norm=norm, sigma_range=(0.0, 1.0), card=card
+        LatentPrefix(fold), backbone.null, stitch, reward.tail(1), reward, normalise=normalise, norm=norm, sigma_range=(0.0, 1.0), card=card
     )
 
 
 @torch.no_grad()
 def vae_stitch(
-    backbone: Any, reward: Any, images: Tensor, latents: Tensor, *, norm: float, seed: int = 0, card: dict[str, Any] | None = None
+    backbone: Any,
+    reward: Any,
+    images: Tensor,
+    latents: Tensor,
+    *,
+    norm: float,
+    normalise: bool,
+    seed: int = 0,
+    card: dict[str, Any] | None = None,
 ) -> StitchedValueModel:
     """No denoiser in front: a closed-form stitch from z_sigma to the reward's patch embeddings (sigma ~ U[0, 1]), ready to be distilled like any other."""
     generator = torch.Generator().manual_seed(seed)
     sigma = draw_sigma(len(latents), DistillConfig(uniform_share=1.0), (0.0, 1.0), generator).to(latents.device)
     z = schedule.interpolate(latents, torch.randn(latents.shape, generator=generator).to(latents.device), sigma)
     stitch = fit(z, reward.patches(images.to(latents.device)), reward.grid)
-    return _on_latents(backbone, reward, stitch, 1, norm, card or {})
+    return _on_latents(backbone, reward, stitch, 1, norm, normalise, card or {})
 
 
-def noisy_clip(backbone: Any, reward: Any, *, norm: float, seed: int = 0, card: dict[str, Any] | None = None) -> StitchedValueModel:
+def noisy_clip(
+    backbone: Any, reward: Any, *, norm: float, normalise: bool, seed: int = 0, card: dict[str, Any] | None = None
+) -> StitchedValueModel:
     """The reward model retrained on noisy latents: whole patches of the latent through a projection that starts at random, then the reward's own weights."""
     channels, side = backbone.latent_shape[0], backbone.latent_shape[1]
     fold = max(1, side // reward.grid)
     width = channels * fold**2
     weight = torch.randn(reward.width, width, generator=torch.Generator().manual_seed(seed)) * width**-0.5
     stitch = StitchLayer(weight, torch.zeros(reward.width), reward.grid).to(backbone.device)
-    return _on_latents(backbone, reward, stitch, fold, norm, card or {})
+    return _on_latents(backbone, reward, stitch, fold, norm, normalise, card or {})
 
 
 class PreferenceHead(nn.Module):

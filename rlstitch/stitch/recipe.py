@@ -33,7 +33,8 @@ class StitchRecipe:
 
     kind: `stitch` for StitchVM, or a baseline on the latent itself: `vae` (closed-form stitch, no denoiser) or `noisy_clip` (random projection).
     blocks: the denoiser block to cut after ("best", "cheapest" within `margin` among the first `max_fraction` of the blocks, or a number);
-    reward_block: 0 takes the search's. ridge: penalty of the closed-form fit. normalise: unit-norm student as in the paper, else the calibrated one.
+    reward_block: 0 takes the search's. ridge: penalty of the closed-form fit. normalise: unit-norm student as in the paper; else its norm is free and
+    falls with its uncertainty, on latents unlike the training data's, too.
     """
 
     name: str = ""
@@ -51,7 +52,7 @@ class StitchRecipe:
     ridge: float = 0.0
     margin: float = 0.05
     max_fraction: float = 0.5
-    normalise: bool = False
+    normalise: bool = True
     sigma_low: float = 0.0
     sigma_high: float = 1.0
     threads: int = 0
@@ -79,7 +80,7 @@ def checked(given: dict[str, Any], name: str) -> StitchRecipe:
         faults.append(f"'distill.micro_batch' must not be negative, not {d.micro_batch}")
     if recipe.kind != "stitch":
         plain = StitchRecipe()
-        own = ("blocks", "reward_block", "ridge", "normalise", "sigma_low", "sigma_high")
+        own = ("blocks", "reward_block", "ridge", "sigma_low", "sigma_high")
         faults += [
             f"'{k}' is {getattr(recipe, k)!r}, but kind={recipe.kind} has no such choice: leave it out"
             for k in own
@@ -134,9 +135,18 @@ def assemble(
 ) -> StitchedValueModel:
     """The untrained value model of the recipe's kind."""
     if recipe.kind == "vae":
-        return vae_stitch(backbone, reward, images[:1000].float() / 255, latents[:1000], norm=norm, seed=recipe.seed, card=card)
+        return vae_stitch(
+            backbone,
+            reward,
+            images[:1000].float() / 255,
+            latents[:1000],
+            norm=norm,
+            normalise=recipe.normalise,
+            seed=recipe.seed,
+            card=card,
+        )
     if recipe.kind == "noisy_clip":
-        return noisy_clip(backbone, reward, norm=norm, seed=recipe.seed, card=card)
+        return noisy_clip(backbone, reward, norm=norm, normalise=recipe.normalise, seed=recipe.seed, card=card)
     started = time.perf_counter()
     pictures = images[: recipe.search_images].float() / 255
     result = search(backbone, reward, pictures, max_reward_block=recipe.max_reward_block, seed=recipe.seed, ridge=recipe.ridge)
@@ -173,11 +183,13 @@ def run(recipe: StitchRecipe) -> StitchedValueModel:
     images, _ = cfg.build(recipe.images)
     started = time.perf_counter()
     latents = latents_of(backbone, images)
-    made = {}
+    made, kept = {}, 0.0
     if recipe.generate.count:
+        asked = time.perf_counter()
         own, _, seconds = generate(
             backbone, encode(backbone, read_prompts(recipe.generate.prompts)), recipe.generate, f"{recipe.name}: pictures"
         )
+        kept = max(0.0, seconds - (time.perf_counter() - asked))  # pictures from the cache cost what they cost when they were made
         latents, images = torch.cat([latents, own]), torch.cat([images, pictures_of(backbone, own)])
         made = {"generate": dataclasses.asdict(recipe.generate), "generate_seconds": round(seconds, 1)}
     targets, tokens, norm = targets_of(reward, images)
@@ -205,7 +217,7 @@ def run(recipe: StitchRecipe) -> StitchedValueModel:
     model.card |= {
         "quality": quality(model, held_latents, prompts, held_targets),
         "distill_seconds": round(seconds, 1),
-        "device_hours": round((time.perf_counter() - started) / 3600, 5),
+        "device_hours": round((time.perf_counter() - started + kept) / 3600, 5),
         "hardware": cfg.hardware(),
     }
     if reward.head is None:
