@@ -1,6 +1,6 @@
 """Steering by a stitched value against steering by pixel rewards, on the miniature, over seeds.
 
-    python -m benchmarks.steering [parts=cost,dps,fk,scaling,cross] [reward=clip] [prompts=24] [seeds=0,1,2] [steps=20] [threads=0] [out=steered/benchmark]
+    python -m benchmarks.steering [parts=cost,dps,fk,scaling,cross] [reward=clip] [prompts=32] [seeds=0,1,2] [steps=20] [threads=0] [out=steered/benchmark]
 
 cost:    a DPS step through Tweedie and through a stitched value, in time and memory, and the latter's floor: its parts timed alone, the shared prefix counted once.
 dps:     each method over its scales on the first seed; both at their own best scale, by the mean of target, preference_b and detector ranks, on all seeds.
@@ -199,7 +199,7 @@ class Bench:
 
 
 def main() -> None:
-    defaults = {"parts": "cost,dps,fk,scaling,cross", "reward": "clip", "prompts": "24", "seeds": "0,1,2", "steps": "20", "threads": "0"}
+    defaults = {"parts": "cost,dps,fk,scaling,cross", "reward": "clip", "prompts": "32", "seeds": "0,1,2", "steps": "20", "threads": "0"}
     options = arguments(defaults | {"out": "steered/benchmark"})
     bench = Bench(options)
     for part in options["parts"].split(","):
