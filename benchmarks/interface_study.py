@@ -1,59 +1,82 @@
 """Where to cut (the paper's Figure 6): closed-form loss against final Recall@1 over the whole (i, j) grid, j into the late blocks, as two heat maps.
 
-    python -m benchmarks.interface_study [reward=clip] [steps=200] [images=4000] [sigma=0.5] [out=values/interface]
+    python -m benchmarks.interface_study [reward=clip] [steps=100] [images=4000] [sigma=0.5] [threads=0] [out=values/interface]
 
-Every pair is distilled with the same short budget from the same data; finished pairs are kept under `out`, so that the script goes on where it stopped.
+Every pair is distilled by the reward's recipe with the same short budget from the same scenes; finished pairs are kept under `out`, so that the script goes on
+where it stopped.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
+import torch
+
 from benchmarks.common import RESULTS, arguments, save
 from rlstitch import config as cfg
-from rlstitch.files import write_text
+from rlstitch.files import write_json, write_text
 from rlstitch.report import heat_map
 from rlstitch.stitch import recipe as stitch
+from rlstitch.stitch.distill import distill, latents_of, targets_of
+from rlstitch.stitch.measure import srcc
+from rlstitch.stitch.model import StitchedValueModel
+from rlstitch.stitch.search import search
+
+
+class Study:
+    """Pictures, targets and closed-form stitches of one reward; `cell` distils one pair."""
+
+    def __init__(self, options: dict[str, str]):
+        self.recipe = stitch.checked(cfg.compose(f"stitch_{options['reward']}"), "interface_study")
+        self.backbone, self.reward = cfg.build(self.recipe.model), cfg.build(self.recipe.reward)
+        self.images, _ = cfg.build(self.recipe.images | {"n": int(options["images"])})
+        self.latents, self.targets = latents_of(self.backbone, self.images), targets_of(self.reward, self.images)
+        held, self.prompts = cfg.build(self.recipe.held_out)
+        with torch.no_grad():
+            self.held = latents_of(self.backbone, held), targets_of(self.reward, held)[0]
+        pictures = self.images[: self.recipe.search_images].float() / 255
+        self.search = search(self.backbone, self.reward, pictures, max_reward_block=self.reward.num_blocks, seed=self.recipe.seed)
+        self.steps = int(options["steps"])
+
+    def cell(self, i: int, j: int) -> dict[str, dict[str, float]]:
+        """Quality by sigma of the pair after the budget."""
+        pair = next(p for p in self.search.table if (p.i, p.j) == (i, j))
+        targets, tokens, norm = self.targets
+        model = StitchedValueModel.from_search(
+            self.backbone, self.reward, i, j, pair.weight, pair.bias, cls_state=self.search.cls[j].float(), norm=norm,
+            normalise=self.recipe.normalise, sigma_range=(0.0, 1.0), card={},
+        )  # fmt: skip
+        seconds = distill(model, self.latents, targets, tokens, dataclasses.replace(self.recipe.distill, steps=self.steps))
+        quality = stitch.quality(model, self.held[0], self.prompts, self.held[1])
+        return {"loss": pair.loss, "normalised": pair.normalised, "seconds": round(seconds, 1), "quality": quality}
 
 
 def main() -> None:
-    options = arguments({"reward": "clip", "steps": "200", "images": "4000", "sigma": "0.5", "out": "values/interface"})
-    out, cells = Path(options["out"]), {}
-    base = cfg.compose(f"stitch_{options['reward']}")
-    backbone, reward = cfg.build(base["model"]), cfg.build(base["reward"])
-    rows, columns = range(1, reward.num_blocks + 1), range(1, backbone.num_blocks + 1)
+    options = arguments({"reward": "clip", "steps": "100", "images": "4000", "sigma": "0.5", "threads": "0", "out": "values/interface"})
+    if int(options["threads"]):
+        torch.set_num_threads(int(options["threads"]))
+    reward, steps, study = options["reward"], options["steps"], Study(options)
+    rows, columns = range(1, study.reward.num_blocks + 1), range(1, study.backbone.num_blocks + 1)
+    cells = {}
     for j in rows:
         for i in columns:
-            given = cfg.merge(
-                base,
-                {
-                    "name": f"{options['reward']}-{i}-{j}",
-                    "out": str(out),
-                    "blocks": str(i),
-                    "reward_block": j,
-                    "max_reward_block": reward.num_blocks,
-                },
-            )
-            given["images"]["n"], given["distill"]["steps"] = int(options["images"]), int(options["steps"])
-            card = out / given["name"] / "value.json"
-            if not card.exists():
-                stitch.run(stitch.checked(given, given["name"]))
-            told = json.loads(card.read_text())
-            pair = next(p for p in told["search"] if (p["i"], p["j"]) == (i, j))
-            cells[i, j] = {
-                "loss": pair["loss"], "normalised": pair["normalised"], **told["quality"][options["sigma"]], "seconds": told["distill_seconds"],
-            }  # fmt: skip
-    figure = "recall_at_1" if reward.head is None else "correlation"
-    maps = {"normalised closed-form loss": "normalised", f"{figure} at sigma {options['sigma']} after {options['steps']} steps": figure}
+            file = Path(options["out"]) / f"{reward}-{i}-{j}-{steps}-{options['images']}.json"
+            if not file.exists():
+                write_json(file, study.cell(i, j))
+            cells[i, j] = json.loads(file.read_text())
+            cells[i, j] |= cells[i, j].pop("quality")[options["sigma"]]
+            print(i, j, cells[i, j], flush=True)
+    figure = "recall_at_1" if study.reward.head is None else "correlation"
+    maps = {"normalised closed-form loss": "normalised", f"{figure} at sigma {options['sigma']} after {steps} steps": figure}
     for title, key in maps.items():
         table = [[cells[i, j][key] for i in columns] for j in rows]
         svg = heat_map(table, title=title, x_label="denoiser block i", y_label="reward block j", x=list(columns), y=list(rows))
-        write_text(RESULTS / f"interface_{options['reward']}_{key}.svg", svg)
-    save(
-        f"interface_study_{options['reward']}",
-        {"steps": int(options["steps"]), "pairs": [{"i": i, "j": j, **c} for (i, j), c in cells.items()]},
-    )
+        write_text(RESULTS / f"interface_{reward}_{key}.svg", svg)
+    losses, final = (torch.tensor([c[key] for c in cells.values()]) for key in ("normalised", figure))
+    pairs = [{"i": i, "j": j, **c} for (i, j), c in cells.items()]
+    save(f"interface_study_{reward}", {"steps": int(steps), "rank_correlation": round(srcc(losses, final), 4), "pairs": pairs})
 
 
 if __name__ == "__main__":

@@ -67,17 +67,18 @@ def main() -> None:
     )  # fmt: skip
     out, names, rows = Path(options["out"]), options["rewards"].split(","), options["rows"].split(",")
     given, steps = cfg.compose("evaluate_value"), int(options["steps"])
-    for reward in names:
+    rivals = given["compare"]
+    for reward in names:  # a table each, so that one can be made anew without the others
         wanted = (["seed1", "seed2", "raw"] if reward in options["again"].split(",") else []) + [row for row in rows if row in ROWS]
-        given["compare"][reward] |= {ROWS[row][0]: stitched(reward, row, out, steps) for row in wanted}
-    given["compare"] = {reward: given["compare"][reward] for reward in names}
-    given["calibration"]["count"] = int(options["calibration"])
-    config = compare.checked(given | {"out": str(out), "name": "table"}, "table5")
-    extra = {"hps": dina(steps or cfg.compose("stitch_hps")["distill"]["steps"])} if "dina" in rows and "hps" in names else None
-    results = compare.run(config, extra)
-    write_text(RESULTS / "table5.md", compare.table(results["rewards"], config.sigmas))
-    compare.plots(results["rewards"], config.sigmas, RESULTS / "table5")
-    save("table5", results)
+        rivals[reward] |= {ROWS[row][0]: stitched(reward, row, out, steps) for row in wanted}
+        given["compare"] = {reward: rivals[reward]}
+        given["calibration"]["count"] = int(options["calibration"])
+        config = compare.checked(given | {"out": str(out), "name": f"table_{reward}"}, "table5")
+        extra = {"hps": dina(steps or cfg.compose("stitch_hps")["distill"]["steps"])} if "dina" in rows else None
+        results = compare.run(config, extra)
+        write_text(RESULTS / "table5" / f"{reward}.md", compare.table(results["rewards"], config.sigmas))
+        compare.plots(results["rewards"], config.sigmas, RESULTS / "table5")
+        save(f"table5/{reward}", results)
 
 
 if __name__ == "__main__":
