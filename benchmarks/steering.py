@@ -3,7 +3,8 @@
     python -m benchmarks.steering [parts=cost,dps,fk,scaling,cross] [reward=clip] [prompts=32] [seeds=0,1,2] [steps=20] [threads=0] [out=steered/benchmark]
 
 cost:    a DPS step through Tweedie and through a stitched value, in time and memory, and the latter's floor: its parts timed alone, the shared prefix counted once.
-dps:     each method over its scales; both at their own best scale, by the mean of target, preference_b and detector ranks.
+dps:     each method over its scales; both at their own best scale: the largest sum of gains over unsteered of target, preference_b and detector, each
+         gain as a share of the largest change that any scale of either method makes to that judge.
 fk:      FK + StitchVM (N = 4, M = 2) against FK and best-of-N at the same N, and at the larger N that the same wall-clock time buys.
 cross:   values stitched on `shapes` steer `shapes-large` (the paper's Table 6): DPS and FK with them against unsteered, DPS through Tweedie and best-of-N.
 scaling: reward against seconds a picture for N = 1 .. 8 (FK), and M = 1 .. 8 at N = 2 (FK + StitchVM).
@@ -85,14 +86,16 @@ class Bench:
         row["seconds_per_image"] = round(statistics.median(r["seconds_per_image"]["steered"] for r in results), 4)
         return row
 
-    def best_scales(self, model: str = "shapes:shapes") -> tuple[dict[str, Any], dict[str, Any]]:
-        """DPS over its scales, and each method's row at its own best one."""
+    def best_scales(self, model: str = "shapes:shapes") -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """The unsteered row, DPS over its scales, and each method's row at its own best one."""
+        unsteered = self.over_seeds("dps_stitch", model, scale=0.0)
         sweep = {name: [self.over_seeds(name, model, scale=s) for s in scales] for name, scales in SCALES.items()}
-        best = {}
-        for name, table in sweep.items():
-            places = [sum(sorted(r[j] for r in table).index(row[j]) for j in self.judges) for row in table]
-            best[name] = table[max(range(len(table)), key=places.__getitem__)]
-        return sweep, best
+        most = {j: max(abs(row[j] - unsteered[j]) for table in sweep.values() for row in table) or 1.0 for j in self.judges}
+
+        def gain(row: dict[str, Any]) -> float:
+            return sum((row[j] - unsteered[j]) / most[j] for j in self.judges)
+
+        return unsteered, sweep, {name: max(table, key=gain) for name, table in sweep.items()}
 
     # ------------------------------------------------------------------------------------------------ parts
 
@@ -145,8 +148,7 @@ class Bench:
         }
 
     def dps(self) -> dict[str, Any]:
-        unsteered = self.over_seeds("dps_stitch", scale=0.0)
-        sweep, best = self.best_scales()
+        unsteered, sweep, best = self.best_scales()
         labels = {"dps": "DPS through Tweedie", "dps_stitch": "DPS + StitchVM"}
         self.table("dps", {"unsteered": unsteered} | {f"{labels[n]}, scale {r['method']['scale']:g}": r for n, r in best.items()})
         return {"unsteered": unsteered, "sweep": sweep, "best": best}
@@ -164,9 +166,9 @@ class Bench:
 
     def cross(self) -> dict[str, Any]:
         large = "shapes:shapes-large"
-        sweep, best = self.best_scales(large)
+        unsteered, sweep, best = self.best_scales(large)
         out = {
-            "unsteered": self.over_seeds("dps_stitch", large, scale=0.0),
+            "unsteered": unsteered,
             f"DPS + StitchVM of shapes, scale {best['dps_stitch']['method']['scale']:g}": best["dps_stitch"],
             f"DPS through Tweedie, scale {best['dps']['method']['scale']:g}": best["dps"],
             "FK + StitchVM of shapes, N = 4, M = 2": self.over_seeds("fk_stitch", large, num_particles=4),

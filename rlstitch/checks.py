@@ -62,6 +62,8 @@ def _faults(config: RunConfig) -> list[str]:
         for k, v in (("seed", config.seed), ("evaluation.seed", config.evaluation.seed))
         if not 0 <= v <= 2**40
     ]
+    if config.batch.rollout_batch < 0:
+        faults.append(f"'batch.rollout_batch' must not be negative, not {config.batch.rollout_batch}: 0 takes batch.micro_batch")
     _catch(faults, "batch", geometry, config, count)
     if config.resume not in ("auto", "never"):
         _catch(faults, "resume", require, config.resume, "the checkpoint to resume from")
@@ -138,8 +140,11 @@ def _comparisons(config: RunConfig, method: Any) -> list[str]:
 def geometry(config: RunConfig, count: int | None = None) -> Geometry:
     """How the recipe's global batch is cut on the ranks that there are; `count` is the number of prompts or pictures, where it is known."""
     batch, method = config.batch, _method(config)
-    whole = method is not None and method.whole_groups
-    return resolve_geometry(batch.prompts_per_update, batch.images_per_prompt, batch.micro_batch, world_size(), count, whole_groups=whole)
+    whole, collects = (False, False) if method is None else (method.whole_groups, method.collects)
+    return resolve_geometry(
+        batch.prompts_per_update, batch.images_per_prompt, batch.micro_batch, world_size(), count, whole_groups=whole,
+        rollout=batch.rollout_batch if collects else 0,
+    )  # fmt: skip
 
 
 def trained_on(config: RunConfig) -> list[str]:

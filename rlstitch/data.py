@@ -130,26 +130,30 @@ def encode_pictures(backbone: Any, pictures: Tensor, *, batch_size: int = 64) ->
 
 @dataclass
 class Geometry:
-    """How a global batch is done: samples = prompts x images; each rank runs `accumulation` micro-batches of `micro_batch`."""
+    """How a global batch is done: samples = prompts x images; each rank runs `accumulation` micro-batches of `micro_batch`, sampled `rollout` at a time."""
 
     prompts: int
     images: int
     world: int
     micro_batch: int
     accumulation: int
+    rollout: int
 
     @property
     def samples(self) -> int:
         return self.prompts * self.images
 
     def __str__(self) -> str:
-        return f"{self.prompts} prompts x {self.images} image{'s' * (self.images > 1)} = {self.samples} samples an update, on {self.world} rank{'s' * (self.world > 1)}: {self.accumulation} micro-batch{'es' * (self.accumulation > 1)} of {self.micro_batch} each"
+        return (
+            f"{self.prompts} prompts x {self.images} image{'s' * (self.images > 1)} = {self.samples} samples an update, on {self.world} rank{'s' * (self.world > 1)}: {self.accumulation} micro-batch{'es' * (self.accumulation > 1)} of {self.micro_batch} each"
+            + (f", sampled {self.rollout} at a time" if self.rollout != self.micro_batch else "")
+        )
 
 
 def resolve_geometry(
-    prompts: int, images: int, micro_batch: int, world: int, num_prompts: int | None = None, *, whole_groups: bool = False
+    prompts: int, images: int, micro_batch: int, world: int, num_prompts: int | None = None, *, whole_groups: bool = False, rollout: int = 0
 ) -> Geometry:
-    """The same global batch on any number of ranks, by accumulation; micro_batch is an upper limit. Raises UserError with the nearest possible.
+    """The same global batch on any number of ranks, by accumulation; micro_batch and rollout are upper limits. Raises UserError with the nearest possible.
 
     whole_groups: every micro-batch holds all images of its prompts, so that they can be compared there.
     """
@@ -173,7 +177,8 @@ def resolve_geometry(
         )
     share = samples // world
     micro = max(m for m in range(unit, min(micro_batch, share) + 1, unit) if share % m == 0)
-    return Geometry(prompts, images, world, micro, share // micro)
+    together = max(k for k in range(1, share // micro + 1) if k == 1 or (share // micro % k == 0 and k * micro <= rollout))
+    return Geometry(prompts, images, world, micro, share // micro, together * micro)
 
 
 def first_seed(seed: int, update: int) -> int:
@@ -204,12 +209,12 @@ class UpdateStream:
             out += [order[offset]] * self.geometry.images
         return out
 
-    def micro_batches(self, update: int, rank: int) -> Iterator[Batch]:
-        """This rank's share of an update, micro-batch by micro-batch."""
+    def batches(self, update: int, rank: int) -> Iterator[Batch]:
+        """This rank's share of an update, as much at a time as is sampled at once."""
         g = self.geometry
         index = self.indices(update)
         seeds = torch.arange(g.samples) + first_seed(self.seed, update)
-        start = rank * g.accumulation * g.micro_batch
-        for k in range(g.accumulation):
-            part = slice(start + k * g.micro_batch, start + (k + 1) * g.micro_batch)
+        share = g.samples // g.world
+        for start in range(rank * share, (rank + 1) * share, g.rollout):
+            part = slice(start, start + g.rollout)
             yield self.prompts.batch(index[part], seeds[part])

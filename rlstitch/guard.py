@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -50,10 +51,13 @@ class Guard:
         if stage != self.stage:
             self.best, self.fallen, self.stage = [], 0, stage
         now = scores[self.judge].double()
-        if not self.best or float(now.mean()) >= sum(self.best) / len(self.best):
+        change = now - (torch.tensor(self.best, dtype=torch.float64) if self.best else now)
+        change = change[~torch.isnan(change)]  # of the prompts whose score is known both times
+        if not len(change):
+            return self.verdict()
+        if not self.best or float(change.mean()) >= 0:
             self.best, self.best_trained, self.fallen = now.tolist(), trained, 0
             return None
-        change = now - torch.tensor(self.best, dtype=torch.float64)
         error = float(change.std()) / len(change) ** 0.5 if len(change) > 1 else 0.0
         fallen = float(change.mean()) < -error and trained > self.best_trained
         self.fallen = self.fallen + 1 if fallen else 0
@@ -111,5 +115,6 @@ def probe(
                 if name in rewards:
                     truth = rewards[name].score(images, batch).float()
                     out[f"gap/{name}"] = float((value - truth).mean() / truth.std().clamp(min=1e-8))
-                    out[f"correlation/{name}"] = float(torch.corrcoef(torch.stack([value, truth]))[0, 1].nan_to_num())
+                    agreement = float(torch.corrcoef(torch.stack([value, truth]))[0, 1])
+                    out |= {} if math.isnan(agreement) else {f"correlation/{name}": agreement}
     return out

@@ -26,9 +26,13 @@ class DataConfig:
 
 @dataclass
 class BatchConfig:
+    """micro_batch: the most samples that are trained on at once; rollout_batch: that are sampled and scored at once where no gradient runs through the rollout
+    (0: micro_batch). Neither changes the maths."""
+
     prompts_per_update: int = 64
     images_per_prompt: int = 1
     micro_batch: int = 32
+    rollout_batch: int = 0
 
 
 @dataclass

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from rlstitch.distributed import Engine
 from rlstitch.metrics import Clock
 from rlstitch.oracles import Terminal
-from rlstitch.types import Oracle, Rollout
+from rlstitch.types import Oracle, Rollout, UserError
 
 
 def _place(device: Any) -> tuple[str, int]:
@@ -34,6 +36,7 @@ class Scorer:
         self.engine, self.clock = engine, clock
         self.thread: ThreadPoolExecutor | None = None
         self.pending: list[tuple[Rollout, Future]] = []
+        self.told = False
 
     def ask(self, algorithm: Any, rollout: Rollout) -> None:
         """Score a rollout now, or have it scored by `finish`."""
@@ -54,3 +57,21 @@ class Scorer:
             pending, self.pending = self.pending, []
             for rollout, future in pending:
                 rollout.scores = future.result()
+
+    def check(self, scores: Tensor, groups: Tensor, names: Sequence[str], update: int) -> None:
+        """Scores [B, K] of all ranks and their prompts [B]: a reward without one known score ends the run, one without any for a prompt is told once.
+
+        What is not known takes no part in the update, but an update without any would still move the weights by the optimiser's momentum.
+        """
+        known = ~torch.isnan(scores)
+        if silent := [name for name, column in zip(names, known.unbind(1)) if not bool(column.any())]:
+            raise UserError(
+                f"update {update}: {' and '.join(silent)} gave no score for any of {len(scores)} pictures (NaN); the weights are those of the last update. Mend the reward, then start the same command again"
+            )
+        lost = {n: sorted({int(g) for g in groups.unique() if not bool(k[groups == g].any())}) for n, k in zip(names, known.unbind(1))}
+        if any(lost.values()) and not self.told and self.engine.is_main:
+            self.told = True
+            shown = "; ".join(f"{name}: {len(rows)} prompts, e.g. number {rows[0]}" for name, rows in lost.items() if rows)
+            tqdm.write(
+                f"update {update}: no score for any picture of some prompts ({shown}). They take no part; this is said once, `masked` in metrics.jsonl counts on"
+            )

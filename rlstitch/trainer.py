@@ -180,7 +180,7 @@ class Trainer:
         o = self.config.optimiser
         engine.set_lr(o.lr * min(1.0, (self.step + 1) / max(1, o.warmup)))
         rollouts: list[Rollout] = []
-        for batch in stage.stream.micro_batches(self.step, engine.rank):
+        for batch in stage.stream.batches(self.step, engine.rank):
             with clock.phase("rollout"), engine.autocast():
                 rollout = self.algorithm.rollout(batch, stop)
             self.scorer.ask(self.algorithm, rollout)
@@ -191,6 +191,7 @@ class Trainer:
                 rollouts.append(rollout)
         if self.algorithm.collects:
             self.scorer.finish()
+            rollouts = [part for rollout in rollouts for part in rollout.split(self.geometry.micro_batch)]
             scores = [rollout.scores for rollout in rollouts]
             self._learn_together(rollouts, sums)
         with clock.phase("update"):
@@ -239,7 +240,9 @@ class Trainer:
         """Compare the samples of all ranks, then learn from this rank's own."""
         own = torch.cat([r.scores for r in rollouts]).detach().float()
         groups = torch.cat([r.batch.group for r in rollouts]).to(own.device)
-        weights, metrics = self.algorithm.compare(rollouts, self.engine.gather(own), self.engine.gather(groups))
+        every, all_groups = self.engine.gather(own), self.engine.gather(groups)
+        self.scorer.check(every, all_groups, self.algorithm.oracle.names, self.step + 1)
+        weights, metrics = self.algorithm.compare(rollouts, every, all_groups)
         mine = weights[self.engine.rank * len(own) :][: len(own)]
         for rollout, part in zip(rollouts, mine.split([len(r.batch) for r in rollouts])):
             self._learn(rollout, sums, part, self.slots)

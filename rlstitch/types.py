@@ -85,6 +85,9 @@ class Transition:
     log_prob: Tensor
     mean: Tensor
 
+    def rows(self, index: slice) -> Transition:
+        return Transition(self.z[index], self.z_next[index], self.sigma, self.sigma_next, self.log_prob[index], self.mean[index])
+
 
 @dataclass
 class Rollout:
@@ -96,6 +99,19 @@ class Rollout:
     states: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (z, sigma) entering each step with gradient
     velocities: list[Tensor] = field(default_factory=list)
     transitions: list[Transition] = field(default_factory=list)  # stochastic steps that a policy gradient is taken through
+
+    def split(self, size: int) -> list[Rollout]:
+        """The same samples, `size` at a time; for rollouts without gradient (no states, no velocities)."""
+        if len(self.batch) <= size:
+            return [self]
+        rows = [slice(k, k + size) for k in range(0, len(self.batch), size)]
+        return [
+            Rollout(
+                self.batch[r], Latent(self.latent.z[r], self.latent.sigma[r]), None if self.scores is None else self.scores[r],
+                transitions=[t.rows(r) for t in self.transitions],
+            )
+            for r in rows
+        ]  # fmt: skip
 
 
 class Backbone(Protocol):

@@ -14,8 +14,8 @@ def test_geometry_gives_the_same_samples_on_any_number_of_ranks(world):
     stream = UpdateStream(prompts, g := resolve_geometry(16, 2, 6, world), seed=3)
     assert g.samples == 32 and g.micro_batch <= 6 and g.micro_batch * g.accumulation * world == 32
     for update in (0, 1, 7):
-        expected = next(whole.micro_batches(update, 0))
-        got = [b for rank in range(world) for b in stream.micro_batches(update, rank)]
+        expected = next(whole.batches(update, 0))
+        got = [b for rank in range(world) for b in stream.batches(update, rank)]
         assert [p for b in got for p in b.prompts] == expected.prompts
         assert torch.equal(torch.cat([b.seeds for b in got]), expected.seeds)
 
@@ -32,7 +32,7 @@ def test_stream_visits_every_prompt_once_an_epoch_and_never_repeats_noise():
     stream = UpdateStream(prompts, resolve_geometry(4, 3, 99, 1), seed=0)
     seen = [i for u in range(5) for i in stream.indices(u)[::3]]
     assert sorted(seen[:10]) == list(range(10)) and sorted(seen[10:]) == list(range(10)) and seen[:10] != seen[10:]
-    seeds = torch.cat([next(stream.micro_batches(u, 0)).seeds for u in range(5)])
+    seeds = torch.cat([next(stream.batches(u, 0)).seeds for u in range(5)])
     assert len(seeds.unique()) == len(seeds)
 
 

@@ -1,5 +1,7 @@
 """Flow-GRPO: its steps and log-probabilities against torch.distributions, ratio and KL, the window, and the job resumed."""
 
+import math
+
 import pytest
 import torch
 
@@ -89,6 +91,47 @@ def test_the_ratio_is_one_at_the_first_step_and_both_terms_have_a_gradient(algor
             loss.backward()
             assert float(metrics["ratio"]) == pytest.approx(1, abs=1e-5) and float(metrics["kl"]) > 0
             assert any(p.grad.abs().max() > 0 for p in policy.parameters())
+
+
+def test_kl_ratio_and_guard_away_from_the_first_step_by_hand(algorithm, backbone):
+    """After the weights have moved: B.2's KL without the step's length, cps's log-probability without constants, B.3's guarded ratio."""
+    for kernel, guard in (("sde", False), ("sde", True), ("cps", False), ("cps", True)):
+        method, policy = algorithm(sde_type=kernel, noise_level=0.7, window=1, window_range=3, clip_range=10.0, kl=0.5, guard=guard)
+        rollout = method.rollout(batch_of(backbone), 6)
+        (t,) = rollout.transitions
+        with torch.no_grad():
+            for n, p in policy.named_parameters():
+                if "lora_B" in n:
+                    p.add_(0.1)
+        loss, metrics = next(method.losses(rollout, advantage := torch.tensor([1.0, -1.0, 0.5, 0.0]), 1))
+
+        def mean_of(policy_name):
+            with torch.no_grad(), policy.use(policy_name):
+                v = backbone.velocity(t.z, torch.full((4,), t.sigma), rollout.batch.text)
+            s, r, level = t.sigma, t.sigma_next, 0.7
+            if kernel == "sde":
+                scale = level * (s / (1 - (s if s < 1 else float(method.grid[1])))) ** 0.5
+                drift = t.z * scale**2 / (2 * s) + v * (1 + scale**2 * (1 - s) / (2 * s))
+                return t.z + drift * (r - s), scale * (s - r) ** 0.5
+            std = r * math.sin(level * math.pi / 2)
+            return (1 - r) * (t.z - s * v) + (r**2 - std**2) ** 0.5 * (t.z + (1 - s) * v), std
+
+        (new, std), (base, _) = mean_of("default"), mean_of("reference")
+
+        def log_prob(mean):
+            if kernel == "cps":
+                return -(t.z_next - mean).square().mean((1, 2, 3))
+            return torch.distributions.Normal(mean, std).log_prob(t.z_next).mean((1, 2, 3))
+
+        change = (log_prob(new) - log_prob(t.mean)) * (std if guard else 1.0)
+        if guard:
+            change = change + (new - t.mean).square().mean((1, 2, 3)) / (2 * std)
+        ratio = change.exp()
+        kl = ((new - base).square().mean((1, 2, 3)) / (2 * std**2 / (t.sigma - t.sigma_next))).mean()
+        assert (ratio - 1).abs().max() > 1e-4
+        torch.testing.assert_close(metrics["ratio"], ratio.mean(), rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(metrics["kl"], kl, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(loss.detach(), (-advantage * ratio).mean() + 0.5 * kl, rtol=1e-3, atol=1e-5)
 
 
 def test_a_step_along_the_loss_makes_the_better_sample_likelier(algorithm, backbone):

@@ -53,6 +53,16 @@ def test_a_fall_within_one_standard_error_is_noise():
     assert guard.see({"judge": base + wobble - 0.13}, "", 2.0) is not None
 
 
+def test_a_score_that_is_not_known_does_not_blind_the_rule():
+    """Prompts are compared where both evaluations know them; an evaluation without any known score says nothing."""
+    guard, holed = Guard(GuardConfig(patience=1), ["judge"]), scores(0.5)["judge"]
+    holed[:8] = float("nan")
+    assert guard.see({"judge": torch.full((N,), float("nan"))}, "", 1.0) is None and not guard.best
+    assert guard.see({"judge": holed}, "", 1.0) is None
+    assert guard.see({"judge": torch.full((N,), float("nan"))}, "", 1.1) is None
+    assert guard.see(scores(0.1, 1), "", 1.2) is not None
+
+
 def test_a_new_stage_is_judged_by_itself():
     """Rewards of different stages have different scales: what stage 1 reached says nothing about stage 2."""
     guard = Guard(GuardConfig(patience=1), ["judge"])

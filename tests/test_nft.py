@@ -1,10 +1,15 @@
 """DiffusionNFT: advantages, loss and solver by hand and in closed form; the job on pixel rewards and on stitched values, resumed."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from rlstitch import losses, sampling, schedule
 from rlstitch.advantages import dead_groups, group_normalise
+from rlstitch.algorithms.nft import NFT as NFTMethod
+from rlstitch.policy import Policy
+from rlstitch.types import Batch, noise_like
 from tests.test_schedule import velocity as gaussian_velocity
 from tests.test_train import rows, start, weights, world  # noqa: F401  (a fixture)
 
@@ -79,6 +84,63 @@ def test_gradient_variance_near_the_stop_stays_bounded(generator):
             spread[adaptive, margin] = float(v.grad.var(0).mean())
     assert spread[False, 0.0001] > 100 * spread[False, 0.2]
     assert spread[True, 0.0001] < 2 * spread[True, 0.2]
+
+
+def method(policy=None, backbone=None, **options):
+    return NFTMethod(backbone, policy, None, schedule.sigmas(10, 3.0, "plain"), **options)
+
+
+@pytest.mark.parametrize(
+    "decay, by_hand",
+    [
+        ("none", {1: 0.0, 75: 0.0, 600: 0.0}),
+        ("slow", {1: 0.001, 75: 0.075, 499: 0.499, 600: 0.5}),
+        ("late", {1: 0.0, 74: 0.0, 75: 0.0, 76: 0.0075, 175: 0.75, 300: 0.999}),
+    ],
+)
+def test_how_the_old_policy_follows(decay, by_hand):
+    seen = []
+    nft = method(policy=SimpleNamespace(update_old=seen.append), old_decay=decay)
+    for update in by_hand:
+        nft.end_step(update - 1)
+    assert seen == pytest.approx(list(by_hand.values()))
+
+
+def test_training_times_lie_above_the_stop_without_repeats_and_belong_to_the_seed():
+    grid, seeds = schedule.sigmas(10, 3.0, "plain"), torch.arange(50)
+    above = grid[grid > float(grid[6]) + 1e-6]
+    drawn = schedule.draw_above(grid, float(grid[6]), seeds, 4, stream=13)
+    assert drawn.shape == (50, 4) and all(len(set(row.tolist())) == 4 for row in drawn)
+    assert set(drawn.flatten().tolist()) == set(above.tolist())  # sigma = 1 is among them, the stop is not
+    assert torch.equal(drawn[7], schedule.draw_above(grid, float(grid[6]), seeds[7:8], 4, stream=13)[0])
+    assert not torch.equal(drawn, schedule.draw_above(grid, float(grid[6]), seeds, 4, stream=14))
+
+
+def test_the_base_is_not_asked_where_there_is_no_kl_and_the_kl_is_the_mean_square(backbone, monkeypatch):
+    policy = Policy(backbone.transformer, rank=2, alpha=4.0, targets=backbone.lora_targets, seed=0, ema_decay=0.9, old=True)
+    for n, p in policy.named_parameters():
+        if "lora_B" in n:
+            torch.nn.init.normal_(p, std=0.3)
+    batch = Batch(
+        ["a red circle"] * 2, torch.zeros(2, dtype=torch.long), torch.arange(2), [{}] * 2, backbone.encode_prompts(["a red circle"] * 2)
+    )
+    asked, velocity = [], backbone.velocity
+    monkeypatch.setattr(backbone, "velocity", lambda *a, **k: (asked.append(policy.active), velocity(*a, **k))[1])
+    for kl in (0.0, 0.5):
+        nft = method(policy, backbone, kl=kl)
+        rollout = nft.rollout(batch, 4)
+        asked.clear()
+        ((loss, metrics),) = list(nft.losses(rollout, torch.tensor([0.2, float("nan")]), 1))
+        assert asked == (["old", "default"] if not kl else ["old", "reference", "default"])
+    sigma = nft.levels(rollout, 1)[:, 0]
+    z, _ = schedule.bridge(rollout.latent.z, rollout.latent.sigma, sigma, noise_like(backbone.latent_shape, batch.seeds, stream=101))
+    with torch.no_grad():
+        current = backbone.velocity(z, sigma, batch.text)
+        with policy.use("reference"):
+            base = backbone.velocity(z, sigma, batch.text)
+    by_hand = (current - base).square().mean((1, 2, 3))[0] / 2  # the sample without a score takes no part
+    torch.testing.assert_close(metrics["deviation"], by_hand, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(loss.detach(), metrics["policy_loss"] + 0.5 * by_hand, rtol=1e-4, atol=1e-7)
 
 
 def test_dpm2_is_second_order_and_euler_first_on_a_gaussian():
