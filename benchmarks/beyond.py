@@ -100,7 +100,8 @@ def weighted(weight: Callable[[Tensor], Tensor]) -> Callable[..., tuple[Tensor, 
 class Bench:
     def __init__(self, options: dict[str, str]):
         self.recipe = stitch.checked(cfg.compose(f"stitch_{options['reward']}"), "beyond")
-        self.backbone, self.reward = cfg.build(self.recipe.model), cfg.build(self.recipe.reward)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.backbone, self.reward = cfg.build(self.recipe.model, device=device), cfg.build(self.recipe.reward, device=device)
         self.images, _ = cfg.build(self.recipe.images | {"n": int(options["images"])})
         self.latents = latents_of(self.backbone, self.images)
         self.targets = targets_of(self.reward, self.images)
@@ -137,7 +138,7 @@ def main() -> None:
     out, steps, bench, table = Path(options["out"]), int(options["steps"]), None, {}
     for name in wanted:
         for seed in options["seeds"].split(","):
-            file = out / f"{options['reward']}-{name.replace(' ', '_')}-{steps}-{seed}.json"
+            file = out / f"{options['reward']}-{name.replace(' ', '_')}-{steps}-{options['images']}-{seed}.json"
             if not file.exists():
                 bench = bench or Bench(options)
                 write_json(file, bench.run(VARIANTS[name], int(seed), steps))

@@ -30,7 +30,8 @@ class Study:
 
     def __init__(self, options: dict[str, str]):
         self.recipe = stitch.checked(cfg.compose(f"stitch_{options['reward']}"), "interface_study")
-        self.backbone, self.reward = cfg.build(self.recipe.model), cfg.build(self.recipe.reward)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.backbone, self.reward = cfg.build(self.recipe.model, device=device), cfg.build(self.recipe.reward, device=device)
         self.images, _ = cfg.build(self.recipe.images | {"n": int(options["images"])})
         self.latents, self.targets = latents_of(self.backbone, self.images), targets_of(self.reward, self.images)
         held, self.prompts = cfg.build(self.recipe.held_out)

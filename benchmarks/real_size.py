@@ -189,7 +189,7 @@ def measure(size: str, pixels: int, blocks: int, repeats: int) -> dict:
             """Rollout of the old policy, scores, one training time."""
             method = NFT(backbone, policy, oracle, ten, activation_checkpointing=True, times=1)
             done = method.rollout(pair, stop)
-            weight, _ = method.compare([done], method.score(done), pair.group)
+            weight, _ = method.compare([done], method.score(done), pair.group.to(z.device))
             for loss, _ in method.losses(done, weight, 1):
                 loss.backward()
             for p in policy.parameters():
@@ -218,10 +218,10 @@ def main() -> None:
         result[pixels] = {"tflop": {k: round(v, 6) for k, v in floors(size, pixels, blocks).items()}}
         if options["flops"] != "only":
             result[pixels]["measured"] = measure(size, pixels, blocks, int(options["repeats"]))
-    save(
-        f"real_size_{size}{'_flops' if options['flops'] == 'only' else ''}",
-        {"size": size, "blocks": blocks, "by_pixels": result, "wanted_on_an_H200_at_1024": WANTED},
-    )
+        save(  # after every size, so that one too large for the memory loses nothing
+            f"real_size_{size}{'_flops' if options['flops'] == 'only' else ''}",
+            {"size": size, "blocks": blocks, "by_pixels": result, "wanted_on_an_H200_at_1024": WANTED},
+        )
 
 
 if __name__ == "__main__":

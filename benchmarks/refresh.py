@@ -8,6 +8,7 @@ of the stop window, r on the finished picture, both of the current policy on hel
 
 from __future__ import annotations
 
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ JUDGES = ("preference_b", "detector")
 def gaps(run: Path) -> list[dict[str, float]]:
     """Of every evaluation on the way: the update, each value model's gap and correlation."""
     keys = [f"{figure}/{name}" for figure in ("gap", "correlation") for name in TRAINED]
-    return [{"update": row["step"], **{k: row["eval"][k] for k in keys}} for row in metrics.read(run) if "eval" in row]
+    return [{"update": row["step"], **{k: row["eval"].get(k, math.nan) for k in keys}} for row in metrics.read(run) if "eval" in row]
 
 
 def told(label: str, runs: list[tuple[dict[str, Any], list[dict[str, float]]]]) -> str:
@@ -55,7 +56,7 @@ def main() -> None:
     found: dict[str, list[tuple[dict[str, Any], list[dict[str, float]]]]] = {}
     for seed in options["seeds"].split(","):
         for label, overrides in cases.items():
-            name = f"{label.replace(' ', '-')}-seed{seed}"
+            name = f"{label.replace(' ', '-')}-lr{options['lr']}-{options['updates']}-seed{seed}"
             summary = train("draft_stitch", name, out, f"seed={seed}", *common, *overrides)
             found.setdefault(label, []).append((summary, gaps(out / name)))
     head = [

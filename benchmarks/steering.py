@@ -27,6 +27,7 @@ from rlstitch import steer, steering
 from rlstitch.files import require, write_text
 from rlstitch.report import line_plot
 from rlstitch.steering.model import Steered
+from rlstitch.stitch.model import read_card
 from rlstitch.types import Latent
 
 SCALES = {"dps": (3.0, 10.0, 30.0), "dps_stitch": (3.0, 10.0, 30.0, 100.0)}
@@ -57,7 +58,8 @@ class Bench:
     def job(self, name: str, seed: int, method: dict[str, Any], model: str) -> dict[str, Any]:
         """One steering job's result without its list of pictures; cached."""
         given = self.recipe(name, method, model) | {"seed": seed, "prompts": self._spread()}
-        key = hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:12]
+        used = [read_card(given["values"][self.reward])["sha256"]] if name.endswith("_stitch") else []
+        key = hashlib.sha256(json.dumps([given, used], sort_keys=True).encode()).hexdigest()[:12]
         given["name"] = f"{name}-{seed}-{key}"
         file = self.out / given["name"] / "scores.json"
         if not file.exists():
@@ -108,7 +110,8 @@ class Bench:
                 job.prompts.batch([k % len(job.prompts) for k in range(rows)], torch.arange(rows)),
                 job.config.sampler.guidance,
             )
-            z, step = torch.randn(rows, *job.backbone.latent_shape, generator=torch.Generator().manual_seed(0)), torch.tensor([0.5, 0.45])
+            z = torch.randn(rows, *job.backbone.latent_shape, generator=torch.Generator().manual_seed(0)).to(job.backbone.device)
+            step = torch.tensor([0.5, 0.45])
 
             def dps(job=job, batch=batch, z=z, step=step, guidance=guidance):
                 with job.autocast():
@@ -116,7 +119,7 @@ class Bench:
                     return steering.dps(model.velocity, model.value, z, step)
 
             cases[name] = dps
-        sigma, backbone = torch.full((rows,), 0.5), job.backbone  # the stitched job's from here on
+        sigma, backbone = torch.full((rows,), 0.5, device=z.device), job.backbone  # the stitched job's from here on
         depth = len(job.oracle.models[0].prefix.blocks)
 
         def part(ask):

@@ -35,7 +35,7 @@ ROWS = {
 def stitched(reward: str, row: str, out: Path, steps: int) -> str:
     """A baseline of one reward, stitched unless it is there already."""
     _, times, change = ROWS[row]
-    given = cfg.merge(cfg.compose(f"stitch_{reward}"), {"name": f"{reward}_{row}", "out": str(out), **change})
+    given = cfg.merge(cfg.compose(f"stitch_{reward}"), {"name": f"{reward}_{row}" + f"_{steps}" * bool(steps), "out": str(out), **change})
     given["distill"]["steps"] = times * (steps or given["distill"]["steps"])  # more steps over the same pictures: more epochs
     folder = out / given["name"]
     if not (folder / "value.json").exists():
@@ -65,6 +65,8 @@ def main() -> None:
             "calibration": "48", "steps": "0",
         }
     )  # fmt: skip
+    if odd := set(options["rows"].split(",")) - {*ROWS, "dina", "none"}:
+        raise SystemExit(f"unknown rows {', '.join(sorted(odd))}; there are {', '.join(ROWS)}, dina and none")
     out, names, rows = Path(options["out"]), options["rewards"].split(","), options["rows"].split(",")
     given, steps = cfg.compose("evaluate_value"), int(options["steps"])
     rivals = given["compare"]

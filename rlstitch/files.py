@@ -115,9 +115,14 @@ def quick_fingerprint(folder: Path, patterns: tuple[str, ...]) -> str:
 
 def vae_fingerprint(model: str | Path) -> str:
     """Hash of a pipeline directory's autoencoder weights, read without loading it: latents are comparable only where it agrees."""
-    files = sorted((require(model, "the model directory") / "vae").glob("*.safetensors"))
+    return weights_fingerprint(model, "vae")
+
+
+def weights_fingerprint(model: str | Path, part: str) -> str:
+    """Hash of all weights of one part of a pipeline directory. UserError where it has none in safetensors."""
+    files = sorted((require(model, "the model directory") / part).glob("*.safetensors"))
     if not files:
-        raise UserError(f"model '{model}' has no vae/*.safetensors")
+        raise UserError(f"model '{model}' has no {part}/*.safetensors")
     return hashlib.sha256("".join(sha256(f) for f in files).encode()).hexdigest()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,12 +12,13 @@ from torch import Tensor
 
 from rlstitch import sampling, schedule
 from rlstitch.config import load_class
+from rlstitch.distributed import autocast
 from rlstitch.stitch.model import OtherDenoiser, StitchedValueModel, build, read_card, values
 from rlstitch.types import Backbone, Batch, Latent, Oracle, Reward, UserError
 
 
 def _scores(rewards: Mapping[str, Reward], images: Tensor, batch: Batch) -> Tensor:
-    return torch.stack([reward.score(images, batch).float() for reward in rewards.values()], 1)
+    return torch.stack([reward.score(images, batch).float().to(images.device) for reward in rewards.values()], 1)
 
 
 class _Mixed:
@@ -74,7 +76,10 @@ class Tweedie(_Mixed):
 
 
 class MonteCarlo(_Mixed):
-    """Mean r over n completed rollouts from the latent, by a stochastic kernel: the reference that every value is compared with. No gradient."""
+    """Mean r over n completed rollouts from the latent, by a stochastic kernel: the reference that every value is compared with. No gradient.
+
+    precision: fp32, bf16 or auto, of the denoiser's passes alone; None is the caller's.
+    """
 
     sigma_range = (0.0, 1.0)
     differentiable = False
@@ -88,9 +93,11 @@ class MonteCarlo(_Mixed):
         rollouts: int = 4,
         num_steps: int = 10,
         shift: float = 3.0,
+        precision: str | None = None,
         seed: int = 0,
     ):
         super().__init__(weights)
+        self.precision = precision
         self.backbone, self.rewards, self.rollouts = backbone, {name: rewards[name] for name in weights}, rollouts
         self.grid, self.seed = schedule.sigmas(num_steps, shift, "plain"), seed
 
@@ -109,7 +116,8 @@ class MonteCarlo(_Mixed):
         generator = torch.Generator().manual_seed(self.seed)
         kernel, out = sampling.stochastic(sampling.linear_sde), []
         for _ in range(self.rollouts):
-            done = sampling.sample(self.backbone.bind(batch.text), latent.z, grid, kernel=kernel, generator=generator)
+            with autocast(latent.z.device.type, self.precision) if self.precision else nullcontext():
+                done = sampling.sample(self.backbone.bind(batch.text), latent.z, grid, kernel=kernel, generator=generator)
             out.append(_scores(self.rewards, self.backbone.decode(done.z), batch))
         return torch.stack(out)
 

@@ -16,16 +16,16 @@ from rlstitch.oracles import Terminal
 from rlstitch.types import Oracle, Rollout, UserError
 
 
-def _place(device: Any) -> tuple[str, int]:
-    """A device's kind and number; a name that torch does not know (a service) is a kind of its own."""
+def _elsewhere(device: Any, here: torch.device) -> bool:
+    """Whether a reward's device is another one; a name without a number is any device of its kind, one that torch does not know (a service) is elsewhere."""
     kind, _, number = str(device).partition(":")
-    return kind, int(number) if number.isdigit() else 0
+    return kind != here.type or (number.isdigit() and int(number) != (here.index or 0))
 
 
 def has_own_device(oracle: Oracle | None, device: torch.device) -> bool:
     """Whether finished pictures are scored by a reward whose `device` is not the denoiser's, so that both can work at once."""
     rewards = oracle.rewards.values() if isinstance(oracle, Terminal) else ()
-    return any(_place(getattr(reward, "device", device)) != _place(device) for reward in rewards)
+    return any(_elsewhere(getattr(reward, "device", device), device) for reward in rewards)
 
 
 class Scorer:
@@ -44,7 +44,10 @@ class Scorer:
             with self.clock.phase("oracle"), self.engine.autocast():
                 rollout.scores = algorithm.score(rollout)
             return
-        self.thread = self.thread or ThreadPoolExecutor(1, "rewards")
+        if self.thread is None:
+            here = self.engine.device
+            on_gpu = {"initializer": torch.cuda.set_device, "initargs": (here,)} if here.type == "cuda" and here.index is not None else {}
+            self.thread = ThreadPoolExecutor(1, "rewards", **on_gpu)  # a thread begins on GPU 0, whatever its rank
         self.pending.append((rollout, self.thread.submit(self._score, algorithm, rollout)))
 
     def _score(self, algorithm: Any, rollout: Rollout) -> Tensor:

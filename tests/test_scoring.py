@@ -41,9 +41,9 @@ def test_what_has_its_own_device(backbone, reward):
     cpu = torch.device("cpu")
     assert not has_own_device(Terminal(backbone, {"r": reward}, {"r": 1.0}), cpu)
     assert has_own_device(Terminal(backbone, {"r": reward, "s": Service()}, {"r": 1.0, "s": 1.0}), cpu)
-    there = SimpleNamespace(device="cuda", differentiable=True)
-    assert not has_own_device(Terminal(backbone, {"r": there}, {"r": 1.0}), torch.device("cuda:0"))
-    assert has_own_device(Terminal(backbone, {"r": there}, {"r": 1.0}), torch.device("cuda:1"))
+    for name, rank, own in (("cuda", 0, False), ("cuda", 1, False), ("cuda:0", 1, True), ("cuda:1", 1, False), ("cpu", 0, True)):
+        there = SimpleNamespace(device=name, differentiable=True)  # without a number it is where each rank's own GPU is
+        assert has_own_device(Terminal(backbone, {"r": there}, {"r": 1.0}), torch.device("cuda", rank)) == own
     assert not has_own_device(None, cpu)
 
 

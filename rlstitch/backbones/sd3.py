@@ -225,7 +225,7 @@ class SD3Backbone:
         pipeline, prompts = self._text_pipeline(), list(files)
         for start in range(0, len(prompts), batch_size):
             part = prompts[start : start + batch_size]
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):  # text is the same whatever it is asked in the midst of
                 tokens, _, pooled, _ = pipeline.encode_prompt(
                     part, None, None, do_classifier_free_guidance=False, device=self.device, max_sequence_length=self.max_sequence_length
                 )

@@ -172,7 +172,7 @@ class ClipReward:
 
     def patches(self, images: Tensor) -> Tensor:
         """What the patch embedding produces [B, N, W]: images after preprocessing, no [CLS], no positions."""
-        pixels = preprocess(images, self.size, self.mean, self.std, self.resize)
+        pixels = preprocess(images.to(self.device), self.size, self.mean, self.std, self.resize)
         weight = self.model.vision_model.embeddings.patch_embedding
         return weight(pixels.to(weight.weight.dtype)).flatten(2).transpose(1, 2)
 

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from rlstitch import config as cfg
 from rlstitch.checks import part_faults, unknown_rewards
 from rlstitch.data import encode, read_prompts
+from rlstitch.distributed import resolve_precision
 from rlstitch.files import write_json, write_text
 from rlstitch.metrics import interleaved, peak_megabytes
 from rlstitch.report import line_plot
@@ -276,7 +277,8 @@ def run(config: CompareConfig, extra: dict[str, Callable[[Any], list[Subject]]] 
     """Measure every reward under `compare`; write evaluation.json, table.md and plots to <out>/<name>."""
     comparison, folder = Comparison(config), Path(config.out) / config.name
     results = {name: comparison.measure_reward(name, (extra or {}).get(name)) for name in config.compare}
-    told = {"hardware": cfg.hardware(), "sigmas": config.sigmas, "rewards": results}
+    precision = resolve_precision(comparison.device, config.calibration.precision)
+    told = {"hardware": cfg.hardware(), "rollouts": precision, "sigmas": config.sigmas, "rewards": results}
     write_json(folder / "evaluation.json", told)
     write_text(folder / "table.md", table(results, config.sigmas))
     plots(results, config.sigmas, folder)

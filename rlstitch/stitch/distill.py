@@ -155,7 +155,7 @@ def distill(
             picked, share = index[rows], len(rows) / config.batch_size
             tokens = target_tokens(picked) if callable(target_tokens) else target_tokens[picked]
             with torch.autocast(latents.device.type, dtype=torch.bfloat16, enabled=config.autocast and native_bf16(latents.device.type)):
-                loss, parts = objective(model, z[rows], sigma[rows], targets[picked], tokens.float(), config)
+                loss, parts = objective(model, z[rows], sigma[rows], targets[picked].to(z.device), tokens.float().to(z.device), config)
             (loss * share).backward()
             for key, value in {"loss": loss.detach(), **parts}.items():
                 told[key] = told.get(key, 0.0) + share * value

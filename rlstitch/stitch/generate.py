@@ -16,13 +16,13 @@ from tqdm import tqdm
 from rlstitch import sampling, schedule
 from rlstitch.data import PromptSet
 from rlstitch.distributed import autocast, resolve_precision
-from rlstitch.files import cache_folder, quick_fingerprint, read_tensors, require, write_tensors
-from rlstitch.types import noise_like
+from rlstitch.files import cache_folder, read_tensors, require, weights_fingerprint, write_tensors
+from rlstitch.types import UserError, noise_like
 
 
 @dataclass
 class GenerateConfig:
-    """`count` pictures of the model on `prompts` in turn, by the ODE; the batches take the guidances in turn."""
+    """`count` pictures of the model on `prompts` in turn, by the ODE; the batches take the guidances in turn. truncate: cut prompts that the encoder would cut, or refuse them."""
 
     count: int = 0
     prompts: str = "shapes:train.jsonl"
@@ -31,11 +31,17 @@ class GenerateConfig:
     shift: float = 3.0
     batch_size: int = 64
     precision: str = "auto"
+    truncate: bool = False
     seed: int = 0
 
 
 def faults(where: str, config: GenerateConfig) -> list[str]:
     """What is wrong with a recipe's node `where`."""
+    if config.count > 0:
+        try:
+            require(config.prompts, f"{where}.prompts")
+        except UserError as error:
+            return [f"'{where}.prompts': {error}", *faults(where, dataclasses.replace(config, count=0))]
     out = [f"'{where}.count' must not be negative, not {config.count}"] if config.count < 0 else []
     out += [f"'{where}.{k}' must be positive, not {v}" for k in ("num_steps", "shift", "batch_size") if (v := getattr(config, k)) <= 0]
     if config.precision not in ("auto", "fp32", "bf16"):
@@ -54,13 +60,17 @@ def generate(backbone: Any, prompts: PromptSet, config: GenerateConfig, label: s
         "precision": resolve_precision(device_type, config.precision),
         "prompts": prompts.prompts,
         "text": backbone.text_fingerprint(),
-        "model": quick_fingerprint(require(backbone.path, "the model directory"), ("transformer/*.safetensors",)),
+        "model": weights_fingerprint(backbone.path, "transformer"),
+        "shape": list(backbone.latent_shape),
         "dtype": str(backbone.dtype),
     }
     file = cache_folder() / "generations" / f"{hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]}.safetensors"
     if file.exists():
-        kept = read_tensors(file)
-        return kept["latents"].to(backbone.device), index, float(kept["seconds"])
+        try:
+            kept = read_tensors(file)
+            return kept["latents"].to(backbone.device), index, float(kept["seconds"])
+        except UserError as error:
+            print(f"{error} They are made anew.", flush=True)
     started = time.perf_counter()
     grid, out, batch_size = schedule.sigmas(config.num_steps, config.shift, "plain"), [], config.batch_size
     for start in tqdm(range(0, config.count, batch_size), desc=label, unit="batch", leave=False):
@@ -71,7 +81,13 @@ def generate(backbone: Any, prompts: PromptSet, config: GenerateConfig, label: s
         with autocast(device_type, config.precision):
             out.append(sampling.sample(backbone.bind(batch.text, guidance), z, grid).z.float())
     latents, seconds = torch.cat(out), time.perf_counter() - started
-    write_tensors(file, {"latents": latents, "seconds": torch.tensor(seconds)})
+    try:
+        write_tensors(file, {"latents": latents, "seconds": torch.tensor(seconds)})
+    except OSError as error:
+        print(
+            f"{label} cannot be kept for the next time ({error}); set XDG_CACHE_HOME to a folder with room. This run goes on with them.",
+            flush=True,
+        )
     return latents, index, seconds
 
 

@@ -70,6 +70,7 @@ def noised(latents: Tensor, level: float, seed: int = 0) -> Latent:
 
 def recall(image: Tensor, text: Tensor) -> float:
     """Share of rows whose most similar text is their own; swap the arguments for text to image."""
+    text = text.to(image.device)
     return float(((image @ text.T).argmax(1) == torch.arange(len(image), device=image.device)).float().mean())
 
 
@@ -164,11 +165,19 @@ def references(
     out = {}
     for level in sigmas:
         down = torch.cat([grid[grid > level], torch.tensor([level])])
-        oracle = MonteCarlo(backbone, rewards, dict.fromkeys(rewards, 1.0), rollouts=rollouts, num_steps=num_steps, shift=shift, seed=seed)
         with autocast(backbone.device.type, precision):
             latent = sampling.sample(backbone.bind(batch.text), start, down)
-            scores = oracle.each(latent, batch).float()
-        out[f"{level:g}"] = Reference(latent, batch, scores, tuple(rewards))
+        oracle = MonteCarlo(
+            backbone,
+            rewards,
+            dict.fromkeys(rewards, 1.0),
+            rollouts=rollouts,
+            num_steps=num_steps,
+            shift=shift,
+            precision=precision,
+            seed=seed,
+        )
+        out[f"{level:g}"] = Reference(latent, batch, oracle.each(latent, batch), tuple(rewards))
     return out
 
 

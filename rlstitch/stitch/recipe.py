@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from rlstitch import config as cfg
 from rlstitch.data import encode, read_prompts
+from rlstitch.distributed import resolve_precision
 from rlstitch.files import require, vae_fingerprint
 from rlstitch.stitch import measure
 from rlstitch.stitch.baselines import noisy_clip, vae_stitch
@@ -187,11 +188,15 @@ def run(recipe: StitchRecipe) -> StitchedValueModel:
     if recipe.generate.count:
         asked = time.perf_counter()
         own, _, seconds = generate(
-            backbone, encode(backbone, read_prompts(recipe.generate.prompts)), recipe.generate, f"{recipe.name}: pictures"
+            backbone,
+            encode(backbone, read_prompts(recipe.generate.prompts), truncate=recipe.generate.truncate),
+            recipe.generate,
+            f"{recipe.name}: pictures",
         )
         kept = max(0.0, seconds - (time.perf_counter() - asked))  # pictures from the cache cost what they cost when they were made
         latents, images = torch.cat([latents, own]), torch.cat([images, pictures_of(backbone, own)])
-        made = {"generate": dataclasses.asdict(recipe.generate), "generate_seconds": round(seconds, 1)}
+        told = dataclasses.asdict(recipe.generate) | {"precision": resolve_precision(device, recipe.generate.precision)}
+        made = {"generate": told, "generate_seconds": round(seconds, 1)}
     targets, tokens, norm = targets_of(reward, images)
     card = {
         "name": recipe.name,

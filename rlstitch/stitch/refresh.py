@@ -83,7 +83,6 @@ class Refresher:
         with torch.no_grad():
             images = torch.cat([self.backbone.decode(latents[k : k + 64]) for k in range(0, len(latents), 64)])
             targets, tokens, _ = targets_of(self.rewards[name], images)
-            targets = targets.to(latents.device)
         self.count += 1
         config = replace(
             DistillConfig(**model.card.get("distill", {})), steps=self.config.steps, lr=self.config.lr, batch_size=min(self.config.batch_size, len(latents)), warmup=1, decay=False,

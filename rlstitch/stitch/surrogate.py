@@ -1,7 +1,7 @@
 """Surrogates: a reward that is no feed-forward network (a detector, a remote service, any black box) distilled into one, so that it can be stitched.
 
 The paper's stated limit. The surrogate is a CLIP model finetuned so that scale <image, text> + offset predicts the black box on the generator's own
-pictures; being linear in the image embedding it stays E[r | z] when stitched. `launch/surrogate.py` runs it from a recipe.
+pictures; being linear in the image embedding it stays E[r | z] when stitched with `normalise=false`. `launch/surrogate.py` runs it from a recipe.
 """
 
 from __future__ import annotations
@@ -71,11 +71,10 @@ def checked(given: dict[str, Any], name: str) -> SurrogateConfig:
         faults.append(
             f"'generate.count' must be positive, not {config.generate.count}: the surrogate learns from the model's pictures alone"
         )
-    for key, path in (("generate.prompts", config.generate.prompts), ("held_out", config.held_out)):
-        try:
-            require(path, key)
-        except UserError as error:
-            faults.append(f"'{key}': {error}")
+    try:
+        require(config.held_out, "held_out")
+    except UserError as error:
+        faults.append(f"'held_out': {error}")
     if faults:
         raise cfg.report(faults, name)
     config.name = config.name or name.rsplit("/", 1)[-1].removesuffix(".yaml")
@@ -164,7 +163,9 @@ def run(config: SurrogateConfig) -> dict[str, Any]:
     backbone = cfg.build(config.model, device=device)
     name, node = next(iter(config.rewards.items()))
     black_box, start = cfg.build(node, device=device), cfg.build(config.start, device=device)
-    seen, held_out = (encode(backbone, read_prompts(path)) for path in (config.generate.prompts, config.held_out))
+    seen, held_out = (
+        encode(backbone, read_prompts(path), truncate=config.generate.truncate) for path in (config.generate.prompts, config.held_out)
+    )
     latents, rows, seconds = generate(backbone, seen, config.generate, "pictures")
     images = pictures_of(backbone, latents)
     asked, truth = pairs_of(black_box, images, seen, rows, config.others)
