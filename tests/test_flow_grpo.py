@@ -192,6 +192,11 @@ def test_flow_grpo_runs_and_resumes_bit_for_bit(world, oracle):  # noqa: F811
     assert all(row["ratio"] == pytest.approx(1, abs=1e-5) and row["grad_norm"] > 0 for row in rows(world, name))
 
 
+def test_a_deterministic_kernel_is_refused():
+    (fault,) = FlowGRPO.faults({"noise_level": 0.0, "window": 2}, range(6, 7))
+    assert "'algorithm.noise_level' must be positive, not 0.0: a deterministic step has no log-probability" in fault
+
+
 def test_faults_of_flow_grpo(world):  # noqa: F811
     code, output = start(world, "name=bad", *GRPO, "algorithm.window=4", "algorithm.noise_level=1.2", "algorithm.clip_range=0")
     assert code == 2 and "within 1..2" in output and "at most 1, not 1.2" in output and "'algorithm.clip_range' must be positive" in output

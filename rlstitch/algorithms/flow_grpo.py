@@ -64,6 +64,7 @@ class FlowGRPO:
         window, reach = options.get("window", 3), options.get("window_range", 0)
         out = [
             f"'algorithm.{k}' must be positive, not {options[k]}"
+            + ": a deterministic step has no log-probability to learn from" * (k == "noise_level")
             for k in ("noise_level", "clip_range", "clip", "every")
             if options.get(k, 1) <= 0
         ]
