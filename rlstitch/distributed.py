@@ -17,8 +17,6 @@ from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
-
 
 def native_bf16(device_type: str) -> bool:
     """Does the hardware multiply bf16 itself? Where a CPU only emulates it, bf16 is ten and more times slower than fp32."""
@@ -100,7 +98,7 @@ class Engine:
                 }
             )
         self.accelerator = Accelerator(
-            mixed_precision="no" if zero_stage else _PRECISION[precision],
+            mixed_precision="fp16" if precision == "fp16" and not zero_stage else "no",  # for its loss scaling alone: `autocast` is ours
             deepspeed_plugin=plugin,
             kwargs_handlers=handlers,
             cpu=not cuda and not zero_stage,
