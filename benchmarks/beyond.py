@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import RESULTS, arguments, save
-from rlstitch import config as cfg
+from benchmarks.material import Material
 from rlstitch import schedule
 from rlstitch.backbones.sd3 import advance, enter
 from rlstitch.files import write_json, write_text
 from rlstitch.stitch import recipe as stitch
-from rlstitch.stitch.distill import DistillConfig, distill, distillation_loss, latents_of, targets_of
+from rlstitch.stitch.distill import DistillConfig, distill, distillation_loss
 from rlstitch.stitch.model import StitchedValueModel, StitchLayer, read_card
 from rlstitch.stitch.search import fit
 from rlstitch.types import Conditioning
@@ -97,16 +97,9 @@ def weighted(weight: Callable[[Tensor], Tensor]) -> Callable[..., tuple[Tensor, 
     return objective
 
 
-class Bench:
+class Bench(Material):
     def __init__(self, options: dict[str, str]):
-        self.recipe = stitch.checked(cfg.compose(f"stitch_{options['reward']}"), "beyond")
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.backbone, self.reward = cfg.build(self.recipe.model, device=device), cfg.build(self.recipe.reward, device=device)
-        self.images, _ = cfg.build(self.recipe.images | {"n": int(options["images"])})
-        self.latents = latents_of(self.backbone, self.images)
-        self.targets = targets_of(self.reward, self.images)
-        held, self.prompts = cfg.build(self.recipe.held_out)
-        self.held = latents_of(self.backbone, held), targets_of(self.reward, held)[0]
+        super().__init__(options["reward"], int(options["images"]))
         card = read_card(f"shapes:value_{options['reward']}")
         if card["reward_block"] != 1:
             raise SystemExit("beyond: this script fits the stitch into the patch embeddings (reward block 1) only")

@@ -15,28 +15,21 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import RESULTS, arguments, save
-from rlstitch import config as cfg
+from benchmarks.material import Material
 from rlstitch.files import write_json, write_text
 from rlstitch.report import heat_map
 from rlstitch.stitch import recipe as stitch
-from rlstitch.stitch.distill import distill, latents_of, targets_of
+from rlstitch.stitch.distill import distill
 from rlstitch.stitch.measure import srcc
 from rlstitch.stitch.model import StitchedValueModel
 from rlstitch.stitch.search import search
 
 
-class Study:
-    """Pictures, targets and closed-form stitches of one reward; `cell` distils one pair."""
+class Study(Material):
+    """Closed-form stitches of one reward over all cuts; `cell` distils one pair."""
 
     def __init__(self, options: dict[str, str]):
-        self.recipe = stitch.checked(cfg.compose(f"stitch_{options['reward']}"), "interface_study")
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.backbone, self.reward = cfg.build(self.recipe.model, device=device), cfg.build(self.recipe.reward, device=device)
-        self.images, _ = cfg.build(self.recipe.images | {"n": int(options["images"])})
-        self.latents, self.targets = latents_of(self.backbone, self.images), targets_of(self.reward, self.images)
-        held, self.prompts = cfg.build(self.recipe.held_out)
-        with torch.no_grad():
-            self.held = latents_of(self.backbone, held), targets_of(self.reward, held)[0]
+        super().__init__(options["reward"], int(options["images"]))
         pictures = self.images[: self.recipe.search_images].float() / 255
         self.search = search(self.backbone, self.reward, pictures, max_reward_block=self.reward.num_blocks, seed=self.recipe.seed)
         self.steps = int(options["steps"])

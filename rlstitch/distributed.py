@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,8 +30,9 @@ def resolve_precision(device_type: str, precision: str) -> str:
 
 
 def autocast(device_type: str, precision: str) -> torch.autocast:
-    """A context in which forward passes run in fp32, bf16 or `auto`."""
-    return torch.autocast(device_type, dtype=torch.bfloat16, enabled=resolve_precision(device_type, precision) == "bf16")
+    """A context in which forward passes run in fp32, bf16, fp16 or `auto`."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(resolve_precision(device_type, precision))
+    return torch.autocast(device_type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 def world_size() -> int:
@@ -126,12 +126,9 @@ class Engine:
         elif self.precision == "fp16":
             self.optimiser = self.accelerator.prepare(optimiser)
 
-    @contextmanager
-    def autocast(self):
+    def autocast(self) -> torch.autocast:
         """The recipe's precision for forward passes; weights that train stay float32."""
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
-        with torch.autocast(self.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
-            yield
+        return autocast(self.device.type, self.precision)
 
     def set_lr(self, lr: float) -> None:
         for group in self.optimiser.param_groups:

@@ -201,7 +201,7 @@ def test_refreshing_inside_autocast_uses_the_new_weights(backbone, reward):
         torch.manual_seed(0)
         model, _, _ = stitched(backbone, reward)
         with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", dtype=torch.bfloat16, enabled=outer):
-            patch.setattr(distilling, "native_bf16", lambda _: True)
+            patch.setattr("rlstitch.distributed.native_bf16", lambda _: True)
             distill(model, latents, targets, tokens, config)
         ends.append(model.tail.projection.weight.detach().clone())
     torch.testing.assert_close(ends[0], ends[1], atol=2e-3, rtol=0)  # with the old casts they are .025 apart

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rlstitch import schedule
-from rlstitch.distributed import native_bf16
+from rlstitch.distributed import autocast
 from rlstitch.stitch.model import StitchedValueModel
 from rlstitch.types import UserError
 
@@ -154,7 +154,7 @@ def distill(
         for rows in torch.arange(config.batch_size).split(config.micro_batch or config.batch_size):
             picked, share = index[rows], len(rows) / config.batch_size
             tokens = target_tokens(picked) if callable(target_tokens) else target_tokens[picked]
-            with torch.autocast(latents.device.type, dtype=torch.bfloat16, enabled=config.autocast and native_bf16(latents.device.type)):
+            with autocast(latents.device.type, "auto" if config.autocast else "fp32"):
                 loss, parts = objective(model, z[rows], sigma[rows], targets[picked].to(z.device), tokens.float().to(z.device), config)
             (loss * share).backward()
             for key, value in {"loss": loss.detach(), **parts}.items():
