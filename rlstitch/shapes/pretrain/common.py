@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rlstitch.config import hardware
-from rlstitch.distributed import average_gradients, native_bf16, world_size
+from rlstitch.distributed import autocast as autocast_in
+from rlstitch.distributed import average_gradients, world_size
 
 
 def device() -> torch.device:
@@ -26,7 +27,7 @@ def device() -> torch.device:
 
 def autocast():
     """bf16 where the hardware multiplies it; on other CPUs it is emulated, ten times slower than fp32."""
-    return torch.autocast(device().type, dtype=torch.bfloat16, enabled=native_bf16(device().type))
+    return autocast_in(device().type, "auto")
 
 
 @contextmanager
