@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from rlstitch.config import hardware
 from rlstitch.files import write_json
 from rlstitch.metrics import interleaved, peak_megabytes
 
-__all__ = ["RESULTS", "arguments", "interleaved", "peak_megabytes", "save"]
+__all__ = ["RESULTS", "arguments", "interleaved", "peak_megabytes", "save", "spread"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -24,6 +25,11 @@ def arguments(defaults: dict[str, str]) -> dict[str, str]:
     if odd := set(given) - set(defaults):
         sys.exit(f"unknown argument {', '.join(odd)}; there are {', '.join(defaults)}")
     return defaults | given
+
+
+def spread(values: list[float], digits: int = 3) -> str:
+    """Mean and, of several, standard deviation, as a table shows them."""
+    return f"{statistics.mean(values):.{digits}f}" + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
 def save(name: str, result: dict[str, Any]) -> None:

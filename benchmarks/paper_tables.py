@@ -18,7 +18,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS, arguments, save
+from benchmarks.common import RESULTS, arguments, save, spread
 from benchmarks.draft_vs_stitch import train, training_hours
 from rlstitch import metrics
 from rlstitch.files import write_text
@@ -63,10 +63,6 @@ def hours_to(points: list[tuple[float, float]], goal: float) -> float | None:
         if r1 >= goal:
             return h1 if r1 == r0 or r0 >= goal else h0 + (h1 - h0) * (goal - r0) / (r1 - r0)
     return None
-
-
-def spread(values: list[float], digits: int = 3) -> str:
-    return f"{statistics.mean(values):.{digits}f}" + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
 class Tables:

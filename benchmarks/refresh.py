@@ -13,7 +13,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS, arguments, save
+from benchmarks.common import RESULTS, arguments, save, spread
 from benchmarks.draft_vs_stitch import train, training_hours
 from rlstitch import metrics
 from rlstitch.files import write_text
@@ -31,15 +31,11 @@ def gaps(run: Path) -> list[dict[str, float]]:
 
 def told(label: str, runs: list[tuple[dict[str, Any], list[dict[str, float]]]]) -> str:
     """One row of the table, means over the seeds."""
-
-    def mean(values: list[float], digits: int = 3) -> str:
-        return f"{statistics.mean(values):.{digits}f}" + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
-
-    last = [mean([abs(rows[-1][f"gap/{n}"]) for _, rows in runs], 2) for n in TRAINED]
-    whole = [mean([statistics.mean(abs(r[f"gap/{n}"]) for r in rows) for _, rows in runs], 2) for n in TRAINED]
-    agree = [mean([rows[-1][f"correlation/{n}"] for _, rows in runs], 2) for n in TRAINED]
-    scores = [mean([s["eval"]["ema"][n] for s, _ in runs]) for n in (*TRAINED, *JUDGES)]
-    return " | ".join([f"| {label}", *whole, *last, *agree, *scores, mean([training_hours(s) for s, _ in runs])]) + " |"
+    last = [spread([abs(rows[-1][f"gap/{n}"]) for _, rows in runs], 2) for n in TRAINED]
+    whole = [spread([statistics.mean(abs(r[f"gap/{n}"]) for r in rows) for _, rows in runs], 2) for n in TRAINED]
+    agree = [spread([rows[-1][f"correlation/{n}"] for _, rows in runs], 2) for n in TRAINED]
+    scores = [spread([s["eval"]["ema"][n] for s, _ in runs]) for n in (*TRAINED, *JUDGES)]
+    return " | ".join([f"| {label}", *whole, *last, *agree, *scores, spread([training_hours(s) for s, _ in runs])]) + " |"
 
 
 def main() -> None:

@@ -9,18 +9,18 @@ surrogate with the detector by noise level. Finished seeds are kept under `out`,
 from __future__ import annotations
 
 import dataclasses
-import statistics
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, arguments, save
+from benchmarks.common import RESULTS, arguments, save, spread
 from rlstitch import config as cfg
 from rlstitch.data import encode, read_prompts
 from rlstitch.files import write_text
 from rlstitch.stitch import measure, surrogate
 from rlstitch.stitch import recipe as stitch
+from rlstitch.stitch.distill import targets_of
 from rlstitch.stitch.generate import generate, pictures_of
 from rlstitch.stitch.model import StitchedValueModel
 
@@ -59,10 +59,7 @@ def agreement(config: surrogate.SurrogateConfig, value: Path) -> dict[str, float
     pictures = pictures_of(backbone, latents)
     asked, truth = surrogate.pairs_of(black_box, pictures, prompts, rows, config.others)
     batch, times = measure.batch_of(asked), 1 + config.others
-    with torch.no_grad():
-        embedding = torch.cat(
-            [torch.nn.functional.normalize(model.reward.encode(p.to(device).float() / 255)[0], dim=-1) for p in pictures.split(64)]
-        )
+    embedding = targets_of(model.reward, pictures)[0]
     found = {"clean": measure.correlation(model.reward.score_embedding(embedding.repeat(times, 1), batch).cpu(), truth)}
     for level in measure.SIGMAS:
         told = measure.in_parts(model.value, measure.noised(latents.repeat(times, 1, 1, 1), level), batch)
@@ -77,10 +74,7 @@ def main() -> None:
     seeds = options["seeds"].split(",")
     found = {seed: agreement(*made(int(seed), int(options["steps"]), Path(options["out"]))) for seed in seeds}
     columns = list(next(iter(found.values())))
-    cells = []
-    for column in columns:
-        values = [row[column] for row in found.values()]
-        cells.append(f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""))
+    cells = [spread([row[column] for row in found.values()]) for column in columns]
     lines = ["| correlation with the detector | " + " | ".join(["finished pictures", *(f"sigma {c}" for c in columns[1:])]) + " |"]
     lines += [
         "|---" * (len(columns) + 1) + "|",
