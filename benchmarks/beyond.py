@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import RESULTS, arguments, save
+from benchmarks.common import arguments, save, table
 from benchmarks.material import Material
 from rlstitch import schedule
 from rlstitch.backbones.sd3 import advance, enter
-from rlstitch.files import write_json, write_text
+from rlstitch.files import write_json
 from rlstitch.stitch import recipe as stitch
 from rlstitch.stitch.distill import DistillConfig, distill, distillation_loss
 from rlstitch.stitch.model import StitchedValueModel, StitchLayer, read_card
@@ -128,30 +128,27 @@ def main() -> None:
     if int(options["threads"]):
         torch.set_num_threads(int(options["threads"]))
     wanted = list(VARIANTS) if options["variants"] == "all" else options["variants"].split(",")
-    out, steps, bench, table = Path(options["out"]), int(options["steps"]), None, {}
+    out, steps, bench, found = Path(options["out"]), int(options["steps"]), None, {}
     for name in wanted:
         for seed in options["seeds"].split(","):
             file = out / f"{options['reward']}-{name.replace(' ', '_')}-{steps}-{options['images']}-{seed}.json"
             if not file.exists():
                 bench = bench or Bench(options)
                 write_json(file, bench.run(VARIANTS[name], int(seed), steps))
-            table.setdefault(name, []).append(json.loads(file.read_text()))
-            print(name, seed, table[name][-1], flush=True)
-    levels = list(next(iter(table.values()))[0]["quality"])
-    figure = "recall_at_1" if "recall_at_1" in table[wanted[0]][0]["quality"][levels[0]] else "correlation"
-    lines = ["| | seconds | " + " | ".join(f"sigma {level}" for level in levels) + " |", "|---|---|" + "---|" * len(levels)]
-    for name, rows in table.items():
+            found.setdefault(name, []).append(json.loads(file.read_text()))
+            print(name, seed, found[name][-1], flush=True)
+    levels = list(next(iter(found.values()))[0]["quality"])
+    figure = "recall_at_1" if "recall_at_1" in found[wanted[0]][0]["quality"][levels[0]] else "correlation"
+    lines = []
+    for name, rows in found.items():
         cells = [
             f"{statistics.mean(r['quality'][level][figure] for r in rows):.3f} / {statistics.mean(r['quality'][level]['correlation'] for r in rows):.3f}"
             for level in levels
         ]
-        lines.append(f"| {name} | {statistics.mean(r['seconds'] for r in rows):.0f} | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        f"{figure} / correlation with the clean reward over matched and mismatched prompts; {steps} steps, seeds {options['seeds']}.",
-    ]
-    write_text(RESULTS / f"beyond_{options['reward']}.md", "\n".join(lines) + "\n")
-    save(f"beyond_{options['reward']}", {"steps": steps, "seeds": options["seeds"], "variants": table})
+        lines.append([name, f"{statistics.mean(r['seconds'] for r in rows):.0f}", *cells])
+    note = f"{figure} / correlation with the clean reward over matched and mismatched prompts; {steps} steps, seeds {options['seeds']}."
+    table(f"beyond_{options['reward']}", ["", "seconds", *(f"sigma {level}" for level in levels)], lines, note)
+    save(f"beyond_{options['reward']}", {"steps": steps, "seeds": options["seeds"], "variants": found})
 
 
 if __name__ == "__main__":

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import statistics
+import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlstitch.cli import keep_freed_memory
 from rlstitch.config import hardware
-from rlstitch.files import write_json
+from rlstitch.files import write_json, write_text
 from rlstitch.metrics import interleaved, peak_megabytes
 
-__all__ = ["RESULTS", "arguments", "interleaved", "peak_megabytes", "save", "spread"]
+__all__ = ["RESULTS", "arguments", "interleaved", "peak_megabytes", "save", "spread", "table", "train", "training_hours"]
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def arguments(defaults: dict[str, str]) -> dict[str, str]:
@@ -27,9 +30,37 @@ def arguments(defaults: dict[str, str]) -> dict[str, str]:
     return defaults | given
 
 
+def train(recipe: str, name: str, out: Path, *overrides: str) -> dict:
+    """Run (or resume) one training run in a process of its own; -> its summary."""
+    summary = out / name / "summary.json"
+    if not summary.exists():
+        command = [
+            sys.executable,
+            str(ROOT / "launch" / "train.py"),
+            f"recipe={recipe}",
+            f"name={name}",
+            f"out={out}",
+            "logging.wandb=off",
+            *overrides,
+        ]
+        subprocess.run(command, check=True, cwd=ROOT)
+    return json.loads(summary.read_text())
+
+
+def training_hours(summary: dict) -> float:
+    """Device-hours of a run without evaluation and without the one-off cost of its value models."""
+    return sum(summary["device_hours"][k] for k in ("rollout", "oracle", "update", "refresh"))
+
+
 def spread(values: list[float], digits: int = 3) -> str:
     """Mean and, of several, standard deviation, as a table shows them."""
     return f"{statistics.mean(values):.{digits}f}" + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def table(name: str, head: Sequence[str], rows: Iterable[Sequence[str]], note: str = "") -> None:
+    """results/<name>.md: a Markdown table, and a line of what it was made with below it."""
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *("| " + " | ".join(row) + " |" for row in rows)]
+    write_text(RESULTS / f"{name}.md", "\n".join([*lines, *(["", note] if note else [])]) + "\n")
 
 
 def save(name: str, result: dict[str, Any]) -> None:

@@ -2,34 +2,33 @@
 
     python -m benchmarks.paper_tables [parts=table3,windows,marble,pictures,recipes] [seeds=0,1,2] [out=runs/paper] [updates=0: the recipes'] [threads=0] [max_prompts=0: all]
 
-table3:  base, Flow-GRPO-Fast, DRaFT-1, DRaFT-3, DiffusionNFT, and the three with StitchVM: device-hours (the value models' one-off cost beside them), trained
-         rewards, held-out judges; time to the pixel method's final reward; every metric against device-hours as SVG (Figures 4 and 5).
+table3:  base, Flow-GRPO-Fast, DRaFT-1, DRaFT-3, DiffusionNFT, and all four with StitchVM: device-hours (the value models' one-off cost beside them), trained
+         rewards, held-out judges; time to the pixel method's best reward; every metric against device-hours as SVG (Figures 4 and 5), means over the seeds.
 windows: NFT + StitchVM under four stopping windows (Figure 7).
 marble:  five rewards, one of which pulls the other way: how often the update goes against the worst one, under MARBLE and under the weighted sum, and the cost.
 pictures: SOAR, plain SFT and Diffusion-DPO at equal updates.
 recipes: what every shipped training recipe makes of its reward, and in how many minutes.
-Each run is kept under `out` and resumes; a table is written from what is there.
+Each run is kept under `out` and resumes; parts share the runs that they have in common, and seeds can be run apart and the tables be written from all at the end.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS, arguments, save, spread
-from benchmarks.draft_vs_stitch import train, training_hours
+from benchmarks.common import RESULTS, arguments, save, spread, table, train, training_hours
 from rlstitch import metrics
 from rlstitch.files import write_text
 from rlstitch.report import line_plot
 
 METHODS = {  # name: (recipe, overrides, the pixel method it is held against)
     "Flow-GRPO-Fast": ("flow_grpo_fast", (), None),
-    "DRaFT-1": ("draft", ("algorithm.grad_steps=1",), None),
+    "DRaFT-1": ("draft", (), None),
     "DRaFT-3": ("draft", ("algorithm.grad_steps=3",), None),
     "DiffusionNFT": ("nft", (), None),
     "Flow-GRPO-Fast + StitchVM": ("flow_grpo_fast_stitch", (), "Flow-GRPO-Fast"),
+    "DRaFT-1 + StitchVM": ("draft_stitch", (), "DRaFT-1"),
     "DRaFT-3 + StitchVM": ("draft_stitch", ("algorithm.grad_steps=3",), "DRaFT-3"),
     "DiffusionNFT + StitchVM": ("nft_stitch", (), "DiffusionNFT"),
 }
@@ -47,14 +46,20 @@ JUDGES = ("clip", "hps", "preference_b", "aesthetic", "detector")
 TRAINED = ("clip", "hps")
 
 
-def curve(run: Path, metric: str) -> list[tuple[float, float]]:
-    """(device-hours, score) of a run's evaluations on the way; `reward` is the sum of the trained ones. The value models' cost is in the hours."""
+def curve(run: Path, metric: str, *, once: bool = True) -> list[tuple[float, float]]:
+    """(device-hours, score) of a run's evaluations on the way; `reward` is the sum of the trained ones. once: with the value models' one-off cost."""
     points = []
     for row in metrics.read(run):
         if "eval" in row:
-            hours = next(v for k, v in row.items() if k.endswith("_hours"))["total"]
-            points.append((hours, sum(row["eval"][n] for n in TRAINED) if metric == "reward" else row["eval"][metric]))
+            hours = next(v for k, v in row.items() if k.endswith("_hours"))
+            spent = hours["total"] if once else sum(hours[k] for k in ("rollout", "oracle", "update", "refresh"))
+            points.append((spent, sum(row["eval"][n] for n in TRAINED) if metric == "reward" else row["eval"][metric]))
     return points
+
+
+def mean_curve(runs: list[Path], metric: str) -> list[tuple[float, float]]:
+    """The mean over runs of one recipe, evaluation by evaluation, without the one-off cost: its offset would be most of the picture."""
+    return [tuple(map(statistics.mean, zip(*points))) for points in zip(*(curve(run, metric, once=False) for run in runs))]
 
 
 def hours_to(points: list[tuple[float, float]], goal: float) -> float | None:
@@ -68,53 +73,56 @@ def hours_to(points: list[tuple[float, float]], goal: float) -> float | None:
 class Tables:
     def __init__(self, options: dict[str, str]):
         self.out, self.seeds = Path(options["out"]), [int(s) for s in options["seeds"].split(",")]
-        self.common = [f"threads={options['threads']}", f"evaluation.max_prompts={options['max_prompts']}"]
+        self.prompts = int(options["max_prompts"])
+        self.common = [f"threads={options['threads']}", f"evaluation.max_prompts={self.prompts}", "guard.patience=0"]
         if options["updates"] != "0":
             self.common += [f"updates={options['updates']}", f"evaluation.every={max(1, int(options['updates']) // 5)}"]
 
     def runs(self, label: str, recipe: str, *overrides: str) -> list[tuple[Path, dict[str, Any]]]:
         """(folder, summary) of every seed."""
-        slug = label.lower().replace(" + ", "-").replace(" ", "-")
+        slug = label.lower().replace(" + ", "-").replace(" ", "-") if overrides else recipe
         names = [(f"{slug}-seed{seed}", seed) for seed in self.seeds]
         return [(self.out / name, train(recipe, name, self.out, f"seed={seed}", *self.common, *overrides)) for name, seed in names]
 
-    def row(self, label: str, summaries: list[dict[str, Any]], which: str = "ema") -> str:
+    def row(self, label: str, summaries: list[dict[str, Any]], which: str = "ema") -> list[str]:
         hours = spread([training_hours(s) for s in summaries], 4) if which == "ema" else ""
         once = f"{statistics.mean(s['device_hours']['stitching'] for s in summaries):.3f}" if which == "ema" else ""
-        return " | ".join([f"| {label}", hours, once, *(spread([s["eval"][which][j] for s in summaries]) for j in JUDGES)]) + " |"
+        return [label, hours, once, *(spread([s["eval"][which][j] for s in summaries]) for j in JUDGES)]
 
     def figures(self, name: str, runs: dict[str, list[tuple[Path, dict[str, Any]]]]) -> None:
-        """One SVG a metric, first seed, everything against device-hours."""
+        """One SVG a metric, means over the seeds, everything against device-hours."""
         for metric in ("reward", *JUDGES):
-            lines = {label: curve(found[0][0], metric) for label, found in runs.items()}
+            lines = {label: mean_curve([run for run, _ in found], metric) for label, found in runs.items()}
             lines = {label: points for label, points in lines.items() if len(points) > 1}
             if lines:
-                svg = line_plot(
-                    lines, x_label="device-hours, value models included", y_label=metric, width=640, height=420, standalone=True
-                )
+                svg = line_plot(lines, x_label="device-hours of training", y_label=metric, width=640, height=420, standalone=True)
                 write_text(RESULTS / f"{name}_{metric}.svg", svg)
 
     def write(self, name: str, runs: dict[str, list[tuple[Path, dict[str, Any]]]]) -> None:
-        head = ["", "device-hours", "value models, once", *JUDGES]
-        lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-        lines.append(self.row("base", [s for _, s in next(iter(runs.values()))], "base"))
-        lines += [self.row(label, [s for _, s in found]) for label, found in runs.items()]
-        write_text(RESULTS / f"{name}.md", "\n".join(lines) + "\n")
+        rows = [self.row("base", [s for _, s in next(iter(runs.values()))], "base")]
+        rows += [self.row(label, [s for _, s in found]) for label, found in runs.items()]
+        prompts = f"first {self.prompts}" if self.prompts else "all"
+        note = f"EMA weights, {prompts} held-out prompts, 40 steps, guidance 1; mean and standard deviation over seeds {', '.join(map(str, self.seeds))}."
+        table(name, ["", "device-hours", "value models, once", *JUDGES], rows, note)
         self.figures(name, runs)
 
     def table3(self) -> dict[str, Any]:
         runs = {label: self.runs(label, recipe, *overrides) for label, (recipe, overrides, _) in METHODS.items()}
         self.write("table3", runs)
-        reached = {}
+        reached: dict[str, list[dict[str, Any]]] = {}
         for label, (_, _, rival) in METHODS.items():
             for (own, _), (other, summary) in zip(runs[label], runs[rival]) if rival else ():
-                theirs = curve(other, "reward")
-                mine = hours_to([(h - _offset(own), r) for h, r in curve(own, "reward")], theirs[-1][1])
-                full = hours_to(curve(own, "reward"), theirs[-1][1])
-                reached.setdefault(label, []).append(
-                    {"rival_hours": theirs[-1][0], "hours_to_its_reward": mine, "value_models_included": full, "seed": summary["seed"]}
-                )
-        return {"summaries": {k: [s for _, s in v] for k, v in runs.items()}, "time_to_the_rivals_final_reward": reached}
+                hours, goal = max(curve(other, "reward", once=False), key=lambda point: point[1])
+                mine, whole = (hours_to(curve(own, "reward", once=once), goal) for once in (False, True))
+                told = {
+                    "seed": summary["seed"],
+                    "rival_hours": hours,
+                    "its_best_reward": goal,
+                    "hours_to_it": mine,
+                    "value_models_included": whole,
+                }
+                reached.setdefault(label, []).append(told)
+        return {"summaries": {k: [s for _, s in v] for k, v in runs.items()}, "time_to_the_rivals_best_reward": reached}
 
     def windows(self) -> dict[str, Any]:
         runs = {}
@@ -164,10 +172,6 @@ class Tables:
             }
             for recipe, found in runs.items()
         }
-
-
-def _offset(run: Path) -> float:
-    return json.loads((run / "summary.json").read_text())["device_hours"]["stitching"]
 
 
 def main() -> None:

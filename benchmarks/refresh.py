@@ -13,8 +13,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS, arguments, save, spread
-from benchmarks.draft_vs_stitch import train, training_hours
+from benchmarks.common import RESULTS, arguments, save, spread, table, train, training_hours
 from rlstitch import metrics
 from rlstitch.files import write_text
 from rlstitch.report import line_plot
@@ -29,13 +28,13 @@ def gaps(run: Path) -> list[dict[str, float]]:
     return [{"update": row["step"], **{k: row["eval"].get(k, math.nan) for k in keys}} for row in metrics.read(run) if "eval" in row]
 
 
-def told(label: str, runs: list[tuple[dict[str, Any], list[dict[str, float]]]]) -> str:
+def told(label: str, runs: list[tuple[dict[str, Any], list[dict[str, float]]]]) -> list[str]:
     """One row of the table, means over the seeds."""
     last = [spread([abs(rows[-1][f"gap/{n}"]) for _, rows in runs], 2) for n in TRAINED]
     whole = [spread([statistics.mean(abs(r[f"gap/{n}"]) for r in rows) for _, rows in runs], 2) for n in TRAINED]
     agree = [spread([rows[-1][f"correlation/{n}"] for _, rows in runs], 2) for n in TRAINED]
     scores = [spread([s["eval"]["ema"][n] for s, _ in runs]) for n in (*TRAINED, *JUDGES)]
-    return " | ".join([f"| {label}", *whole, *last, *agree, *scores, spread([training_hours(s) for s, _ in runs])]) + " |"
+    return [label, *whole, *last, *agree, *scores, spread([training_hours(s) for s, _ in runs])]
 
 
 def main() -> None:
@@ -62,12 +61,8 @@ def main() -> None:
         *(f"last correlation, {n}" for n in TRAINED),
     ]
     head += [*TRAINED, *JUDGES, "device-hours"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *(told(label, runs) for label, runs in found.items())]
-    lines += [
-        "",
-        f"DRaFT-1 + StitchVM, lr {options['lr']}, {options['updates']} updates, no regulariser, seeds {options['seeds']}; gaps in spreads of the reward.",
-    ]
-    write_text(RESULTS / "refresh.md", "\n".join(lines) + "\n")
+    note = f"DRaFT-1 + StitchVM, lr {options['lr']}, {options['updates']} updates, no regulariser, seeds {options['seeds']}; gaps in spreads of the reward."
+    table("refresh", head, [told(label, runs) for label, runs in found.items()], note)
     curves = {f"{n}, {label}": [(r["update"], r[f"gap/{n}"]) for r in runs[0][1]] for label, runs in found.items() for n in TRAINED}
     plot = line_plot(
         curves, x_label="updates", y_label="V - r on the policy's own pictures, in spreads of r", width=620, height=380, standalone=True

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, arguments, interleaved, peak_megabytes, save
+from benchmarks.common import RESULTS, arguments, interleaved, peak_megabytes, save, table
 from rlstitch import config as cfg
 from rlstitch import steer, steering
 from rlstitch.files import require, write_text
@@ -195,12 +195,12 @@ class Bench:
 
     def table(self, part: str, rows: dict[str, dict[str, Any]]) -> None:
         """Markdown: a row a method."""
-        lines = ["| | " + " | ".join(self.judges) + " | seconds a picture |", "|---" * (len(self.judges) + 2) + "|"]
+        lines = []
         for label, row in rows.items():
             cells = [f"{row[j]:.3f}" + (f" ± {s:.3f}" if (s := row[f"{j}_stdev"]) is not None else "") for j in self.judges]
-            lines.append(f"| {label} | " + " | ".join(cells) + f" | {row['seconds_per_image']:.2f} |")
-        lines += ["", f"{self.prompts} held-out prompts, {self.steps} steps, seeds {', '.join(map(str, self.seeds))}."]
-        write_text(RESULTS / f"steering_{part}_{self.reward}.md", "\n".join(lines) + "\n")
+            lines.append([label, *cells, f"{row['seconds_per_image']:.2f}"])
+        note = f"{self.prompts} held-out prompts, {self.steps} steps, seeds {', '.join(map(str, self.seeds))}."
+        table(f"steering_{part}_{self.reward}", ["", *self.judges, "seconds a picture"], lines, note)
 
 
 def main() -> None:

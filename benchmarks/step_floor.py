@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, arguments, interleaved, peak_megabytes, save
+from benchmarks.common import arguments, interleaved, peak_megabytes, save, table
 from rlstitch import config as cfg
 from rlstitch.checks import checked
-from rlstitch.files import write_text
+from rlstitch.rewards.clip import ClipReward
 from rlstitch.trainer import Trainer
 from rlstitch.types import Latent
 
@@ -119,6 +119,9 @@ def trainer_of(recipe: str, samples: int, out: Path, **changes: Any) -> Trainer:
 
 def measure(recipe: str, samples: int, repeats: int, out: Path) -> dict[str, Any]:
     trainer = trainer_of(recipe, samples, out)
+    for reward in trainer.rewards.values():  # as in any update but a run's first few: a reward encodes each prompt once a run
+        if isinstance(reward, ClipReward) and reward.head is None:
+            reward.embed_texts(trainer.stages[0].stream.prompts.prompts)
     with Recorder(trainer) as recorder:
         trainer._update()
     cases = {"update": trainer._update} | {key: recorder.alone(key) for key in recorder.calls}
@@ -158,11 +161,13 @@ def main() -> None:
             if options["memory"] == "true":
                 results[recipe]["peak_megabytes"] = memory(recipe, samples, Path(folder))
                 print(recipe, results[recipe]["peak_megabytes"], flush=True)
-    lines = ["| recipe | update, s | floor, s | ratio | peak memory of an update, MB |", "|---|---|---|---|---|"]
+    lines = []
     for recipe, row in results.items():
         peaks = "; ".join(f"{k}: {v:.0f}" for k, v in row.get("peak_megabytes", {}).items())
-        lines.append(f"| {recipe} | {row['update_seconds']:.3f} | {row['floor_seconds']:.3f} | {row['ratio']:.3f} | {peaks} |")
-    write_text(RESULTS / "step_floor.md", "\n".join(lines) + "\n")
+        lines.append([recipe, *(f"{row[k]:.3f}" for k in ("update_seconds", "floor_seconds", "ratio")), peaks])
+    table(
+        "step_floor", ["recipe", "update, s", "floor, s", "ratio", "peak memory of an update, MB"], lines, f"{samples} samples an update."
+    )
     save("step_floor", {"samples": samples, "recipes": results})
 
 

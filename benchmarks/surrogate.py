@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, arguments, save, spread
+from benchmarks.common import arguments, save, spread, table
 from rlstitch import config as cfg
 from rlstitch.data import encode, read_prompts
-from rlstitch.files import write_text
 from rlstitch.stitch import measure, surrogate
 from rlstitch.stitch import recipe as stitch
 from rlstitch.stitch.distill import targets_of
@@ -75,14 +74,8 @@ def main() -> None:
     found = {seed: agreement(*made(int(seed), int(options["steps"]), Path(options["out"]))) for seed in seeds}
     columns = list(next(iter(found.values())))
     cells = [spread([row[column] for row in found.values()]) for column in columns]
-    lines = ["| correlation with the detector | " + " | ".join(["finished pictures", *(f"sigma {c}" for c in columns[1:])]) + " |"]
-    lines += [
-        "|---" * (len(columns) + 1) + "|",
-        "| surrogate, then stitched | " + " | ".join(cells) + " |",
-        "",
-        f"Seeds {options['seeds']}.",
-    ]
-    write_text(RESULTS / "surrogate.md", "\n".join(lines) + "\n")
+    head = ["correlation with the detector", "finished pictures", *(f"sigma {c}" for c in columns[1:])]
+    table("surrogate", head, [["surrogate, then stitched", *cells]], f"Seeds {options['seeds']}.")
     save("surrogate", {"seeds": found})
 
 

@@ -1,7 +1,7 @@
 """The paper's Table 5 in miniature: stitched values against VAE stitch, NoisyCLIP, DiNa-LRM, Tweedie and Monte Carlo, by noise level.
 
-    python -m benchmarks.table5 [rewards=clip,hps,aesthetic] [rows=vae,noisy,dina] [again=clip,hps,aesthetic] [out=values/table5] [calibration=48]
-        [steps=0: the recipes']
+    python -m benchmarks.table5 [rewards=clip,hps,aesthetic] [rows=vae,noisy,dina] [again=clip,hps,aesthetic] [out=values/table5] [calibration=172]
+        [steps=0: the recipes'] [threads=0]
 
 Baselines are stitched by the same recipes: VAE stitch with three times the steps, NoisyCLIP with twice the steps and twice the scenes, DiNa-LRM on 8,000
 preference pairs for as many steps as StitchVM. again: rewards whose StitchVM is stitched with two further seeds (the shipped one is seed 0) and with a student
@@ -62,7 +62,7 @@ def main() -> None:
     options = arguments(
         {
             "rewards": "clip,hps,aesthetic", "rows": "vae,noisy,dina", "again": "clip,hps,aesthetic", "out": "values/table5",
-            "calibration": "48", "steps": "0",
+            "calibration": "172", "steps": "0", "threads": "0",
         }
     )  # fmt: skip
     if odd := set(options["rows"].split(",")) - {*ROWS, "dina", "none"}:
@@ -70,17 +70,19 @@ def main() -> None:
     out, names, rows = Path(options["out"]), options["rewards"].split(","), options["rows"].split(",")
     given, steps = cfg.compose("evaluate_value"), int(options["steps"])
     rivals = given["compare"]
-    for reward in names:  # a table each, so that one can be made anew without the others
+    for reward in names:
         wanted = (["seed1", "seed2", "raw"] if reward in options["again"].split(",") else []) + [row for row in rows if row in ROWS]
         rivals[reward] |= {ROWS[row][0]: stitched(reward, row, out, steps) for row in wanted}
-        given["compare"] = {reward: rivals[reward]}
-        given["calibration"]["count"] = int(options["calibration"])
-        config = compare.checked(given | {"out": str(out), "name": f"table_{reward}"}, "table5")
-        extra = {"hps": dina(steps or cfg.compose("stitch_hps")["distill"]["steps"])} if "dina" in rows else None
-        results = compare.run(config, extra)
-        write_text(RESULTS / "table5" / f"{reward}.md", compare.table(results["rewards"], config.sigmas))
-        compare.plots(results["rewards"], config.sigmas, RESULTS / "table5")
-        save(f"table5/{reward}", results)
+    given["compare"] = {reward: rivals[reward] for reward in names}
+    given["calibration"]["count"] = int(options["calibration"])
+    config = compare.checked(given | {"out": str(out), "name": "table", "threads": int(options["threads"])}, "table5")
+    extra = {"hps": dina(steps or cfg.compose("stitch_hps")["distill"]["steps"])} if "dina" in rows else None
+    results = compare.run(config, extra)
+    for reward in names:  # a file each, so that one can be made anew without the others
+        own = {reward: results["rewards"][reward]}
+        write_text(RESULTS / "table5" / f"{reward}.md", compare.table(own, config.sigmas))
+        compare.plots(own, config.sigmas, RESULTS / "table5")
+        save(f"table5/{reward}", results | {"calibration": config.calibration.count, "rewards": own})
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ python -m benchmarks.value_cards [values=shapes:value_clip,shapes:value_hps,shap
 
 from pathlib import Path
 
-from benchmarks.common import RESULTS, arguments, save
-from rlstitch.files import require, write_text
+from benchmarks.common import arguments, save, table
+from rlstitch.files import require
 from rlstitch.stitch.model import read_card
 
 LEVELS = ("0.1", "0.25", "0.5", "0.75", "0.9")
@@ -35,10 +35,8 @@ def row_of(path: str) -> dict:
 def main() -> None:
     options = arguments({"values": "shapes:value_clip,shapes:value_hps,shapes:value_aesthetic"})
     rows = [row_of(path) for path in options["values"].split(",")]
-    lines = [
-        "| value model | search, s | finetune, s | whole, device-hours | cut (denoiser, reward) | MB | " + " | ".join(f"sigma {level}" for level in LEVELS) + " |",
-        "|---" * (6 + len(LEVELS)) + "|",
-    ]  # fmt: skip
+    head = ["value model", "search, s", "finetune, s", "whole, device-hours", "cut (denoiser, reward)", "MB"]
+    lines = []
     for r in rows:
         measured = [q.get("recall_at_1", q.get("correlation")) for q in r["quality"].values()]
         cells = [
@@ -47,12 +45,11 @@ def main() -> None:
             f"{r['finetune_seconds']:.0f} ({r['finetune_steps']} steps)",
         ]
         cells += [f"{r['device_hours']:.3f}", f"{r['denoiser_blocks']}, {r['reward_block']}", f"{r['megabytes']:.1f}"]
-        lines.append("| " + " | ".join([*cells, *(f"{m:.3f}" for m in measured)]) + " |")
-    lines += [
-        "",
-        f"Recall@1 over 500 scenes, or the correlation with the clean reward where there is no recall. Stitched on: {rows[0]['hardware']}.",
-    ]
-    write_text(RESULTS / "value_cards.md", "\n".join(lines) + "\n")
+        lines.append([*cells, *(f"{m:.3f}" for m in measured)])
+    note = (
+        f"Recall@1 over 500 scenes, or the correlation with the clean reward where there is no recall. Stitched on: {rows[0]['hardware']}."
+    )
+    table("value_cards", [*head, *(f"sigma {level}" for level in LEVELS)], lines, note)
     save("value_cards", {"values": rows})
 
 
