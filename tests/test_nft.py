@@ -116,16 +116,43 @@ def test_training_times_lie_above_the_stop_without_repeats_and_belong_to_the_see
     assert not torch.equal(drawn, schedule.draw_above(grid, float(grid[6]), seeds, 4, stream=14))
 
 
-def test_the_base_is_not_asked_where_there_is_no_kl_and_the_kl_is_the_mean_square(backbone, monkeypatch):
+@pytest.fixture
+def moved(backbone):
+    """A policy away from its base, and a batch of two samples of one prompt."""
     policy = Policy(backbone.transformer, rank=2, alpha=4.0, targets=backbone.lora_targets, seed=0, ema_decay=0.9, old=True)
     for n, p in policy.named_parameters():
         if "lora_B" in n:
             torch.nn.init.normal_(p, std=0.3)
-    batch = Batch(
-        ["a red circle"] * 2, torch.zeros(2, dtype=torch.long), torch.arange(2), [{}] * 2, backbone.encode_prompts(["a red circle"] * 2)
-    )
-    asked, velocity = [], backbone.velocity
-    monkeypatch.setattr(backbone, "velocity", lambda *a, **k: (asked.append(policy.active), velocity(*a, **k))[1])
+    text = backbone.encode_prompts(["a red circle"] * 2)
+    return policy, Batch(["a red circle"] * 2, torch.zeros(2, dtype=torch.long), torch.arange(2), [{}] * 2, text)
+
+
+@pytest.fixture
+def asked(backbone, moved, monkeypatch):
+    """The adapter of every call of the denoiser."""
+    policy, calls, velocity = moved[0], [], backbone.velocity
+    monkeypatch.setattr(backbone, "velocity", lambda *a, **k: (calls.append(policy.active), velocity(*a, **k))[1])
+    return calls
+
+
+def test_an_old_policy_that_is_a_copy_is_not_asked_again(backbone, moved, asked):
+    """The same loss and gradient as by its forward: where every update ends with a copy, current and old policy are one."""
+    policy, batch = moved
+    policy.update_old(0.0)
+    found = {}
+    for decay in ("none", "slow"):
+        nft = method(policy, backbone, kl=0.0, old_decay=decay)
+        rollout = nft.rollout(batch, 4)
+        asked.clear()
+        ((loss, _),) = list(nft.losses(rollout, torch.tensor([0.2, 0.9]), 1))
+        found[decay] = [loss, *torch.autograd.grad(loss, policy.parameters())]
+        assert asked == (["default"] if decay == "none" else ["old", "default"])
+    torch.testing.assert_close(found["none"], found["slow"])
+    assert any(bool(g.any()) for g in found["none"][1:])
+
+
+def test_the_base_is_not_asked_where_there_is_no_kl_and_the_kl_is_the_mean_square(backbone, moved, asked):
+    policy, batch = moved
     for kl in (0.0, 0.5):
         nft = method(policy, backbone, kl=kl)
         rollout = nft.rollout(batch, 4)

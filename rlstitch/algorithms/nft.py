@@ -31,8 +31,8 @@ class Slot:
 class NFT:
     """beta: how far a step goes (small is far). clip: advantages are clipped to +-clip and mapped to w in [0, 1]. kl: weight of |v - v_base|^2, 0 skips its forward.
 
-    old_decay: how the old policy follows after every update: `none` (a copy), `slow` (min(0.001 s, 0.5)), `late` (a copy for 75 updates, then
-    min(0.0075 (s - 75), 0.999)). solver: of the rollout. times: training times a sample and update, drawn without replacement from the sampler's grid above
+    old_decay: how the old policy follows after every update: `none` (a copy: with one optimiser step a rollout it is the current policy wherever a loss is taken,
+    and its forward is not run), `slow` (min(0.001 s, 0.5)), `late` (a copy for 75 updates, then min(0.0075 (s - 75), 0.999)). solver: of the rollout. times: training times a sample and update, drawn without replacement from the sampler's grid above
     the stop; 0 takes the released 99 % of them. spread (global or group), per_reward: of the advantages, see advantages.of_samples.
     """
 
@@ -117,21 +117,23 @@ class NFT:
             yield self.regularised(slot, self.policy_loss(slot, w, share), share)
 
     def slots(self, rollout: Rollout, count: int) -> Iterator[Slot]:
-        """The forwards of each training time, one after the other: old policy, base where there is a KL, and current policy."""
+        """The forwards of each training time, one after the other: old policy where it is another one, base where there is a KL, and current policy."""
         z_tau, tau, batch = rollout.latent.z, rollout.latent.sigma, rollout.batch
         velocity = self.backbone.bind(batch.text, self.guidance)
         trained = sampling.checkpointed(velocity) if self.checkpointing else velocity
         for slot, sigma in enumerate(self.levels(rollout, count).to(z_tau.device).unbind(1)):
             noise = noise_like(self.backbone.latent_shape, batch.seeds, stream=101 + slot, device=z_tau.device)
             z, target = schedule.bridge(z_tau, tau, sigma, noise)
-            reference = None
+            v_old = reference = None
             with torch.no_grad():
-                with self.policy.use(OLD):
-                    v_old = velocity(z, sigma)
+                if self.old_decay != "none":
+                    with self.policy.use(OLD):
+                        v_old = velocity(z, sigma)
                 if self.kl:
                     with self.policy.use(REFERENCE):
                         reference = velocity(z, sigma)
-            yield Slot(sigma, trained(z, sigma), v_old, target, reference)
+            v = trained(z, sigma)
+            yield Slot(sigma, v, v.detach() if v_old is None else v_old, target, reference)
 
     def policy_loss(self, slot: Slot, w: Tensor, share: Tensor) -> Tensor:
         """Mean of eq. 71 over the samples, each by its weight w [B] in [0, 1] and its share [B] in the loss, times `clip` as released."""
