@@ -10,6 +10,7 @@ from rlstitch.data import DIMENSIONS, Geometry, read_prompts, resolve_geometry
 from rlstitch.distributed import world_size
 from rlstitch.files import require, vae_fingerprint
 from rlstitch.oracles import Tweedie, values_used
+from rlstitch.policy import SETS
 from rlstitch.schema import RunConfig
 from rlstitch.stitch.model import read_card
 from rlstitch.stops import End
@@ -54,6 +55,8 @@ def _faults(config: RunConfig) -> list[str]:
     count = _data(config, method, faults)
     _catch(faults, "evaluation.prompts", read_prompts, config.evaluation.prompts)
     faults += unknown_rewards("evaluation.rewards", config.evaluation.rewards, config.rewards)
+    if not config.evaluation.final or set(config.evaluation.final) - set(SETS):
+        faults.append(f"'evaluation.final' must list some of {', '.join(SETS)}, not {config.evaluation.final}")
     faults += guard_faults(config)
     if config.distributed.zero_stage and config.distributed.precision == "fp16":
         faults.append("'distributed.precision' fp16 has no loss scaling under ZeRO here: use bf16 or fp32, or zero_stage=0")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from rlstitch.types import UserError
 
 CURRENT, EMA, OLD, REFERENCE = "default", "ema", "old", "reference"
+SETS = {"base": REFERENCE, "raw": CURRENT, "ema": EMA}  # what an evaluation calls them
 
 
 class Policy:

@@ -59,6 +59,9 @@ class DistributedConfig:
 
 @dataclass
 class EvaluationConfig:
+    """final: which weights are scored on `max_prompts` prompts (0: all) when a run ends: base, raw, ema. On the way, every `every` updates, it is the raw ones on
+    `every_prompts`."""
+
     prompts: str = "shapes:held_out.jsonl"
     max_prompts: int = 0
     every: int = 0
@@ -70,6 +73,7 @@ class EvaluationConfig:
     batch_size: int = 64
     seed: int = 1234
     rewards: list[str] = field(default_factory=list)
+    final: list[str] = field(default_factory=lambda: ["base", "raw", "ema"])
     grid: int = 16
 
 

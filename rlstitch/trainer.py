@@ -26,7 +26,7 @@ from rlstitch.guard import Guard, probe
 from rlstitch.metrics import Clock, Log, peak_memory_mb
 from rlstitch.metrics import grid as draw_grid
 from rlstitch.oracles import load_values
-from rlstitch.policy import CURRENT, EMA, REFERENCE, Policy
+from rlstitch.policy import CURRENT, EMA, SETS, Policy
 from rlstitch.schema import RunConfig
 from rlstitch.scoring import Scorer
 from rlstitch.stitch.refresh import Refresher
@@ -332,15 +332,12 @@ class Trainer:
             )
 
     def evaluate_all(self) -> dict[str, Evaluation]:
-        """Base, raw and EMA weights on the whole evaluation set."""
-        limit = self.config.evaluation.max_prompts
-        return {
-            name: self.evaluate(adapter, limit, f"evaluation, {name}")
-            for name, adapter in (("base", REFERENCE), ("raw", CURRENT), ("ema", EMA))
-        }
+        """The weights of `evaluation.final` on the whole evaluation set."""
+        e = self.config.evaluation
+        return {name: self.evaluate(SETS[name], e.max_prompts, f"evaluation, {name}") for name in e.final}
 
     def evaluate_checkpoint(self, run: Path) -> dict[str, dict[str, float]]:
-        """Means of base, raw and EMA weights of a run's last checkpoint."""
+        """Means of each set of weights of a run's last checkpoint."""
         found = checkpoint.folders(run)
         if not found:
             raise UserError(f"{run} has no complete checkpoint to evaluate")
@@ -373,7 +370,7 @@ class Trainer:
         return path
 
     def _finish(self) -> dict[str, Any]:
-        """Full evaluation of base, raw and EMA weights; LoRA, summary and report."""
+        """Full evaluation; LoRA, summary and report."""
         evaluations = self.evaluate_all()
         results = {name: result.means for name, result in evaluations.items()}
         if self.engine.is_main:
