@@ -4,8 +4,8 @@
         [steps=0: the recipes'] [threads=0]
 
 Baselines are stitched by the same recipes: VAE stitch with three times the steps, NoisyCLIP with twice the steps and twice the scenes, DiNa-LRM on 8,000
-preference pairs for as many steps as StitchVM. again: rewards whose StitchVM is stitched with two further seeds (the shipped one is seed 0) and with a student
-that is not normalised, too. Trained ones are kept under `out`, so that the script goes on where it stopped.
+preference pairs for as many steps as StitchVM; `raw` is StitchVM with a student that is not normalised. again: rewards whose StitchVM is stitched with two
+further seeds, too (the shipped one is seed 0). Trained ones are kept under `out`, so that the script goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def main() -> None:
     given, steps = cfg.compose("evaluate_value"), int(options["steps"])
     rivals = given["compare"]
     for reward in names:
-        wanted = (["seed1", "seed2", "raw"] if reward in options["again"].split(",") else []) + [row for row in rows if row in ROWS]
+        wanted = (["seed1", "seed2"] if reward in options["again"].split(",") else []) + [row for row in rows if row in ROWS]
         rivals[reward] |= {ROWS[row][0]: stitched(reward, row, out, steps) for row in wanted}
     given["compare"] = {reward: rivals[reward] for reward in names}
     given["calibration"]["count"] = int(options["calibration"])
