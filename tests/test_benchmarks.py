@@ -1,8 +1,10 @@
 """Benchmarks that must run anywhere: the real-size script on a tiny configuration and its FLOP floors, the passes that an update needs."""
 
+import json
+
 import pytest
 
-from benchmarks import paper_tables, real_size, steering, step_floor
+from benchmarks import common, paper_tables, real_size, steering, step_floor
 
 
 @pytest.mark.parametrize("pixels, wanted", [(512, (2.44, 0.46, 2.51, 1.01)), (1024, (11.25, 2.21, 10.47, 1.01))])
@@ -34,6 +36,28 @@ def test_time_to_a_rivals_reward_is_interpolated():
     assert paper_tables.hours_to(points, 1.4) == pytest.approx(1.5)
     assert paper_tables.hours_to(points, 1.2) == pytest.approx(1.0)
     assert paper_tables.hours_to(points, 2.0) is None
+
+
+def test_curves_are_of_training_alone_and_averaged_evaluation_by_evaluation(tmp_path):
+    """Seeds spend .1 and .3 hours until the second evaluation and reach 1.2 and 1.4 there: .2 hours and 1.3 in the mean; the stitching's .25 stays out unless asked for."""
+    for seed, (spent, gained) in enumerate(((0.1, 0.2), (0.3, 0.4))):
+        (tmp_path / str(seed)).mkdir()
+        rows = [
+            {"step": step, "eval": {"clip": 0.5 + share * gained, "hps": 0.5},
+             "cpu_hours": {"total": 0.25 + share * spent, "rollout": share * spent, "oracle": 0.0, "update": 0.0, "refresh": 0.0}}
+            for step, share in ((0, 0), (20, 1))
+        ]  # fmt: skip
+        rows.insert(1, {"step": 1, "rewards": {"clip": 0.5}, "cpu_hours": rows[0]["cpu_hours"]})
+        (tmp_path / str(seed) / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    runs = [tmp_path / "0", tmp_path / "1"]
+    assert paper_tables.mean_curve(runs, "reward") == [pytest.approx((0.0, 1.0)), pytest.approx((0.2, 1.3))]
+    assert paper_tables.curve(runs[0], "clip") == [pytest.approx((0.25, 0.5)), pytest.approx((0.35, 0.7))]
+
+
+def test_tables_are_markdown_with_a_note(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    common.table("t", ["", "a"], [["row", common.spread([1.0, 3.0], 1)]], "Two seeds.")
+    assert (tmp_path / "t.md").read_text() == "|  | a |\n|---|---|\n| row | 2.0 ± 1.4 |\n\nTwo seeds.\n"
 
 
 def test_steering_jobs_scale_the_schedule_and_are_kept(tmp_path, monkeypatch):
