@@ -1,6 +1,7 @@
 """The paper's Table 3 and Figures 4, 5 and 7 in miniature: every training method with pixel rewards and with stitched values, against device-hours.
 
     python -m benchmarks.paper_tables [parts=table3,windows,marble,pictures,recipes] [seeds=0,1,2] [out=runs/paper] [updates=0: the recipes'] [threads=0] [max_prompts=0: all]
+        [methods=all: rows of table3, e.g. methods=DRaFT-1,DRaFT-1 + StitchVM]
 
 table3:  base, Flow-GRPO-Fast, DRaFT-1, DRaFT-3, DiffusionNFT, and all four with StitchVM: device-hours (the value models' one-off cost beside them), trained
          rewards, held-out judges; time to the pixel method's best reward; every metric against device-hours as SVG (Figures 4 and 5), means over the seeds.
@@ -74,6 +75,9 @@ class Tables:
     def __init__(self, options: dict[str, str]):
         self.out, self.seeds = Path(options["out"]), [int(s) for s in options["seeds"].split(",")]
         self.prompts = int(options["max_prompts"])
+        self.methods = list(METHODS) if options["methods"] == "all" else options["methods"].split(",")
+        if odd := set(self.methods) - set(METHODS):
+            raise SystemExit(f"unknown methods {', '.join(sorted(odd))}; there are {', '.join(METHODS)}")
         evaluation = [f"threads={options['threads']}", f"evaluation.max_prompts={self.prompts}"]
         once = ("updates=1", "evaluation.every=0", "evaluation.final=[base]")
         self.base = train("draft", "base", self.out, *evaluation, *once)["eval"]["base"]  # the same in every run
@@ -110,11 +114,12 @@ class Tables:
         self.figures(name, runs)
 
     def table3(self) -> dict[str, Any]:
-        runs = {label: self.runs(label, recipe, *overrides) for label, (recipe, overrides, _) in METHODS.items()}
+        chosen = {label: METHODS[label] for label in METHODS if label in self.methods}
+        runs = {label: self.runs(label, recipe, *overrides) for label, (recipe, overrides, _) in chosen.items()}
         self.write("table3", runs)
         reached: dict[str, list[dict[str, Any]]] = {}
-        for label, (_, _, rival) in METHODS.items():
-            for (own, _), (other, summary) in zip(runs[label], runs[rival]) if rival else ():
+        for label, (_, _, rival) in chosen.items():
+            for (own, _), (other, summary) in zip(runs[label], runs[rival]) if rival in runs else ():
                 hours, goal = max(curve(other, "reward", once=False), key=lambda point: point[1])
                 mine, whole = (hours_to(curve(own, "reward", once=once), goal) for once in (False, True))
                 told = {
@@ -184,6 +189,7 @@ def main() -> None:
             "updates": "0",
             "threads": "0",
             "max_prompts": "0",
+            "methods": "all",
         }
     )
     tables = Tables(options)
