@@ -43,6 +43,7 @@ def line_plot(
     standalone: bool = False,
 ) -> str:
     """An SVG of lines under their title, with a legend where there are several; lines of many points are pale, with their running mean over them.
+    Where there are more lines than colours, the further ones are dashed.
 
     `offset` marks where a one-off cost ends on the x axis; `standalone`: a file of its own, with its font and a white ground.
     """
@@ -61,9 +62,13 @@ def line_plot(
     def place(x: float, y: float) -> tuple[float, float]:
         return left + (x - x0) / (x1 - x0) * (width - left - right), height - bottom - (y - y0) / (y1 - y0) * (height - bottom - top)
 
-    def drawn(line: list[tuple[float, float]], colour: str, opacity: float) -> str:
+    def drawn(line: list[tuple[float, float]], colour: str, dashes: str, opacity: float) -> str:
         path = " ".join(f"{'M' if k == 0 else 'L'}{x:.1f},{y:.1f}" for k, (x, y) in enumerate(place(*p) for p in line))
-        return f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="1.8" stroke-opacity="{opacity}"/>'
+        return f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="1.8" stroke-opacity="{opacity}"{dashes}/>'
+
+    styles = [
+        (COLOURS[k % len(COLOURS)], f' stroke-dasharray="{6 * (k // len(COLOURS))} 3"' * (k >= len(COLOURS))) for k in range(len(series))
+    ]
 
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" aria-label="{html.escape(y_label)}">'
@@ -84,17 +89,19 @@ def line_plot(
     for x in ticks(x0, x1):
         px, _ = place(x, y0)
         out.append(f'<text x="{px:.1f}" y="{height - bottom + 16}" text-anchor="middle">{x:.4g}</text>')
-    for colour, line in zip(COLOURS, series.values()):
+    for (colour, dashes), line in zip(styles, series.values()):
         if len(line) < 40:
-            out.append(drawn(line, colour, 1.0))
+            out.append(drawn(line, colour, dashes, 1.0))
             out += [f'<circle cx="{place(*p)[0]:.1f}" cy="{place(*p)[1]:.1f}" r="2.4" fill="{colour}"/>' for p in line]
         else:
-            out += [drawn(line, colour, 0.25), drawn(running_mean(line, max(5, len(line) // 15)), colour, 1.0)]
+            out += [drawn(line, colour, dashes, 0.25), drawn(running_mean(line, max(5, len(line) // 15)), colour, dashes, 1.0)]
     out.append(f'<text x="{(left + width - right) / 2}" y="{height - bottom + 34}" text-anchor="middle">{html.escape(x_label)}</text>')
-    for k, (colour, name) in enumerate(zip(COLOURS, series) if many else ()):
+    for k, ((colour, dashes), name) in enumerate(zip(styles, series) if many else ()):
         x, y = left + k % columns * (width - left) / columns, height - bottom + 54 + k // columns * 18
-        out.append(f'<rect x="{x:.0f}" y="{y - 9:.0f}" width="10" height="10" fill="{colour}"/>')
-        out.append(f'<text x="{x + 15:.0f}" y="{y:.0f}">{html.escape(name)}</text>')
+        out.append(
+            f'<line x1="{x:.0f}" x2="{x + 12:.0f}" y1="{y - 4:.0f}" y2="{y - 4:.0f}" stroke="{colour}" stroke-width="{4 if dashes else 10}"{dashes}/>'
+        )
+        out.append(f'<text x="{x + 17:.0f}" y="{y:.0f}">{html.escape(name)}</text>')
     return "".join(out) + "</svg>"
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rlstitch.report import line_plot, running_mean, ticks
+from rlstitch.report import COLOURS, line_plot, running_mean, ticks
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,14 @@ def test_only_long_lines_are_smoothed_and_only_several_have_a_legend():
     assert plot.count("<path") == 3 and 'stroke-opacity="0.25"' in plot
     assert "stitching" in plot and ">b</text>" in plot and "a &lt; b" in plot
     assert line_plot({"a": []}, x_label="x", y_label="y") == "<p>No data.</p>"
+
+
+def test_no_line_is_left_out_where_colours_run_out():
+    lines = {f"line {k}": [(0.0, 0.0), (1.0, float(k))] for k in range(len(COLOURS) + 2)}
+    plot = line_plot(lines, x_label="x", y_label="y")
+    drawn = [part.split("/>")[0] for part in plot.split("<path")[1:]]
+    assert len(set(p.partition("stroke=")[2] for p in drawn)) == len(lines)  # each by a colour and dashes of its own
+    assert all(f">{name}</text>" in plot for name in lines) and sum("dasharray" in p for p in drawn) == 2
 
 
 def test_captions_show_the_prompt_cut_and_every_score():
