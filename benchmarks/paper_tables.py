@@ -47,20 +47,21 @@ JUDGES = ("clip", "hps", "preference_b", "aesthetic", "detector")
 TRAINED = ("clip", "hps")
 
 
-def curve(run: Path, metric: str, *, once: bool = True) -> list[tuple[float, float]]:
-    """(device-hours, score) of a run's evaluations on the way; `reward` is the sum of the trained ones. once: with the value models' one-off cost."""
+def curve(run: Path, metric: str) -> list[tuple[float, float]]:
+    """(device-hours of training, score) of a run's evaluations on the way; `reward` is the sum of the trained ones. Without the value models' one-off cost, whose
+    offset would be most of a picture."""
     points = []
     for row in metrics.read(run):
         if "eval" in row:
             hours = next(v for k, v in row.items() if k.endswith("_hours"))
-            spent = hours["total"] if once else sum(hours[k] for k in ("rollout", "oracle", "update", "refresh"))
+            spent = sum(hours[k] for k in ("rollout", "oracle", "update", "refresh"))
             points.append((spent, sum(row["eval"][n] for n in TRAINED) if metric == "reward" else row["eval"][metric]))
     return points
 
 
 def mean_curve(runs: list[Path], metric: str) -> list[tuple[float, float]]:
-    """The mean over runs of one recipe, evaluation by evaluation, without the one-off cost: its offset would be most of the picture."""
-    return [tuple(map(statistics.mean, zip(*points))) for points in zip(*(curve(run, metric, once=False) for run in runs))]
+    """The mean over runs of one recipe, evaluation by evaluation."""
+    return [tuple(map(statistics.mean, zip(*points))) for points in zip(*(curve(run, metric) for run in runs))]
 
 
 def hours_to(points: list[tuple[float, float]], goal: float) -> float | None:
@@ -69,6 +70,13 @@ def hours_to(points: list[tuple[float, float]], goal: float) -> float | None:
         if r1 >= goal:
             return h1 if r1 == r0 or r0 >= goal else h0 + (h1 - h0) * (goal - r0) / (r1 - r0)
     return None
+
+
+def reach(own: list[tuple[float, float]], rival: list[tuple[float, float]]) -> dict[str, float | None]:
+    """The rival's best reward, its hours to it, and the share of them after which the own curve is there; None where it never is."""
+    hours, goal = max(rival, key=lambda point: point[1])
+    mine = hours_to(own, goal)
+    return {"reward": round(goal, 4), "rival_hours": round(hours, 5), "share": None if mine is None else round(mine / hours, 3)}
 
 
 class Tables:
@@ -117,19 +125,12 @@ class Tables:
         chosen = {label: METHODS[label] for label in METHODS if label in self.methods}
         runs = {label: self.runs(label, recipe, *overrides) for label, (recipe, overrides, _) in chosen.items()}
         self.write("table3", runs)
-        reached: dict[str, list[dict[str, Any]]] = {}
+        reached = {}
         for label, (_, _, rival) in chosen.items():
-            for (own, _), (other, summary) in zip(runs[label], runs[rival]) if rival in runs else ():
-                hours, goal = max(curve(other, "reward", once=False), key=lambda point: point[1])
-                mine, whole = (hours_to(curve(own, "reward", once=once), goal) for once in (False, True))
-                told = {
-                    "seed": summary["seed"],
-                    "rival_hours": hours,
-                    "its_best_reward": goal,
-                    "hours_to_it": mine,
-                    "value_models_included": whole,
-                }
-                reached.setdefault(label, []).append(told)
+            if rival in runs:
+                own, other = ([run for run, _ in runs[name]] for name in (label, rival))
+                each = [reach(curve(mine, "reward"), curve(theirs, "reward")) for mine, theirs in zip(own, other)]
+                reached[label] = {"by_the_mean_curves": reach(mean_curve(own, "reward"), mean_curve(other, "reward")), "by_seed": each}
         return {"summaries": {k: [s for _, s in v] for k, v in runs.items()}, "time_to_the_rivals_best_reward": reached}
 
     def windows(self) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def test_time_to_a_rivals_reward_is_interpolated():
 
 
 def test_curves_are_of_training_alone_and_averaged_evaluation_by_evaluation(tmp_path):
-    """Seeds spend .1 and .3 hours until the second evaluation and reach 1.2 and 1.4 there: .2 hours and 1.3 in the mean; the stitching's .25 stays out unless asked for."""
+    """Seeds spend .1 and .3 hours until the second evaluation and reach 1.2 and 1.4 there: .2 hours and 1.3 in the mean; the stitching's .25 stays out."""
     for seed, (spent, gained) in enumerate(((0.1, 0.2), (0.3, 0.4))):
         (tmp_path / str(seed)).mkdir()
         rows = [
@@ -51,7 +51,13 @@ def test_curves_are_of_training_alone_and_averaged_evaluation_by_evaluation(tmp_
         (tmp_path / str(seed) / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     runs = [tmp_path / "0", tmp_path / "1"]
     assert paper_tables.mean_curve(runs, "reward") == [pytest.approx((0.0, 1.0)), pytest.approx((0.2, 1.3))]
-    assert paper_tables.curve(runs[0], "clip") == [pytest.approx((0.25, 0.5)), pytest.approx((0.35, 0.7))]
+    assert paper_tables.curve(runs[0], "clip") == [pytest.approx((0.0, 0.5)), pytest.approx((0.1, 0.7))]
+    assert paper_tables.reach(*(paper_tables.curve(run, "reward") for run in reversed(runs))) == {
+        "reward": 1.2,
+        "rival_hours": 0.1,
+        "share": 1.5,
+    }
+    assert paper_tables.reach(*(paper_tables.curve(run, "reward") for run in runs))["share"] is None  # 1.4 is never reached
 
 
 def test_tables_are_markdown_with_a_note(tmp_path, monkeypatch):
