@@ -47,9 +47,9 @@ def train(recipe: str, name: str, out: Path, *overrides: str) -> dict:
     return json.loads(summary.read_text())
 
 
-def training_hours(summary: dict) -> float:
-    """Device-hours of a run without evaluation and without the one-off cost of its value models."""
-    return sum(summary["device_hours"][k] for k in ("rollout", "oracle", "update", "refresh"))
+def training_hours(hours: dict[str, float]) -> float:
+    """Device-hours by phase, of a summary or of a row of the log, added up without evaluation and without the one-off cost of the value models."""
+    return sum(hours[k] for k in ("rollout", "oracle", "update", "refresh"))
 
 
 def spread(values: list[float], digits: int = 3) -> str:

@@ -54,8 +54,7 @@ def curve(run: Path, metric: str) -> list[tuple[float, float]]:
     for row in metrics.read(run):
         if "eval" in row:
             hours = next(v for k, v in row.items() if k.endswith("_hours"))
-            spent = sum(hours[k] for k in ("rollout", "oracle", "update", "refresh"))
-            points.append((spent, sum(row["eval"][n] for n in TRAINED) if metric == "reward" else row["eval"][metric]))
+            points.append((training_hours(hours), sum(row["eval"][n] for n in TRAINED) if metric == "reward" else row["eval"][metric]))
     return points
 
 
@@ -100,7 +99,7 @@ class Tables:
         return [(self.out / name, train(recipe, name, self.out, f"seed={seed}", *self.common, *overrides)) for name, seed in names]
 
     def row(self, label: str, summaries: list[dict[str, Any]]) -> list[str]:
-        hours = spread([training_hours(s) for s in summaries], 4)
+        hours = spread([training_hours(s["device_hours"]) for s in summaries], 4)
         once = f"{statistics.mean(s['device_hours']['stitching'] for s in summaries):.3f}"
         return [label, hours, once, *(spread([s["eval"]["ema"][j] for s in summaries]) for j in JUDGES)]
 
@@ -152,7 +151,7 @@ class Tables:
         for label, found in runs.items():
             rows = [r for run, _ in found for r in metrics.read(run)]
             out[label] = {
-                "seconds_per_update": round(statistics.mean(3600 * training_hours(s) / s["steps"] for _, s in found), 3),
+                "seconds_per_update": round(statistics.mean(3600 * training_hours(s["device_hours"]) / s["steps"] for _, s in found), 3),
                 "ema": [s["eval"]["ema"] for _, s in found],
             }
             for key in ("worst_cosine", "amortised_worst_cosine"):
@@ -174,7 +173,7 @@ class Tables:
         self.write("recipes", runs)
         return {
             recipe: {
-                "minutes": [round(60 * training_hours(s), 2) for _, s in found],
+                "minutes": [round(60 * training_hours(s["device_hours"]), 2) for _, s in found],
                 "ema": [s["eval"]["ema"] for _, s in found],
             }
             for recipe, found in runs.items()

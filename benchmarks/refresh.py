@@ -34,7 +34,7 @@ def told(label: str, runs: list[tuple[dict[str, Any], list[dict[str, float]]]]) 
     whole = [spread([statistics.mean(abs(r[f"gap/{n}"]) for r in rows) for _, rows in runs], 2) for n in TRAINED]
     agree = [spread([rows[-1][f"correlation/{n}"] for _, rows in runs], 2) for n in TRAINED]
     scores = [spread([s["eval"]["ema"][n] for s, _ in runs]) for n in (*TRAINED, *JUDGES)]
-    return [label, *whole, *last, *agree, *scores, spread([training_hours(s) for s, _ in runs])]
+    return [label, *whole, *last, *agree, *scores, spread([training_hours(s["device_hours"]) for s, _ in runs])]
 
 
 def main() -> None:
