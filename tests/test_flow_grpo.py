@@ -170,6 +170,26 @@ def test_where_the_window_lies(algorithm, backbone):
     assert wide.start_of_window(batch_of(backbone, 1), 6) == 0
 
 
+def test_a_branched_group_shares_all_but_the_windows_noise(algorithm, backbone):
+    """One noise and one walk a prompt, whatever the micro-batch; the next update's is another."""
+    method, _ = algorithm(window=2, branch=True)
+    prompts, group = ["a red circle", "two blue stars"], torch.tensor([7, 7, 7, 3, 3, 3])
+    text = backbone.encode_prompts([prompts[0]] * 3 + [prompts[1]] * 3)
+    batch = Batch([prompts[0]] * 3 + [prompts[1]] * 3, group, torch.arange(6) + 5_000_000, [{}] * 6, text)
+    for stop, first in ((4, 2), (2, 0)):  # halted early, the window is the last steps
+        rollout = method.rollout(batch, stop)
+        z = rollout.transitions[0].z
+        assert rollout.transitions[0].sigma == float(method.grid[first])
+        assert torch.equal(z[0].expand(3, -1, -1, -1), z[:3]) and torch.equal(z[3].expand(3, -1, -1, -1), z[3:])
+        assert all((a - b).abs().max() > 0.05 for a, b in ((z[0], z[3]), rollout.latent.z[:2], rollout.latent.z[4:]))
+        cut = torch.cat([method.rollout(batch[part], stop).latent.z for part in (slice(0, 2), slice(2, 6))])
+        torch.testing.assert_close(cut, rollout.latent.z, rtol=1e-4, atol=1e-5)
+    later = Batch(batch.prompts, group, batch.seeds + 1_000_000, batch.facts, text)
+    assert (method.rollout(later, 4).transitions[0].z - method.rollout(batch, 4).transitions[0].z).abs().max() > 0.1
+    walked = sampling.sample(backbone.bind(text[:1]), method.shared_way(batch[:1], 0), method.grid, stop=2).z
+    torch.testing.assert_close(method.rollout(batch, 4).transitions[0].z[:1], walked, rtol=1e-4, atol=1e-5)
+
+
 GRPO = (
     "algorithm._target_=rlstitch.algorithms.flow_grpo.FlowGRPO",
     "algorithm.window=2",
@@ -183,8 +203,9 @@ GRPO = (
 @pytest.mark.parametrize("oracle", [(), PIXEL], ids=["stitched", "terminal"])
 def test_flow_grpo_runs_and_resumes_bit_for_bit(world, oracle):  # noqa: F811
     name = "grpo-pixel" if oracle else "grpo-stitch"
+    also = ("algorithm.branch=true",) if oracle else ()
     for run, updates in ((name, 4), (f"{name}-halves", 2), (f"{name}-halves", 4)):
-        code, output = start(world, f"name={run}", f"updates={updates}", *GRPO, *oracle)
+        code, output = start(world, f"name={run}", f"updates={updates}", *GRPO, *oracle, *also)
         assert code == 0, output
     assert rows(world, name) == rows(world, f"{name}-halves")
     whole, halves = weights(world, name), weights(world, f"{name}-halves")

@@ -162,6 +162,16 @@ def test_faults_are_told_before_anything_loads(world, case):  # noqa: F811
     assert expected in refusal(world / recipe, *overrides)
 
 
+def test_curated_pictures_are_the_best_looking_share_of_those_drawn():
+    from rlstitch.shapes.images import curated
+    from rlstitch.shapes.looks import looks
+
+    (every, _), (best, prompts) = (curated(n, 3, keep) for n, keep in ((40, 1.0), (10, 0.25)))
+    assert best.shape == (10, 3, 64, 64) and best.dtype == torch.uint8 and len(prompts) == 10
+    expected = looks(every.float() / 255).sort().values[-10:]
+    torch.testing.assert_close(looks(best.float() / 255).sort().values, expected)
+
+
 def test_pairs_given_for_pictures_are_refused_in_one_message(world):  # noqa: F811
     recipe = pictures.without_reward(world)
     code, output = start(world, "name=bad", *SOAR_JOB, "data.images._target_=tests.pictures.tiny_pairs", recipe=recipe)

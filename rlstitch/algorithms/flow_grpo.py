@@ -22,7 +22,9 @@ class FlowGRPO:
     Where the rollout runs to the end the window starts anywhere in `window_range` (0: the whole grid but its last step), by `strategy`: random, or
     progressive (it moves on by its own size every `every` updates). Where it halts early, on a stitched value, it is the last steps before the stop, so that the
     value at the window's end is the credit. sde_type: sde (Flow-GRPO) or cps (Flow-CPS). clip_range is small because log-probabilities are means over the
-    latent; with one optimiser step a rollout, as here, the ratio is 1 up to rounding and the clip does not bind. kl: weight of |mean - mean_base|^2 / (2 std^2). guard: GRPO-Guard's ratio. spread, per_reward: of the advantages, see advantages.of_samples.
+    latent; with one optimiser step a rollout, as here, the ratio is 1 up to rounding and the clip does not bind. branch: all images of a prompt share one noise
+    and the way to the window (as Flow-GRPO-Fast was first released, and MixGRPO), so that they differ by the noise that is trained alone, and the way is walked
+    once a prompt. kl: weight of |mean - mean_base|^2 / (2 std^2). guard: GRPO-Guard's ratio. spread, per_reward: of the advantages, see advantages.of_samples.
     """
 
     needs_gradient, collects, keeps_old = False, True, False
@@ -44,6 +46,7 @@ class FlowGRPO:
         every: int = 25,
         sde_type: Literal["sde", "cps"] = "cps",
         noise_level: float = 0.8,
+        branch: bool = False,
         clip_range: float = 1e-5,
         clip: float = 5.0,
         kl: float = 0.0,
@@ -55,6 +58,7 @@ class FlowGRPO:
         self.guidance, self.checkpointing = guidance, activation_checkpointing
         self.window, self.window_range, self.strategy, self.every = window, window_range, strategy, every
         self.sde_type, self.noise_level, self.clip_range, self.clip = sde_type, noise_level, clip_range, clip
+        self.branch = branch
         self.kl, self.guard, self.spread, self.per_reward = kl, guard, spread, per_reward
         self.updates = 0
 
@@ -110,18 +114,28 @@ class FlowGRPO:
             return -(z_next.float() - mean.float()).square().flatten(1).mean(1)
         return sampling.log_prob(z_next, mean, std)
 
+    def shared_way(self, batch: Batch, start: int) -> Tensor:
+        """z [B, C, H, W] at the window's start by one Euler walk a prompt. Its noise comes from the update and the prompt alone: a group may be cut anywhere."""
+        prompts, place = batch.group.unique(return_inverse=True)
+        seeds = update_number(batch.seeds) * 1_000_000 + prompts % 1_000_000
+        z = noise_like(self.backbone.latent_shape, seeds, stream=500, device=self.backbone.device)
+        if start:
+            first = torch.tensor([place.tolist().index(k) for k in range(len(prompts))], device=z.device)
+            z = sampling.sample(self.backbone.bind(batch.text[first], self.guidance), z, self.grid, stop=start).z
+        return z[place.to(z.device)]
+
     @torch.no_grad()
     def rollout(self, batch: Batch, stop: int) -> Rollout:
         """z_stop of the current policy and the transitions of its window."""
         if batch.text is None:
             raise UserError("Flow-GRPO needs the batch's encoded prompts")
-        z, velocity, levels = (
-            noise_like(self.backbone.latent_shape, batch.seeds, device=self.backbone.device),
-            self.backbone.bind(batch.text, self.guidance),
-            self.grid.tolist(),
-        )
-        start, transitions = self.start_of_window(batch, stop), []
-        for k in range(stop):
+        velocity, levels, transitions = self.backbone.bind(batch.text, self.guidance), self.grid.tolist(), []
+        start = self.start_of_window(batch, stop)
+        if self.branch:
+            begin, z = start, self.shared_way(batch, start)
+        else:
+            begin, z = 0, noise_like(self.backbone.latent_shape, batch.seeds, device=self.backbone.device)
+        for k in range(begin, stop):
             v = velocity(z, torch.full((len(z),), levels[k], device=z.device))
             if start <= k < start + self.window:
                 mean, std = self.step(z, v, levels[k], levels[k + 1])

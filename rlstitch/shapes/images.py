@@ -15,6 +15,15 @@ def scenes(n: int, seed: int = 0) -> tuple[Tensor, list[str]]:
     return pool.images, [p.text for p in pool.prompts]
 
 
+def curated(n: int = 2000, seed: int = 0, keep: float = 0.25) -> tuple[Tensor, list[str]]:
+    """n scenes [n, 3, 64, 64] uint8 drawn for prompts like the held-out ones, the `keep` with the best stated looks of those drawn: data that is worth finetuning on."""
+    from rlstitch.shapes.looks import looks
+
+    pool = make_pool(round(n / keep), seed, drawn_for_prompt=1.0)
+    best = torch.cat([looks(part.float() / 255) for part in pool.images.split(512)]).topk(n).indices.sort().values
+    return pool.images[best], [pool.prompts[i].text for i in best.tolist()]
+
+
 def distinct(n: int = 500, seed: int = 0) -> tuple[Tensor, list[str]]:
     """n scenes with pairwise distinct captions that specify them fully, for Recall@1."""
     pool = distinct_captions(n, seed)

@@ -39,7 +39,8 @@ def make_pool(n: int, seed: int, *, drawn_for_prompt: float = 0.6) -> Pool:
     rng = random.Random(seed)
     k = int(n * drawn_for_prompt)
     prompts = [draw_prompt(rng) for _ in range(k)]
-    scenes = concat([scenes_for(prompts, seed), sample_scenes(n - k, torch.Generator().manual_seed(seed + 1))])
+    parts = [scenes_for(prompts, seed)] if k else []
+    scenes = concat(parts + ([sample_scenes(n - k, torch.Generator().manual_seed(seed + 1))] if k < n else []))
     captions = full_captions(scenes, rng)
     images = torch.cat([to_bytes(render(scenes[p])) for p in batches(n, 256)])
     return Pool(images, scenes, captions, prompts + captions[k:], FactTable.from_scenes(scenes))
