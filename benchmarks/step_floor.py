@@ -100,7 +100,7 @@ class Recorder:
 
 
 def trainer_of(recipe: str, samples: int, out: Path, **changes: Any) -> Trainer:
-    """A trainer of the shipped recipe at `samples` an update, started but not yet run; its stop is fixed, since updates are to be alike."""
+    """A trainer of the shipped recipe at `samples` an update, started but not yet run; its stop and its depth are fixed, since updates are to be alike."""
     given = cfg.compose(recipe)
     images = given.get("batch", {}).get("images_per_prompt", 1)
     given = cfg.merge(
@@ -112,6 +112,8 @@ def trainer_of(recipe: str, samples: int, out: Path, **changes: Any) -> Trainer:
     )  # fmt: skip
     if "low" in given.get("stop", {}):
         given["stop"] = {"_target_": "rlstitch.stops.Fixed", "after": (given["stop"]["low"] + given["stop"]["high"]) // 2}
+    if "truncation" in given["algorithm"]:
+        given["algorithm"]["truncation"] = "fixed"
     trainer = Trainer(checked(given, recipe))
     trainer._start()
     return trainer
