@@ -14,12 +14,3 @@ class Darkness:
 
     def score(self, images: Tensor, batch: Batch) -> Tensor:
         return 1 - images.mean((1, 2, 3))
-
-
-class Muted:
-    """1 - mean chroma (largest minus smallest channel), in [0, 1] whatever the prompt: 1 is grey. It pulls against rewards that like colours and contrast."""
-
-    differentiable = True
-
-    def score(self, images: Tensor, batch: Batch) -> Tensor:
-        return 1 - (images.amax(1) - images.amin(1)).mean((1, 2))
