@@ -52,6 +52,7 @@ RECIPES = (
 )  # fmt: skip
 JUDGES = ("clip", "hps", "preference_b", "aesthetic", "detector")
 TRAINED = ("clip", "hps")
+Runs = dict[str, list[tuple[Path, dict[str, Any]]]]  # (folder, summary) of every seed, by row of a table
 
 
 def curve(run: Path, metric: str) -> list[tuple[float, float]]:
@@ -114,9 +115,9 @@ class Tables:
         once = f"{statistics.mean(s['device_hours']['stitching'] for s in summaries):.3f}"
         return [label, hours, once, *(spread([s["eval"]["ema"][j] for s in summaries]) for j in judges)]
 
-    def figures(self, name: str, runs: dict[str, list[tuple[Path, dict[str, Any]]]], judges: Sequence[str]) -> None:
+    def figures(self, name: str, runs: Runs, curves: Sequence[str]) -> None:
         """One SVG a metric, means over the seeds, everything against device-hours."""
-        for metric in ("reward", *judges):
+        for metric in curves:
             lines = {label: mean_curve([run for run, _ in found], metric) for label, found in runs.items()}
             lines = {label: points for label, points in lines.items() if len(points) > 1}
             if lines:
@@ -124,19 +125,22 @@ class Tables:
                 write_text(RESULTS / f"{name}_{metric}.svg", svg)
 
     def write(
-        self, name: str, runs: dict[str, list[tuple[Path, dict[str, Any]]]], base: dict[str, float], judges: Sequence[str] = JUDGES
+        self, name: str, runs: Runs, base: dict[str, float], *, judges: Sequence[str] = JUDGES, curves: Sequence[str] = ("reward",)
     ) -> None:
+        """The table <name>.md of what all runs end with, and a picture of each of the `curves`."""
         rows = [["base", "", "", *(f"{base[j]:.3f}" for j in judges)]]
         rows += [self.row(label, [s for _, s in found], judges) for label, found in runs.items()]
         prompts = f"first {self.prompts}" if self.prompts else "all"
-        note = f"EMA weights, {prompts} held-out prompts, 40 steps, guidance 1; mean and standard deviation over seeds {', '.join(map(str, self.seeds))}."
+        listed = ", ".join(map(str, self.seeds))
+        over = f"mean and standard deviation over seeds {listed}" if len(self.seeds) > 1 else f"seed {listed}"
+        note = f"EMA weights, {prompts} held-out prompts, 40 steps, guidance 1; {over}."
         table(name, ["", "device-hours", "value models, once", *judges], rows, note)
-        self.figures(name, runs, judges)
+        self.figures(name, runs, curves)
 
     def table3(self) -> dict[str, Any]:
         chosen = {label: METHODS[label] for label in METHODS if label in self.methods}
         runs = {label: self.runs(label, recipe, *overrides) for label, (recipe, overrides, _) in chosen.items()}
-        self.write("table3", runs, self.base)
+        self.write("table3", runs, self.base, curves=("reward", *JUDGES))
         reached = {}
         for label, (_, _, rival) in chosen.items():
             if rival in runs:
@@ -158,7 +162,7 @@ class Tables:
             "MARBLE": self.runs("marble five", "marble", *FIVE, "algorithm.every=3"),
             "weighted sum": self.runs("marble five sum", "marble", *FIVE, "algorithm.every=3", "algorithm.solve=sum"),
         }
-        self.write("marble", runs, self.scores_of_base("marble", "base five", *FIVE), (*JUDGES, "darkness"))
+        self.write("marble", runs, self.scores_of_base("marble", "base five", *FIVE), judges=(*JUDGES, "darkness"))
         runs["NFT on the weighted sum, unmeasured"] = self.runs("nft five", "nft", *FIVE, "evaluation.every=0", "evaluation.max_prompts=8")
         out: dict[str, Any] = {}
         for label, found in runs.items():
@@ -178,12 +182,12 @@ class Tables:
 
     def pictures(self) -> dict[str, Any]:
         runs = {label: self.runs(label, recipe) for label, recipe in (("SFT", "sft"), ("SOAR", "soar"), ("Diffusion-DPO", "dpo"))}
-        self.write("pictures", runs, self.base)
+        self.write("pictures", runs, self.base, curves=("hps", "detector"))
         return {label: [s for _, s in found] for label, found in runs.items()}
 
     def recipes(self) -> dict[str, Any]:
         runs = {recipe: self.runs(f"recipe {recipe}", recipe) for recipe in RECIPES}
-        self.write("recipes", runs, self.base)
+        self.write("recipes", runs, self.base, curves=())
         return {
             recipe: {
                 "minutes": [round(60 * training_hours(s["device_hours"]), 2) for _, s in found],
