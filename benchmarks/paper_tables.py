@@ -86,6 +86,26 @@ def reach(own: list[tuple[float, float]], rival: list[tuple[float, float]]) -> d
     return {"reward": round(goal, 4), "rival_hours": round(hours, 5), "share": None if mine is None else round(mine / hours, 3)}
 
 
+def cost_of_full_solves(runs: list[Path]) -> dict[str, float]:
+    """Median seconds of an update with NFT's passes alone and with a full solve (a run's first update, all of whose slots are full solves, left out), and NFT's
+    speed that is left where every tenth update has one."""
+    plain, full = [], []
+    for run in runs:
+        before = None
+        for row in metrics.read(run):
+            if "loss" in row:
+                hours = training_hours(next(v for k, v in row.items() if k.endswith("_hours")))
+                if before is not None:
+                    (full if "worst_cosine" in row else plain).append(3600 * (hours - before))
+                before = hours
+    p, f = statistics.median(plain), statistics.median(full)
+    return {
+        "seconds_plain": round(p, 3),
+        "seconds_with_full_solve": round(f, 3),
+        "speed_at_every_10": round(p / (0.9 * p + 0.1 * f), 4),
+    }
+
+
 class Tables:
     def __init__(self, options: dict[str, str]):
         self.out, self.seeds = Path(options["out"]), [int(s) for s in options["seeds"].split(",")]
@@ -166,7 +186,7 @@ class Tables:
         out: dict[str, Any] = {}
         for label, found in runs.items():
             rows = [r for run, _ in found for r in metrics.read(run)]
-            out[label] = self.cost_of_full_solves([run for run, _ in found]) | {"ema": [s["eval"]["ema"] for _, s in found]}
+            out[label] = cost_of_full_solves([run for run, _ in found]) | {"ema": [s["eval"]["ema"] for _, s in found]}
             for key in ("worst_cosine", "amortised_worst_cosine"):
                 if measured := [r[key] for r in rows if key in r]:
                     out[label][key] = {
@@ -175,25 +195,6 @@ class Tables:
                         "mean": round(statistics.mean(measured), 4),
                     }
         return out
-
-    def cost_of_full_solves(self, runs: list[Path]) -> dict[str, float]:
-        """Median seconds of an update with NFT's passes alone and with a full solve (a run's first update, all of whose slots are full solves, left out), and NFT's
-        speed that is left where every tenth update has one."""
-        plain, full = [], []
-        for run in runs:
-            before = None
-            for row in metrics.read(run):
-                if "loss" in row:
-                    hours = training_hours(next(v for k, v in row.items() if k.endswith("_hours")))
-                    if before is not None:
-                        (full if "worst_cosine" in row else plain).append(3600 * (hours - before))
-                    before = hours
-        p, f = statistics.median(plain), statistics.median(full)
-        return {
-            "seconds_plain": round(p, 3),
-            "seconds_with_full_solve": round(f, 3),
-            "speed_at_every_10": round(p / (0.9 * p + 0.1 * f), 4),
-        }
 
     def pictures(self) -> dict[str, Any]:
         runs = {label: self.runs(label, recipe) for label, recipe in (("SFT", "sft"), ("SOAR", "soar"), ("Diffusion-DPO", "dpo"))}

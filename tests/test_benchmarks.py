@@ -60,6 +60,18 @@ def test_curves_are_of_training_alone_and_averaged_evaluation_by_evaluation(tmp_
     assert paper_tables.reach(*(paper_tables.curve(run, "reward") for run in runs))["share"] is None  # 1.4 is never reached
 
 
+def test_the_cost_of_a_full_solve_leaves_the_first_update_out(tmp_path):
+    """Updates of 20 (all full solves), 2, 4 (full), 2 seconds: 2, 4, and 2 / (.9 x 2 + .1 x 4) of the speed."""
+    rows, at = [], 0.0
+    for step, (seconds, full) in enumerate(((20, True), (2, False), (4, True), (2, False)), 1):
+        at += seconds / 3600
+        hours = {"rollout": at / 2, "oracle": at / 2, "update": 0.0, "refresh": 0.0, "eval": 9.0}
+        rows.append({"step": step, "loss": 0.0, **({"worst_cosine": 0.1} if full else {}), "cpu_hours": hours})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = paper_tables.cost_of_full_solves([tmp_path])
+    assert found == {"seconds_plain": 2.0, "seconds_with_full_solve": 4.0, "speed_at_every_10": round(2 / 2.2, 4)}
+
+
 def test_tables_are_markdown_with_a_note(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     common.table("t", ["", "a"], [["row", common.spread([1.0, 3.0], 1)]], "Two seeds.")
