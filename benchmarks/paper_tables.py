@@ -55,14 +55,18 @@ TRAINED = ("clip", "hps")
 Runs = dict[str, list[tuple[Path, dict[str, Any]]]]  # (folder, summary) of every seed, by row of a table
 
 
+def hours_at(row: dict[str, Any]) -> float:
+    """Device-hours of training until a row of the log."""
+    return training_hours(next(v for k, v in row.items() if k.endswith("_hours")))
+
+
 def curve(run: Path, metric: str) -> list[tuple[float, float]]:
     """(device-hours of training, score) of a run's evaluations on the way; `reward` is the sum of the trained ones. Without the value models' one-off cost, whose
     offset would be most of a picture."""
     points = []
     for row in metrics.read(run):
         if "eval" in row:
-            hours = next(v for k, v in row.items() if k.endswith("_hours"))
-            points.append((training_hours(hours), sum(row["eval"][n] for n in TRAINED) if metric == "reward" else row["eval"][metric]))
+            points.append((hours_at(row), sum(row["eval"][n] for n in TRAINED) if metric == "reward" else row["eval"][metric]))
     return points
 
 
@@ -94,7 +98,7 @@ def cost_of_full_solves(runs: list[Path]) -> dict[str, float]:
         before = None
         for row in metrics.read(run):
             if "loss" in row:
-                hours = training_hours(next(v for k, v in row.items() if k.endswith("_hours")))
+                hours = hours_at(row)
                 if before is not None:
                     (full if "worst_cosine" in row else plain).append(3600 * (hours - before))
                 before = hours
@@ -128,7 +132,7 @@ class Tables:
         """(folder, summary) of every seed."""
         slug = label.lower().replace(" + ", "-").replace(" ", "-") if overrides else recipe
         names = [(f"{slug}-seed{seed}", seed) for seed in self.seeds]
-        return [(self.out / name, train(recipe, name, self.out, f"seed={seed}", *self.common, *overrides)) for name, seed in names]
+        return [(self.out / name, train(recipe, name, self.out, f"seed={seed}", *overrides, *self.common)) for name, seed in names]
 
     def row(self, label: str, summaries: list[dict[str, Any]], judges: Sequence[str]) -> list[str]:
         hours = spread([training_hours(s["device_hours"]) for s in summaries], 4)
@@ -202,7 +206,7 @@ class Tables:
         return {label: [s for _, s in found] for label, found in runs.items()}
 
     def recipes(self) -> dict[str, Any]:
-        runs = {recipe: self.runs(f"recipe {recipe}", recipe) for recipe in RECIPES}
+        runs = {recipe: self.runs(recipe, recipe) for recipe in RECIPES}
         self.write("recipes", runs, self.base, curves=())
         return {
             recipe: {

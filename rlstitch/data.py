@@ -17,6 +17,7 @@ from rlstitch.schema import DataConfig
 from rlstitch.types import Batch, Conditioning, UserError
 
 MAX_FILE_BYTES = 64 << 20
+SEEDS_PER_UPDATE = 1_000_000  # an update's noise seeds lie within one such span
 
 
 @dataclass
@@ -183,12 +184,17 @@ def resolve_geometry(
 
 def first_seed(seed: int, update: int) -> int:
     """Noise seed of an update's first sample; those of the others follow it, and `update_number` tells the update from any of them."""
-    return (seed * 1_000_003 + update) % 2**42 * 1_000_000
+    return (seed * 1_000_003 + update) % 2**42 * SEEDS_PER_UPDATE
 
 
 def update_number(seeds: Tensor) -> int:
     """A number that belongs to the update that noise seeds [B] are of, the same on every rank and in every micro-batch."""
-    return int(seeds[0]) // 1_000_000
+    return int(seeds[0]) // SEEDS_PER_UPDATE
+
+
+def prompt_seeds(seeds: Tensor, group: Tensor) -> Tensor:
+    """Noise seeds that belong to prompts `group` [G] and to the update that noise seeds [B] are of, whatever micro-batch they are asked in."""
+    return update_number(seeds) * SEEDS_PER_UPDATE + group % SEEDS_PER_UPDATE
 
 
 class UpdateStream:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlstitch import advantages, losses, sampling
-from rlstitch.data import update_number
+from rlstitch.data import prompt_seeds, update_number
 from rlstitch.policy import REFERENCE, Policy
 from rlstitch.types import Batch, Latent, Oracle, Rollout, Transition, UserError, noise_like
 
@@ -117,10 +117,10 @@ class FlowGRPO:
     def shared_way(self, batch: Batch, start: int) -> Tensor:
         """z [B, C, H, W] at the window's start by one Euler walk a prompt. Its noise comes from the update and the prompt alone: a group may be cut anywhere."""
         prompts, place = batch.group.unique(return_inverse=True)
-        seeds = update_number(batch.seeds) * 1_000_000 + prompts % 1_000_000
-        z = noise_like(self.backbone.latent_shape, seeds, stream=500, device=self.backbone.device)
+        z = noise_like(self.backbone.latent_shape, prompt_seeds(batch.seeds, prompts), stream=500, device=self.backbone.device)
         if start:
-            first = torch.tensor([place.tolist().index(k) for k in range(len(prompts))], device=z.device)
+            places = place.tolist()
+            first = torch.tensor([places.index(k) for k in range(len(prompts))], device=z.device)
             z = sampling.sample(self.backbone.bind(batch.text[first], self.guidance), z, self.grid, stop=start).z
         return z[place.to(z.device)]
 

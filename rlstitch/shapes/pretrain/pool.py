@@ -39,8 +39,10 @@ def make_pool(n: int, seed: int, *, drawn_for_prompt: float = 0.6) -> Pool:
     rng = random.Random(seed)
     k = int(n * drawn_for_prompt)
     prompts = [draw_prompt(rng) for _ in range(k)]
-    parts = [scenes_for(prompts, seed)] if k else []
-    scenes = concat(parts + ([sample_scenes(n - k, torch.Generator().manual_seed(seed + 1))] if k < n else []))
+    parts = [scenes_for(prompts, seed)]
+    if k < n:
+        parts.append(sample_scenes(n - k, torch.Generator().manual_seed(seed + 1)))
+    scenes = concat(parts)
     captions = full_captions(scenes, rng)
     images = torch.cat([to_bytes(render(scenes[p])) for p in batches(n, 256)])
     return Pool(images, scenes, captions, prompts + captions[k:], FactTable.from_scenes(scenes))
