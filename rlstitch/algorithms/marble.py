@@ -7,6 +7,7 @@ reward's gradient has a cosine >= 0 with the direction. Between full solves the 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -109,16 +110,38 @@ def gram_matrix(gradients: Sequence[Sequence[Tensor]]) -> Tensor:
     return total
 
 
+@dataclass
+class Held:
+    """The values [K] and gradients [K][parameters] of one slot's losses, summed over the micro-batches so far."""
+
+    values: list[float]
+    gradients: list[list[Tensor]]
+
+    def add(self, values: list[float], gradients: list[list[Tensor]]) -> None:
+        if not self.gradients:
+            self.values, self.gradients = values, gradients
+            return
+        self.values = [a + b for a, b in zip(self.values, values)]
+        for total, more in zip(self.gradients, gradients):
+            torch._foreach_add_(total, more)
+
+    def mean(self, parts: int) -> tuple[list[float], list[list[Tensor]]]:
+        """Over the micro-batches, the gradients over the ranks, too."""
+        over_ranks = mean_over_ranks([g / parts for row in self.gradients for g in row], world_size())
+        width = len(self.gradients[0])
+        return [v / parts for v in self.values], [over_ranks[k : k + width] for k in range(0, len(over_ranks), width)]
+
+
 class MARBLE:
     """NFT whose rewards are balanced by their gradients. Rollout, loss, KL and old policy are NFT's, and so are its options.
 
-    every: updates between full solves. A full solve takes the gradients on one slot, the first training time of each rank's first micro-batch (so it sees one
-    micro-batch a rank: with more ranks, more samples), averaged over ranks; that slot trains along the solution, the KL's gradient beside it. In the
-    first update, and the first with other rewards, every slot is a full solve. rho: a <- rho a + (1 - rho) a_new at every later one; all other slots use a.
+    every: updates between full solves. A full solve takes the gradients on the first training time of every sample of the update, over all micro-batches and ranks,
+    so that it is the same however the update is cut, and trains that time along the solution, the KL's gradient beside it. In the first update, and the
+    first with other rewards, every training time is a full solve. rho: a <- rho a + (1 - rho) a_new at every later one; the other training times use a as it was.
     solve: `marble`; for comparison `equal` (a_k = 1 / K) and `sum` (the weighted total's advantage, as NFT), which train like NFT and measure at the same slots.
 
-    Logged at full solves: `coefficient/<reward>` (a; the oracle's weights of `sum`), `cosine/<reward>` of its gradient with this slot's direction, without the
-    KL, their least as `worst_cosine`, and `amortised_worst_cosine`, the same for the direction that the other slots' mixture takes on these samples.
+    Logged at full solves: `coefficient/<reward>` (a; the oracle's weights of `sum`), `cosine/<reward>` of its gradient with this training time's direction, without
+    the KL, their least as `worst_cosine`, and `amortised_worst_cosine`, the same for the direction that the coefficients of the solves before take on these samples.
     """
 
     needs_gradient, collects, keeps_old = NFT.needs_gradient, NFT.collects, NFT.keeps_old
@@ -166,7 +189,10 @@ class MARBLE:
         self.every, self.rho, self.solve = every, rho, solve
         self.coefficients: dict[str, float] = {}  # of each reward, after the last full solve
         self.updates = 0
-        self.due = self.first = False  # is the next slot a full solve; is every slot of this update one
+        self.due = self.first = False  # has this update a full solve; is every slot of it one
+        self.parts = self.seen = 0  # micro-batches of this update, and those begun
+        self.mixture = torch.empty(0)  # coefficients of this update's other slots
+        self.held: dict[int, Held] = {}  # what a full solve has gathered so far, by slot
 
     @property
     def oracle(self) -> Oracle:
@@ -204,6 +230,7 @@ class MARBLE:
             self.coefficients = {}
         self.first = not self.coefficients
         self.due = self.first or self.updates % self.every == 0
+        self.parts, self.seen, self.held, self.mixture = len(rollouts), 0, {}, self._amortised()
         together, metrics = self.nft.compare(rollouts, scores, group_ids)
         weights = self.nft.weigh(advantages.group_normalise(scores, group_ids, spread=self.nft.spread))
         return torch.cat([weights, together[:, None]], 1) if self.solve == "sum" else weights, metrics
@@ -211,32 +238,61 @@ class MARBLE:
     def losses(self, rollout: Rollout, weights: Tensor, count: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """One loss a training time; samples without a score take no part."""
         weights = weights.to(rollout.latent.z.device)
-        for slot in self.nft.slots(rollout, count):
-            c, measured = self._full(slot, weights) if self.due else (self._amortised(), {})
-            self.due = self.first
-            w, share = mix(weights, c)
-            loss, metrics = self.nft.regularised(slot, self.nft.policy_loss(slot, w, share), (share > 0).to(share.dtype))
+        self.seen += 1
+        for k, slot in enumerate(self.nft.slots(rollout, count)):
+            w, share = mix(weights, self.mixture)
+            loss, measured = self._full(k, slot, weights) if self.due and (self.first or k == 0) else (None, {})
+            known = share > 0 if loss is None else (~weights.isnan()).any(1)
+            loss = self.nft.policy_loss(slot, w, share) if loss is None else loss
+            loss, metrics = self.nft.regularised(slot, loss, known.to(share.dtype))
             yield loss, metrics | measured
 
     def _amortised(self) -> Tensor:
-        """Coefficients of the columns of the weights between full solves."""
+        """Coefficients of the columns of the weights between full solves; equal ones before the first."""
         names = self.oracle.names
-        return torch.tensor([0.0] * len(names) + [1.0] if self.solve == "sum" else [self.coefficients[n] for n in names]).double()
+        if self.solve == "sum":
+            return torch.tensor([0.0] * len(names) + [1.0]).double()
+        return torch.tensor([self.coefficients.get(n, 1 / len(names)) for n in names]).double()
 
-    def _full(self, slot: Slot, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Full solve on one slot: -> the coefficients that it trains with, and what was measured."""
-        names, device = self.oracle.names, weights.device
+    def _full(self, k: int, slot: Slot, weights: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """One micro-batch's part of a full solve: -> the loss to train on (None: the mixture's) and, at the last micro-batch, what was measured.
+
+        The update along the solution is linear in the gradients, so it is left to the last micro-batch, which knows them all; those before it add nothing.
+        """
         one = torch.ones(1, dtype=torch.float64)
-        gradients = [self._gradient(self.nft.policy_loss(slot, *mix(column[:, None], one))) for column in weights.unbind(1)]
+        each = [self.nft.policy_loss(slot, *mix(column[:, None], one)) for column in weights.unbind(1)]
+        held = self.held.setdefault(k, Held([], []))
+        held.add([float(loss.detach()) for loss in each], [self._gradient(loss) for loss in each])
+        if self.seen < self.parts:
+            return (self._along(None, 0.0) if self.solve == "marble" else None), {}
+        values, gradients = self.held.pop(k).mean(self.parts)
         gram = gram_matrix(gradients)
         c = self._solve(gram)
-        angle, between = (cosines(gram, x)[: len(names)] for x in (c, self._amortised()))
-        named = [(n, x) for n, x in zip(names, angle) if not x.isnan()]
-        measured = {f"coefficient/{n}": torch.tensor(a) for n, a in self.coefficients.items()} | {f"cosine/{n}": x for n, x in named}
-        if named:
-            measured["worst_cosine"] = min(x for _, x in named)
-            measured["amortised_worst_cosine"] = between[~between.isnan()].min()
-        return c, {key: value.float().to(device) for key, value in measured.items()}
+        measured = self._measured(gram, c)
+        if self.solve != "marble":
+            return None, measured
+        direction = [sum(float(x) * part for x, part in zip(c, parts)) for parts in zip(*gradients)]
+        value = sum(float(x) * y for x, y in zip(c, values))
+        return self._along([self.parts * part for part in direction], self.parts * value), measured
+
+    def _along(self, direction: list[Tensor] | None, value: float) -> Tensor:
+        """A loss of this value whose gradient is `direction`, or nothing."""
+        parameters = self.nft.policy.parameters()
+        with torch.autocast(parameters[0].device.type, enabled=False):
+            linear = torch.stack([(p * (0.0 if direction is None else g)).sum() for p, g in zip(parameters, direction or parameters)]).sum()
+            return linear - linear.detach() + value
+
+    def _measured(self, gram: Tensor, c: Tensor) -> dict[str, Tensor]:
+        """What a full solve logs."""
+        names, device = self.oracle.names, self.nft.backbone.device
+        angle, between = (cosines(gram, x)[: len(names)] for x in (c, self.mixture))
+        measured = {f"coefficient/{n}": torch.tensor(a) for n, a in self.coefficients.items()}
+        measured |= {f"cosine/{n}": x for n, x in zip(names, angle) if not x.isnan()}
+        if not bool(angle.isnan().all()):
+            measured["worst_cosine"] = angle[~angle.isnan()].min()
+            if not self.first or self.solve != "marble":
+                measured["amortised_worst_cosine"] = between[~between.isnan()].min()
+        return {key: value.float().to(device) for key, value in measured.items()}
 
     def _solve(self, gram: Tensor) -> Tensor:
         """Move the coefficients by a full solve on the Gram matrix of the columns; -> the coefficients of this slot."""
@@ -254,10 +310,9 @@ class MARBLE:
         return c
 
     def _gradient(self, loss: Tensor) -> list[Tensor]:
-        """d loss / d policy, averaged over ranks; the graph stays for the slot's own backward."""
+        """d loss / d policy; the graph stays for the slot's own backward."""
         with torch.autocast(loss.device.type, enabled=False):
-            parts = torch.autograd.grad(loss, self.nft.policy.parameters(), retain_graph=True, materialize_grads=True)
-        return mean_over_ranks(parts, world_size())
+            return list(torch.autograd.grad(loss, self.nft.policy.parameters(), retain_graph=True, materialize_grads=True))
 
     def end_step(self, step: int) -> None:
         """NFT's; one update more."""
