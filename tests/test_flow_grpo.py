@@ -8,7 +8,7 @@ import torch
 from rlstitch import losses, sampling, schedule
 from rlstitch.algorithms.flow_grpo import FlowGRPO
 from rlstitch.policy import Policy
-from rlstitch.types import Batch
+from rlstitch.types import Batch, UserError
 from tests.test_nft import PIXEL
 from tests.test_schedule import marginal
 from tests.test_schedule import velocity as gaussian_velocity
@@ -94,7 +94,8 @@ def test_the_ratio_is_one_at_the_first_step_and_both_terms_have_a_gradient(algor
 
 
 def test_kl_ratio_and_guard_away_from_the_first_step_by_hand(algorithm, backbone):
-    """After the weights have moved: B.2's KL without the step's length, cps's log-probability without constants, B.3's guarded ratio."""
+    """After the weights have moved: B.2's KL without sde's sqrt(h), cps's log-probability without constants, B.3's guarded ratio whose bias is gone; a sample
+    without a score takes no part in the KL either."""
     for kernel, guard in (("sde", False), ("sde", True), ("cps", False), ("cps", True)):
         method, policy = algorithm(sde_type=kernel, noise_level=0.7, window=1, window_range=3, clip_range=10.0, kl=0.5, guard=guard)
         rollout = method.rollout(batch_of(backbone), 6)
@@ -103,7 +104,8 @@ def test_kl_ratio_and_guard_away_from_the_first_step_by_hand(algorithm, backbone
             for n, p in policy.named_parameters():
                 if "lora_B" in n:
                     p.add_(0.1)
-        loss, metrics = next(method.losses(rollout, advantage := torch.tensor([1.0, -1.0, 0.5, 0.0]), 1))
+        loss, metrics = next(method.losses(rollout, torch.tensor([1.0, -1.0, 0.5, torch.nan]), 1))
+        advantage, part = torch.tensor([1.0, -1.0, 0.5, 0.0]), torch.tensor([1.0, 1.0, 1.0, 0.0])
 
         def mean_of(policy_name):
             with torch.no_grad(), policy.use(policy_name):
@@ -125,13 +127,22 @@ def test_kl_ratio_and_guard_away_from_the_first_step_by_hand(algorithm, backbone
 
         change = (log_prob(new) - log_prob(t.mean)) * (std if guard else 1.0)
         if guard:
-            change = change + (new - t.mean).square().mean((1, 2, 3)) / (2 * std)
+            moved = (new - t.mean).square().mean((1, 2, 3))
+            change = change + (moved * std if kernel == "cps" else moved / (2 * std))
         ratio = change.exp()
-        kl = ((new - base).square().mean((1, 2, 3)) / (2 * std**2 / (t.sigma - t.sigma_next))).mean()
+        scale = std if kernel == "cps" else std / (t.sigma - t.sigma_next) ** 0.5
+        kl = (part * (new - base).square().mean((1, 2, 3)) / (2 * scale**2)).mean()
         assert (ratio - 1).abs().max() > 1e-4
         torch.testing.assert_close(metrics["ratio"], ratio.mean(), rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(metrics["kl"], kl, rtol=1e-3, atol=1e-6)
         torch.testing.assert_close(loss.detach(), (-advantage * ratio).mean() + 0.5 * kl, rtol=1e-3, atol=1e-5)
+
+
+def test_the_last_cps_step_has_no_kl(algorithm):
+    for options in ({"window": 6, "window_range": 0}, {"window": 1, "window_range": 6}):
+        with pytest.raises(UserError, match="the last of 6 cps steps"):
+            algorithm(sde_type="cps", kl=0.1, **options)
+        algorithm(sde_type="cps", **options), algorithm(sde_type="sde", kl=0.1, **options)
 
 
 def test_a_step_along_the_loss_makes_the_better_sample_likelier(algorithm, backbone):

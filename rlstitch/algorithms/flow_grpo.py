@@ -24,7 +24,8 @@ class FlowGRPO:
     value at the window's end is the credit. sde_type: sde (Flow-GRPO) or cps (Flow-CPS). clip_range is small because log-probabilities are means over the
     latent; with one optimiser step a rollout, as here, the ratio is 1 up to rounding and the clip does not bind. branch: all images of a prompt share one noise
     and the way to the window (as Flow-GRPO-Fast was first released, and MixGRPO), so that they differ by the noise that is trained alone, and the way is walked
-    once a prompt. kl: weight of |mean - mean_base|^2 / (2 std^2). guard: GRPO-Guard's ratio. spread, per_reward: of the advantages, see advantages.of_samples.
+    once a prompt. noise_level: a of sde's g = a sqrt(sigma / (1 - sigma)), or of cps' std = sigma_next sin(a pi / 2). clip: advantages are clipped to +-clip. kl: weight of
+    |mean - mean_base|^2 / (2 std^2), of sde without the step's sqrt(h). guard: GRPO-Guard's ratio. spread, per_reward: of the advantages, see advantages.of_samples.
     """
 
     needs_gradient, collects, keeps_old = False, True, False
@@ -61,6 +62,11 @@ class FlowGRPO:
         self.branch = branch
         self.kl, self.guard, self.spread, self.per_reward = kl, guard, spread, per_reward
         self.updates = 0
+        last = len(grid) - 1
+        if sde_type == "cps" and kl > 0 and last in (window, window_range):
+            raise UserError(
+                f"'algorithm.kl' is {kl}, and the last of {last} cps steps, which the window takes in, has no noise to divide it by: set algorithm.window and algorithm.window_range to {last - 1} or less, algorithm.sde_type=sde, or algorithm.kl=0"
+            )
 
     @staticmethod
     def faults(options: dict[str, Any], stops: range) -> list[str]:
@@ -78,9 +84,9 @@ class FlowGRPO:
         if reach and not window <= reach <= stops.stop - 1:
             out.append(f"'algorithm.window_range' must be within {window}..{stops.stop - 1}, not {reach}")
         last = stops.stop - 1 if stops.stop - stops.start == 1 else 0  # the grid's length, where the rollout runs to its end
-        if options.get("sde_type", "cps") == "cps" and reach and reach == last and (options.get("kl", 0) > 0 or options.get("guard")):
+        if options.get("sde_type", "cps") == "cps" and reach and reach == last and options.get("kl", 0) > 0:
             out.append(
-                f"'algorithm.window_range' is {reach}, and the last step of a cps rollout has no noise to divide the KL or the guard's ratio by: set it to {reach - 1} or less"
+                f"'algorithm.window_range' is {reach}, and the last step of a cps rollout has no noise to divide the KL by: set it to {reach - 1} or less"
             )
         if options.get("sde_type", "cps") == "cps" and options.get("noise_level", 0.8) >= 1 + 1e-9:
             out.append(f"'algorithm.noise_level' of cps must be at most 1, not {options['noise_level']}")
@@ -166,17 +172,20 @@ class FlowGRPO:
             mean, std = self.step(t.z, trained(t.z, sigma), t.sigma, t.sigma_next)
             log_prob, old = self.log_prob(t.z_next, mean, std), t.log_prob
             guard = None
-            if self.guard:
+            if self.guard:  # std times the log-probability that the old mean has lost, by which its ratio is off in the mean
                 log_prob, old = log_prob * std, old * std
-                guard = (mean - t.mean).square().flatten(1).mean(1) / (2 * std)
+                guard = (mean - t.mean).square().flatten(1).mean(1) * (std if self.sde_type == "cps" else 1 / (2 * std))
             policy, ratio = losses.clipped_surrogate(log_prob, old, a, self.clip_range, guard=guard)
             loss = policy.mean()
             metrics = {"policy_loss": loss.detach(), "ratio": ratio.detach().mean()}
             if self.kl:
                 with torch.no_grad(), self.policy.use(REFERENCE):
                     reference, _ = self.step(t.z, velocity(t.z, sigma), t.sigma, t.sigma_next)
-                scale = std / math.sqrt(t.sigma - t.sigma_next)  # the released KL leaves the step's length out
-                kl = ((mean - reference).square().flatten(1).mean(1) / (2 * scale**2)).mean()
+                scale = (
+                    std if self.sde_type == "cps" else std / math.sqrt(t.sigma - t.sigma_next)
+                )  # the released KL leaves sde's sqrt(h) out
+                apart = (mean - reference).square().flatten(1).mean(1) / (2 * scale**2)
+                kl = torch.where(known.to(apart.device), apart, 0.0).mean()
                 loss = loss + self.kl * kl
                 metrics["kl"] = kl.detach()
             yield loss, {"loss": loss.detach(), **metrics}

@@ -34,7 +34,8 @@ class NFT:
     old_decay: how the old policy follows after every update: `none` (a copy: with one optimiser step a rollout it is the current policy wherever a loss is taken,
     so its forward is not run, and beta drops out of the gradient), `slow` (min(0.001 s, 0.5)), `late` (a copy for 75 updates, then min(0.0075 (s - 75), 0.999)).
     solver: of the rollout. times: training times a sample and update, drawn without replacement from the sampler's grid above the stop; 0 takes the released 99 %
-    of them. spread (global or group), per_reward: of the advantages, see advantages.of_samples.
+    of them. spread (global or group), per_reward: of the advantages, see advantages.of_samples. adaptive: the released self-normalised loss; False is the plain
+    squared error, whose variance has no bound where a rollout halts early, so that it is for rollouts to the end alone.
     """
 
     needs_gradient, collects, keeps_old = False, True, True
