@@ -30,8 +30,9 @@ class _Mixed:
         self.names, self.weights = list(weights), list(weights.values())
 
     def total(self, scores: Tensor) -> Tensor:
-        """Weighted sum of the columns: [B, K] -> [B]."""
-        return scores @ torch.tensor(self.weights, dtype=scores.dtype, device=scores.device)
+        """Weighted sum of the columns: [B, K] -> [B]. A reward of weight 0 is only looked at, and may fail."""
+        weights = torch.tensor(self.weights, dtype=scores.dtype, device=scores.device)
+        return torch.where(weights == 0, 0.0, scores) @ weights
 
 
 class Terminal(_Mixed):

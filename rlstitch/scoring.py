@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -28,6 +27,15 @@ def has_own_device(oracle: Oracle | None, device: torch.device) -> bool:
     return any(_elsewhere(getattr(reward, "device", device), device) for reward in rewards)
 
 
+class NoScore(UserError):
+    """An update has nothing to learn from. The weights are those of the update before."""
+
+
+def known(scores: Tensor) -> Tensor:
+    """Scores [B, K] with NaN for everything that is no number; no gradient flows through it."""
+    return torch.where(torch.isfinite(scores), scores, torch.nan)
+
+
 class Scorer:
     """Fills in the scores of an update's rollouts. Where the algorithm compares them only after the last one, and a reward has its own device, a thread
     scores rollout n while rollout n + 1 is made; the scores are the same."""
@@ -42,7 +50,7 @@ class Scorer:
         """Score a rollout now, or have it scored by `finish`."""
         if not (algorithm.collects and has_own_device(algorithm.oracle, self.engine.device)):
             with self.clock.phase("oracle"), self.engine.autocast():
-                rollout.scores = algorithm.score(rollout)
+                rollout.scores = known(algorithm.score(rollout))
             return
         if self.thread is None:
             here = self.engine.device
@@ -52,7 +60,7 @@ class Scorer:
 
     def _score(self, algorithm: Any, rollout: Rollout) -> Tensor:
         with self.engine.autocast():  # of this thread: it is not inherited
-            return algorithm.score(rollout)
+            return known(algorithm.score(rollout))
 
     def finish(self) -> None:
         """Wait for what is not scored yet; an error in a reward is raised here."""
@@ -61,17 +69,29 @@ class Scorer:
             for rollout, future in pending:
                 rollout.scores = future.result()
 
-    def check(self, scores: Tensor, groups: Tensor, names: Sequence[str], update: int) -> None:
+    def check(self, scores: Tensor, groups: Tensor, oracle: Oracle, update: int, masked: float | None = None) -> None:
         """Scores [B, K] of all ranks and their prompts [B]: a reward without one known score ends the run, one without any for a prompt is told once.
 
-        What is not known takes no part in the update, but an update without any would still move the weights by the optimiser's momentum.
+        What is not known takes no part in the update, but an update without any would still move the weights by the optimiser's momentum: `masked` is the share
+        of samples that take none, by default those without a total. Raises NoScore.
         """
-        known = ~torch.isnan(scores)
-        if silent := [name for name, column in zip(names, known.unbind(1)) if not bool(column.any())]:
-            raise UserError(
-                f"update {update}: {' and '.join(silent)} gave no score for any of {len(scores)} pictures (NaN); the weights are those of the last update. Mend the reward, then start the same command again"
+        there = ~torch.isnan(scores)
+        summed = [name for name, weight in zip(oracle.names, oracle.weights) if weight]
+        silent = [name for name, column in zip(oracle.names, there.unbind(1)) if not bool(column.any())]
+        if masked is None:
+            masked = float(oracle.total(scores).isnan().float().mean())
+        if silent or masked == 1:
+            why = (
+                f"{' and '.join(silent)} gave no score for any of {len(scores)} pictures (NaN or infinite)"
+                if silent
+                else f"none of {len(scores)} pictures has a score (neither NaN nor infinite) from all of {', '.join(summed)}, so none has a total to learn from; where the algorithm has it, algorithm.per_reward=true compares each reward by itself"
             )
-        lost = {n: sorted({int(g) for g in groups.unique() if not bool(k[groups == g].any())}) for n, k in zip(names, known.unbind(1))}
+            raise NoScore(
+                f"update {update}: {why}; the weights are those of the last update. Mend the reward, then start the same command again"
+            )
+        lost = {
+            n: sorted({int(g) for g in groups.unique() if not bool(k[groups == g].any())}) for n, k in zip(oracle.names, there.unbind(1))
+        }
         if any(lost.values()) and not self.told and self.engine.is_main:
             self.told = True
             shown = "; ".join(f"{name}: {len(rows)} prompts, e.g. number {rows[0]}" for name, rows in lost.items() if rows)

@@ -28,7 +28,7 @@ from rlstitch.metrics import grid as draw_grid
 from rlstitch.oracles import load_values
 from rlstitch.policy import CURRENT, EMA, SETS, Policy
 from rlstitch.schema import RunConfig
-from rlstitch.scoring import Scorer
+from rlstitch.scoring import NoScore, Scorer
 from rlstitch.stitch.refresh import Refresher
 from rlstitch.stops import End
 from rlstitch.types import Rollout, UserError
@@ -152,12 +152,17 @@ class Trainer:
             if self.step == 0:
                 self._evaluate_now()
             while self.step < self.config.updates and not self.guard.verdict():
-                row = self._update()
+                try:
+                    row = self._update()
+                except NoScore:  # nothing of this update has been learned from
+                    if self.step:
+                        self._checkpoint()
+                    raise
                 bar.update()
                 shown = "reward" if "reward" in row else "loss"
                 bar.set_postfix_str("skipped" if row["skipped"] else f"{shown} {row[shown]:.4f}")
                 every = self.config.evaluation.every
-                if every and self.step % every == 0 and self.step < self.config.updates:
+                if every and (self.step % every == 0 or self.step == self.config.updates):
                     self._evaluate_now()
                 stopping = self.engine.any(bool(caught))
                 if stopping or self.step % self.config.checkpoint.every == 0 or self.step == self.config.updates or self.guard.verdict():
@@ -173,7 +178,7 @@ class Trainer:
 
     def _update(self) -> dict[str, Any]:
         """One optimiser step on one global batch, all of whose groups share one stop."""
-        clock, engine, scores, sums = self.clock, self.engine, [], {}
+        clock, engine, scores, groups, sums = self.clock, self.engine, [], [], {}
         stage = stages.at(self.stages, self.step)
         self.algorithm.oracle = stage.oracle
         stop = stage.stop.draw(self.config.sampler.num_steps, self.config.seed * 1_000_003 + self.step)
@@ -187,6 +192,7 @@ class Trainer:
             if not self.algorithm.collects:
                 self._learn(rollout, sums)
                 scores.append(rollout.scores.detach())
+                groups.append(batch.group)
             if self.algorithm.collects or not rollouts:
                 rollouts.append(rollout)
         if self.algorithm.collects:
@@ -194,6 +200,9 @@ class Trainer:
             rollouts = [part for rollout in rollouts for part in rollout.split(self.geometry.micro_batch)]
             scores = [rollout.scores for rollout in rollouts]
             self._learn_together(rollouts, sums)
+        elif stage.oracle is not None:
+            every = engine.gather(torch.cat(scores).float())
+            self.scorer.check(every, engine.gather(torch.cat(groups).to(every.device)), stage.oracle, self.step + 1)
         with clock.phase("update"):
             norm = engine.step()
             if norm is not None:
@@ -204,7 +213,7 @@ class Trainer:
             with clock.phase("refresh"):
                 drift = self.refresher.after(rollouts[0], stage.oracle.names, self.grid, stop)
         self.step += 1
-        means = {key: float(engine.gather(torch.cat(values)).mean()) for key, values in sums.items()}
+        means = {key: float(engine.gather(torch.cat(values)).nanmean()) for key, values in sums.items()}
         every_score = engine.gather(torch.cat(scores))
         self._guard(norm, means)
         names = stage.oracle.names if stage.oracle else ()
@@ -241,8 +250,8 @@ class Trainer:
         own = torch.cat([r.scores for r in rollouts]).detach().float()
         groups = torch.cat([r.batch.group for r in rollouts]).to(own.device)
         every, all_groups = self.engine.gather(own), self.engine.gather(groups)
-        self.scorer.check(every, all_groups, self.algorithm.oracle.names, self.step + 1)
         weights, metrics = self.algorithm.compare(rollouts, every, all_groups)
+        self.scorer.check(every, all_groups, self.algorithm.oracle, self.step + 1, metrics["masked"])
         mine = weights[self.engine.rank * len(own) :][: len(own)]
         for rollout, part in zip(rollouts, mine.split([len(r.batch) for r in rollouts])):
             self._learn(rollout, sums, part, self.slots)
@@ -270,15 +279,8 @@ class Trainer:
     def _start(self) -> None:
         """Resume, or begin a clean folder; open the logs."""
         config, found = self.config, checkpoint.folders(self.run)
-        source = (
-            None
-            if config.resume == "never"
-            else found[-1]
-            if config.resume == "auto" and found
-            else Path(config.resume)
-            if config.resume != "auto"
-            else None
-        )
+        newest = found[-1] if found else None
+        source = {"auto": newest, "never": None}.get(config.resume, Path(config.resume))
         if self.engine.is_main:
             self.run.mkdir(parents=True, exist_ok=True)
             if source is None:

@@ -7,6 +7,7 @@ from rlstitch import sampling, schedule
 from rlstitch.algorithms.draft import Draft
 from rlstitch.oracles import MonteCarlo, Stitched, Terminal, Tweedie, Weighted
 from rlstitch.policy import REFERENCE
+from rlstitch.scoring import known
 from rlstitch.types import Batch, Latent, UserError, noise_like
 from tests.test_policy import nudge, policy_on
 from tests.test_stitch import stitched
@@ -88,14 +89,51 @@ def test_checkpointing_and_guidance(setup):
         torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-4)
 
 
-def test_variance_reduction_averages_renoised_copies(setup):
+@pytest.mark.parametrize("oracle, stop", [("terminal", 4), ("stitched", 2)])
+def test_variance_reduction_by_hand(setup, oracle, stop):
+    """DRaFT-LV: the stopped latent noised twice to the last step's level, each copy denoised once with gradient, scores averaged over the three."""
     backbone, policy, batch, oracles = setup
-    loss, _, rollout = run(Draft(backbone, policy, oracles["terminal"], GRID, variance_reduction=2, regulariser=0.01), batch, 4)
-    assert rollout.latent.z.shape[0] == 6 and rollout.scores.shape == (2, 1) and len(rollout.velocities) == 3
-    loss.backward()
-    assert all(p.grad is not None for p in policy.parameters())
-    noise = noise_like(backbone.latent_shape, batch.seeds, stream=1)
-    torch.testing.assert_close(rollout.states[1][0], schedule.interpolate(rollout.latent.z[:2].detach(), noise, float(GRID[3])))
+    loss, _, rollout = run(Draft(backbone, policy, oracles[oracle], GRID, variance_reduction=2, regulariser=0.0), batch, stop)
+    high, low, text = float(GRID[stop - 1]), float(GRID[stop]), batch.text
+    with torch.no_grad():
+        start = noise_like(backbone.latent_shape, batch.seeds)
+        before = sampling.sample(backbone.bind(text), start, GRID, stop=stop - 1).z
+        stopped = sampling.sample(backbone.bind(text), start, GRID, stop=stop).z
+    scores = []
+    for k in range(3):
+        if k == 0:
+            z = before
+        else:  # z_high = a z_low + s noise, the path's own noising from low to high
+            a, noise = (1 - high) / (1 - low), noise_like(backbone.latent_shape, batch.seeds, stream=k)
+            z = a * stopped + (high**2 - (a * low) ** 2) ** 0.5 * noise
+        z = z + (low - high) * backbone.velocity(z, torch.full((2,), high), text)
+        scores.append(2.0 * oracles[oracle](Latent(z, torch.full((2,), low)), batch)[:, 0])
+    expected = -torch.stack(scores).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4) and torch.stack(scores).mean(1).std() > 0
+    ours, theirs = (torch.autograd.grad(x, policy.parameters()) for x in (loss, expected))
+    for one, two in zip(ours, theirs):
+        torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-3)
+
+
+def test_a_sample_without_a_score_adds_only_the_regulariser(setup):
+    """The loss and the gradient of two samples, one of which has no score, are half those of the other alone, and the regulariser's of both."""
+    backbone, policy, batch, oracles = setup
+    method = Draft(backbone, policy, oracles["terminal"], GRID, regulariser=0.0)
+    rollout = method.rollout(batch, 4)
+    rollout.scores = known(method.score(rollout) + torch.tensor([[0.0], [torch.inf]]))
+    ((loss, metrics),) = method.losses(rollout)
+    ((alone, _),) = method.losses(half(method, batch))
+    assert metrics["masked"] == 0.5 and metrics["reward"].item() == pytest.approx(-alone.item(), rel=1e-5)
+    assert loss.item() == pytest.approx(0.5 * alone.item(), rel=1e-5)
+    for one, two in zip(torch.autograd.grad(loss, policy.parameters()), torch.autograd.grad(alone, policy.parameters())):
+        torch.testing.assert_close(one, 0.5 * two, atol=1e-6, rtol=1e-3)
+
+
+def half(method, batch):
+    """The first sample by itself, scored."""
+    rollout = method.rollout(batch[:1], 4)
+    rollout.scores = method.score(rollout)
+    return rollout
 
 
 def test_oracles(setup, reward):

@@ -68,6 +68,11 @@ def test_every_evaluation_on_the_way_is_watched_and_a_fallen_judge_ends_the_run(
     assert stored["stopped"] == summary["stopped"]
 
 
+def test_curves_reach_from_the_untrained_model_to_the_last_update(world):  # noqa: F811
+    train(world, "curve", "updates=3", "evaluation.every=2", "evaluation.every_prompts=2", "guard.prompts=0")
+    assert [r["step"] for r in rows(world, "curve") if "eval" in r] == [0, 2, 3]
+
+
 @pytest.mark.parametrize("oracle", [(), PIXEL], ids=["stitched", "terminal"])
 def test_rollouts_of_another_batch_size_are_the_same_samples(world, oracle):  # noqa: F811
     name = "wide" + "-pixel" * bool(oracle)
@@ -79,16 +84,16 @@ def test_rollouts_of_another_batch_size_are_the_same_samples(world, oracle):  # 
 
 
 class Partial:
-    """A reward that knows no score of the prompts whose place in the set is in `lost`."""
+    """A reward whose score is `instead` for the prompts whose place in the set is in `lost`."""
 
-    differentiable = False
+    differentiable = True
 
-    def __init__(self, lost, device="cpu"):
-        self.lost = set(lost)
+    def __init__(self, lost, instead=float("nan"), device="cpu"):
+        self.lost, self.instead = set(lost), instead
 
     def score(self, images, batch):
         scores = images.mean((1, 2, 3))
-        return torch.where(torch.tensor([int(g) in self.lost for g in batch.group]), torch.nan, scores)
+        return torch.where(torch.tensor([int(g) in self.lost for g in batch.group]), self.instead, scores)
 
 
 def test_prompts_without_a_score_are_told_once_and_take_no_part(world, capsys):  # noqa: F811
@@ -103,11 +108,59 @@ def test_prompts_without_a_score_are_told_once_and_take_no_part(world, capsys): 
     assert not (world / "runs" / "silent" / "checkpoints").exists()
 
 
+PIXEL_OF = "oracle={_target_: rlstitch.oracles.Terminal, weights: {clip: 0.0, %s}}"
+DRAFT_ONE = ("algorithm.grad_steps=1", PIXEL[1])
+
+
+@pytest.mark.parametrize("method", [NFT, DRAFT_ONE], ids=["nft", "draft"])
+def test_infinite_scores_take_no_part_either(world, method):  # noqa: F811
+    """As if they were NaN, and the run goes on."""
+    for name, instead in (("inf", ".inf"), ("none", ".nan")):
+        reward = f"rewards.partial={{_target_: tests.test_jobs.Partial, lost: [3, 5], instead: {instead}}}"
+        train(world, f"{name}-{len(method)}", *method, PIXEL_OF % "partial: 1.0", PIXEL[1], reward, "updates=3")
+    same(world, f"inf-{len(method)}", f"none-{len(method)}", 3)
+    assert any(r["masked"] for r in rows(world, f"inf-{len(method)}"))
+    assert all(r["masked"] < 1 and not r["skipped"] and r["grad_norm"] > 0 for r in rows(world, f"inf-{len(method)}"))
+
+
+@pytest.mark.parametrize("method", [NFT, DRAFT_ONE], ids=["nft", "draft"])
+def test_an_update_without_a_total_ends_the_run_with_what_was_learned(world, method):  # noqa: F811
+    """Two rewards, each of which knows what the other does not: no picture has a total."""
+    half = "rewards.%s={_target_: tests.test_jobs.Partial, lost: %s}"
+    lost = [half % ("one", "[0, 1, 2, 3]"), half % ("two", "[4, 5, 6, 7]")]
+    name = f"apart-{len(method)}"
+    with pytest.raises(UserError, match="update 1: none of . pictures has a score .* from all of one, two"):
+        train(world, name, *method, PIXEL_OF % "one: 1.0, two: 1.0", PIXEL[1], *lost, "updates=2")
+    train(
+        world, f"{name}-0", *method, PIXEL_OF % "one: 1.0, two: 0.0", PIXEL[1], half % ("one", "[]"), lost[1], "updates=2"
+    )  # only looked at
+    assert all(r["masked"] == 0 for r in rows(world, f"{name}-0"))
+    fails = f"rewards.one={{_target_: tests.test_jobs.Failing, calls: {3 if method is DRAFT_ONE else 1}}}"
+    with pytest.raises(UserError, match="update [23]: one gave no score"):
+        train(world, f"{name}-f", *method, PIXEL_OF % "one: 1.0", PIXEL[1], fails, "updates=4", "checkpoint.every=1000")
+    (kept,) = (world / "runs" / f"{name}-f" / "checkpoints").iterdir()
+    assert int(kept.name[-1]) == len(rows(world, f"{name}-f")) > 0
+
+
+class Failing(Partial):
+    """A reward that knows nothing any more after so many calls."""
+
+    def __init__(self, calls, device="cpu"):
+        super().__init__([])
+        self.calls = calls
+
+    def score(self, images, batch):
+        self.calls -= 1
+        return super().score(images, batch) if self.calls >= 0 else torch.full((len(images),), torch.nan) + 0 * images.mean((1, 2, 3))
+
+
 TWEEDIE = "oracle._target_=rlstitch.oracles.Tweedie"
 OPTIONS = {
     "draft-pixel": PIXEL,
     "align_prop": (*PIXEL, "algorithm.truncation=uniform"),
     "draft-lv": (*PIXEL, "algorithm.grad_steps=1", "algorithm.variance_reduction=2"),
+    "align_prop-stitch": ("algorithm.truncation=uniform",),
+    "draft-lv-stitch": ("algorithm.grad_steps=1", "algorithm.variance_reduction=2"),
     "refl": (TWEEDIE, "algorithm.grad_steps=0", "algorithm.ceiling=3.0", "algorithm.regulariser=0"),
 }
 
