@@ -175,19 +175,19 @@ def measure(size: str, pixels: int, blocks: int, repeats: int) -> dict:
     cases = {}
     policy = Policy(backbone.transformer, rank=8, alpha=16.0, targets=backbone.lora_targets, seed=0, ema_decay=0.9, old=True)
     pair = replace(batch.interleave(2), seeds=torch.arange(2))  # NFT compares pictures of one prompt
+    backbone.checkpoint_activations()
     ends = {"tweedie": (Terminal(backbone, {"r": reward}, {"r": 1.0}), 10), "stitched": (oracles["stitched"], 5)}
     for name, (oracle, stop) in ends.items():
 
         def draft(oracle=oracle, stop=stop):
-            velocity = sampling.checkpointed(backbone.bind(text))
-            done = sampling.sample(velocity, torch.randn_like(z), ten, stop=stop, num_grad_steps=1)
+            done = sampling.sample(backbone.bind(text), torch.randn_like(z), ten, stop=stop, num_grad_steps=1)
             (-oracle(done, batch).mean()).backward()
             for p in policy.parameters():
                 p.grad = None
 
         def nft(oracle=oracle, stop=stop):
             """Rollout of the old policy, scores, one training time."""
-            method = NFT(backbone, policy, oracle, ten, activation_checkpointing=True, times=1)
+            method = NFT(backbone, policy, oracle, ten, times=1)
             done = method.rollout(pair, stop)
             weight, _ = method.compare([done], method.score(done), pair.group.to(z.device))
             for loss, _ in method.losses(done, weight, 1):

@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from rlstitch import schedule
 from rlstitch.types import Latent, Velocity
@@ -65,11 +64,6 @@ def stochastic(step: Callable[..., tuple[Tensor, float]], **options) -> Kernel:
         )
 
     return kernel
-
-
-def checkpointed(velocity: Velocity) -> Velocity:
-    """The same velocity whose activations are recomputed in the backward pass."""
-    return lambda z, sigma: checkpoint(velocity, z, sigma, use_reentrant=False) if torch.is_grad_enabled() else velocity(z, sigma)
 
 
 def sample(

@@ -79,14 +79,20 @@ def test_gradient_by_finite_differences_on_one_lora_direction(setup, oracle, sto
 
 
 def test_checkpointing_and_guidance(setup):
+    """The same gradient with every block run again in the backward pass, and less held between the two."""
     backbone, policy, batch, oracles = setup
-    losses = [
-        run(Draft(backbone, policy, oracles["stitched"], GRID, grad_steps=2, guidance=2.0, activation_checkpointing=c), batch, 3)[0]
-        for c in (False, True)
-    ]
-    grads = [torch.autograd.grad(loss, policy.parameters()) for loss in losses]
+    grads, held = [], []
+    for on in (False, True):
+        backbone.checkpoint_activations(on)
+        kept: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+            loss = run(Draft(backbone, policy, oracles["stitched"], GRID, grad_steps=2, guidance=2.0), batch, 3)[0]
+        grads.append(torch.autograd.grad(loss, policy.parameters()))
+        held.append(sum(kept))
+    backbone.checkpoint_activations(False)
     for a, b in zip(*grads):
         torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-4)
+    assert held[1] < 0.6 * held[0]
 
 
 @pytest.mark.parametrize("oracle, stop", [("terminal", 4), ("stitched", 2)])

@@ -1,7 +1,7 @@
 """Diffusion-DPO (arXiv:2311.12908) for flow models: on given pairs of pictures, and online on the best and the worst of each prompt's own samples.
 
 The better picture's velocity error must fall below the base model's by more than the worse one's does. Online with a stitched value the pair are latents
-at sigma_tau, and the velocity is regressed on the bridge from there (eqs. 74-77); the paper has no such variant.
+at sigma_tau, and the velocity is regressed on the bridge from there (arXiv:2605.19804, eqs. 74-77); the paper has no such variant.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from rlstitch.types import Batch, Latent, Oracle, Rollout, UserError, Velocity, 
 
 
 def _loss(
-    policy: Policy, velocity: Velocity, trained: Velocity, z: Tensor, sigma: Tensor, target: Tensor, beta: float, weight: Tensor
+    policy: Policy, velocity: Velocity, z: Tensor, sigma: Tensor, target: Tensor, beta: float, weight: Tensor
 ) -> tuple[Tensor, Tensor]:
     """losses.dpo of the policy against its base, with both of a pair in one forward: z, target [P, 2, C, H, W], sigma, weight [P] -> [P], margin [P]."""
     both, levels = z.flatten(0, 1), sigma.repeat_interleave(2)
     with torch.no_grad(), policy.use(REFERENCE):
         reference = velocity(both, levels).view_as(z)
-    return losses.dpo(trained(both, levels).view_as(z), reference, target, beta, weight)
+    return losses.dpo(velocity(both, levels).view_as(z), reference, target, beta, weight)
 
 
 def _told(loss: Tensor, margin: Tensor, share: Tensor) -> dict[str, Tensor]:
@@ -59,13 +59,12 @@ class OfflineDPO:
         policy: Policy,
         grid: Tensor,
         *,
-        activation_checkpointing: bool = False,
         shift: float = 3.0,
         beta: float = 2000.0,
         times: int = 1,
         draw: Literal["logit_normal", "grid"] = "logit_normal",
     ):
-        self.backbone, self.policy, self.grid, self.checkpointing = backbone, policy, grid, activation_checkpointing
+        self.backbone, self.policy, self.grid = backbone, policy, grid
         self.shift, self.beta, self.times, self.draw = shift, beta, times, draw
 
     @staticmethod
@@ -98,11 +97,10 @@ class OfflineDPO:
         """One loss a noise level."""
         batch, pair = rollout.batch, rollout.latent.z
         velocity = self.backbone.bind(batch.interleave(2).text)
-        trained = sampling.checkpointed(velocity) if self.checkpointing else velocity
         for slot, sigma in enumerate(self.levels(batch.seeds).to(pair.device).unbind(1)):
             noise = noise_like(pair.shape[2:], batch.seeds, stream=101 + slot, device=pair.device)[:, None]
             z, target = schedule.interpolate(pair, noise, sigma), noise - pair
-            each, margin = _loss(self.policy, velocity, trained, z, sigma, target, self.beta, share := torch.ones_like(sigma))
+            each, margin = _loss(self.policy, velocity, z, sigma, target, self.beta, share := torch.ones_like(sigma))
             loss = each.mean()
             yield loss, _told(loss, margin, share)
 
@@ -136,14 +134,13 @@ class OnlineDPO:
         grid: Tensor,
         *,
         guidance: float = 1.0,
-        activation_checkpointing: bool = False,
         images_per_prompt: int,
         beta: float = 2000.0,
         times: int = 1,
         solver: Literal["euler", "dpm2"] = "dpm2",
     ):
         self.backbone, self.policy, self.oracle, self.grid = backbone, policy, oracle, grid
-        self.guidance, self.checkpointing, self.images = guidance, activation_checkpointing, images_per_prompt
+        self.guidance, self.images = guidance, images_per_prompt
         self.beta, self.times, self.solver = beta, times, solver
 
     @staticmethod
@@ -193,12 +190,11 @@ class OnlineDPO:
         pair, share = rollout.latent.z[rows], differ.float()
         seeds = batch.seeds[:: self.images]
         velocity = self.backbone.bind(batch.text[rows.flatten()], self.guidance)
-        trained = sampling.checkpointed(velocity) if self.checkpointing else velocity
         for slot, sigma in enumerate(schedule.draw_above(self.grid, tau, seeds, count, stream=29).to(device).unbind(1)):
             noise = noise_like(pair.shape[2:], seeds, stream=101 + slot, device=device)[:, None].expand_as(pair)
             z, target = schedule.bridge(pair, tau, sigma, noise)
             weight = 1 / (1 + schedule.bridge_variance(tau, sigma))
-            each, margin = _loss(self.policy, velocity, trained, z, sigma, target, self.beta, weight)
+            each, margin = _loss(self.policy, velocity, z, sigma, target, self.beta, weight)
             loss = (share * each).mean()
             yield loss, _told(loss, margin, share)
 

@@ -1,4 +1,4 @@
-"""DRaFT-K and DRaFT-LV (eqs. 63-64), AlignProp and ReFL: maximise the oracle through the last K steps before the stop, with a regulariser against the frozen base."""
+"""DRaFT-K and DRaFT-LV (arXiv:2605.19804, eqs. 63-64), AlignProp and ReFL: maximise the oracle through the last K steps before the stop, with a regulariser against the frozen base."""
 
 from __future__ import annotations
 
@@ -37,7 +37,6 @@ class Draft:
         grid: Tensor,
         *,
         guidance: float = 1.0,
-        activation_checkpointing: bool = False,
         grad_steps: int = 1,
         truncation: Literal["fixed", "uniform", "gaussian"] = "fixed",
         grad_steps_std: float = 1.0,
@@ -46,7 +45,7 @@ class Draft:
         variance_reduction: int = 0,
     ):
         self.backbone, self.policy, self.oracle, self.grid = backbone, policy, oracle, grid
-        self.guidance, self.checkpointing = guidance, activation_checkpointing
+        self.guidance = guidance
         self.grad_steps, self.truncation, self.grad_steps_std = grad_steps, truncation, grad_steps_std
         self.ceiling, self.regulariser, self.variance_reduction = ceiling, regulariser, variance_reduction
 
@@ -93,7 +92,6 @@ class Draft:
             raise UserError("DRaFT needs the batch's encoded prompts")
         rollout = Rollout(batch, Latent(torch.empty(0), torch.empty(0)))
         velocity = self.backbone.bind(batch.text, self.guidance)
-        velocity = sampling.checkpointed(velocity) if self.checkpointing else velocity
 
         def recorded(z: Tensor, sigma: Tensor) -> Tensor:
             v = velocity(z, sigma)

@@ -40,7 +40,6 @@ class FlowGRPO:
         grid: Tensor,
         *,
         guidance: float = 1.0,
-        activation_checkpointing: bool = False,
         window: int = 3,
         window_range: int = 0,
         strategy: Literal["random", "progressive"] = "random",
@@ -56,7 +55,7 @@ class FlowGRPO:
         per_reward: bool = False,
     ):
         self.backbone, self.policy, self.oracle, self.grid = backbone, policy, oracle, grid
-        self.guidance, self.checkpointing = guidance, activation_checkpointing
+        self.guidance = guidance
         self.window, self.window_range, self.strategy, self.every = window, window_range, strategy, every
         self.sde_type, self.noise_level, self.clip_range, self.clip = sde_type, noise_level, clip_range, clip
         self.branch = branch
@@ -166,10 +165,9 @@ class FlowGRPO:
         known = ~torch.isnan(advantage)
         a = torch.where(known, advantage, 0.0).to(rollout.latent.z.device)
         velocity = self.backbone.bind(rollout.batch.text, self.guidance)
-        trained = sampling.checkpointed(velocity) if self.checkpointing else velocity
         for t in rollout.transitions:
             sigma = torch.full((len(t.z),), t.sigma, device=t.z.device)
-            mean, std = self.step(t.z, trained(t.z, sigma), t.sigma, t.sigma_next)
+            mean, std = self.step(t.z, velocity(t.z, sigma), t.sigma, t.sigma_next)
             log_prob, old = self.log_prob(t.z_next, mean, std), t.log_prob
             guard = None
             if self.guard:  # std times the log-probability that the old mean has lost, by which its ratio is off in the mean

@@ -1,4 +1,4 @@
-"""DiffusionNFT (eqs. 65-71; on stitched values 72-77): forward-process policy optimisation, likelihood-free, with any solver.
+"""DiffusionNFT (arXiv:2605.19804, eqs. 65-71; on stitched values 72-77): forward-process policy optimisation, likelihood-free, with any solver.
 
 z_stop comes from the old policy; samples better than their group pull the velocity towards the path through them, worse ones push it away.
 """
@@ -50,7 +50,6 @@ class NFT:
         grid: Tensor,
         *,
         guidance: float = 1.0,
-        activation_checkpointing: bool = False,
         beta: float = 1.0,
         clip: float = 5.0,
         kl: float = 1e-4,
@@ -62,7 +61,7 @@ class NFT:
         per_reward: bool = False,
     ):
         self.backbone, self.policy, self.oracle, self.grid = backbone, policy, oracle, grid
-        self.guidance, self.checkpointing, self.beta, self.clip, self.kl = guidance, activation_checkpointing, beta, clip, kl
+        self.guidance, self.beta, self.clip, self.kl = guidance, beta, clip, kl
         self.old_decay, self.solver, self.times, self.spread, self.adaptive = old_decay, solver, times, spread, adaptive
         self.per_reward = per_reward
 
@@ -122,7 +121,6 @@ class NFT:
         """The forwards of each training time, one after the other: old policy where it is another one, base where there is a KL, and current policy."""
         z_tau, tau, batch = rollout.latent.z, rollout.latent.sigma, rollout.batch
         velocity = self.backbone.bind(batch.text, self.guidance)
-        trained = sampling.checkpointed(velocity) if self.checkpointing else velocity
         for slot, sigma in enumerate(self.levels(rollout, count).to(z_tau.device).unbind(1)):
             noise = noise_like(self.backbone.latent_shape, batch.seeds, stream=101 + slot, device=z_tau.device)
             z, target = schedule.bridge(z_tau, tau, sigma, noise)
@@ -134,7 +132,7 @@ class NFT:
                 if self.kl:
                     with self.policy.use(REFERENCE):
                         reference = velocity(z, sigma)
-            v = trained(z, sigma)
+            v = velocity(z, sigma)
             yield Slot(sigma, v, v.detach() if v_old is None else v_old, target, reference)
 
     def policy_loss(self, slot: Slot, w: Tensor, share: Tensor) -> Tensor:

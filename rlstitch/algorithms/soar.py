@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlstitch import losses, sampling, schedule
+from rlstitch import losses, schedule
 from rlstitch.policy import Policy
 from rlstitch.types import Batch, Latent, Rollout, UserError, noise_like
 
@@ -37,14 +37,13 @@ class SOAR:
         backbone: Any,
         policy: Policy,
         *,
-        activation_checkpointing: bool = False,
         shift: float = 3.0,
         points: int = 6,
         weight: float = 1.0,
         rollout_guidance: float = 4.5,
         upper_ratio: float | None = None,
     ):
-        self.backbone, self.policy, self.checkpointing, self.shift = backbone, policy, activation_checkpointing, shift
+        self.backbone, self.policy, self.shift = backbone, policy, shift
         self.points, self.weight, self.guidance, self.upper_ratio = points if weight else 0, weight, rollout_guidance, upper_ratio
 
     @staticmethod
@@ -96,7 +95,6 @@ class SOAR:
         batch, (z, sigma) = rollout.batch, rollout.states[0]
         noise = noise_like(batch.clean.shape[1:], batch.seeds, device=z.device)
         velocity = self.backbone.bind(batch.text)
-        velocity = sampling.checkpointed(velocity) if self.checkpointing else velocity
         share = (1 + self.points) / (1 + self.weight * self.points)
         error = losses.flow_matching(velocity(z, sigma), batch.clean, noise).mean()
         yield share * error, {"loss": (share * error).detach(), "flow_matching": error.detach()}

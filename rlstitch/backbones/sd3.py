@@ -266,6 +266,10 @@ class SD3Backbone:
         """velocity(z, sigma) with the prompt and the guidance bound in."""
         return lambda z, sigma: self.velocity(z, sigma, text, guidance=guidance)
 
+    def checkpoint_activations(self, on: bool = True) -> None:
+        """Hold no more of a forward with gradient than what enters each block, and run a block again in the backward pass: a third more time, a fraction of the memory."""
+        self.transformer.enable_gradient_checkpointing() if on else self.transformer.disable_gradient_checkpointing()
+
     def _forward(self, z: Tensor, sigma: Tensor, text: Conditioning) -> Tensor:
         output = self.transformer(
             hidden_states=z.to(self.dtype),
