@@ -32,10 +32,11 @@ def save(
     progress: dict[str, Any],
     *,
     keep: int,
+    spare: int = 0,
     refresher: Any = None,
     algorithm: Algorithm | None = None,
 ) -> Path:
-    """Write checkpoints/step-N: LoRA (raw and EMA), optimiser, RNG of every rank, refreshed value models, the algorithm's state, `progress`.
+    """Write checkpoints/step-N: LoRA (raw and EMA), optimiser, RNG of every rank, refreshed value models, the algorithm's state, `progress`. The last `keep` stay, and that of step `spare`.
 
     A collective; raises UserError where the disk is full.
     """
@@ -73,19 +74,26 @@ def save(
         if engine.zero_stage:
             engine.deepspeed.save_checkpoint(str(temporary), tag="deepspeed", exclude_frozen_parameters=True)
         elif engine.is_main:
-            write_tensors(temporary / "optimiser.safetensors", engine.optimiser_state()[0])
+            write_tensors(temporary / "optimiser.safetensors", engine.optimiser_state())
 
     def finish() -> None:
         if not engine.is_main:
             return
-        told = {"step": step, "world": engine.world, "zero_stage": engine.zero_stage, "policy_updates": policy.updates}
+        told = {
+            "step": step,
+            "world": engine.world,
+            "zero_stage": engine.zero_stage,
+            "policy_updates": policy.updates,
+            "scaler": engine.scaler_state(),
+        }
         told |= {} if refresher is None else {"refresh": refresher.progress()}
         told |= {"sha256": {p.name: sha256(p) for p in temporary.glob("*.safetensors")}}
         write_json(temporary / DONE, progress | told)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
         for old in folders(run)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+            if old.name != f"step-{spare:06d}":
+                shutil.rmtree(old, ignore_errors=True)
 
     for part in (begin, contents, finish):
         together(part)
@@ -112,6 +120,7 @@ def load(folder: Path, engine: Engine, policy: Policy, refresher: Any = None, al
         engine.deepspeed.load_checkpoint(str(folder), tag="deepspeed", load_module_strict=False)
     else:
         engine.load_optimiser_state(read_tensors(folder / "optimiser.safetensors", hashes["optimiser.safetensors"]))
+    engine.load_scaler_state(progress.get("scaler", {}))
     if refresher is not None and "values.safetensors" in hashes:
         refresher.restore(read_tensors(folder / "values.safetensors", hashes["values.safetensors"]), progress["refresh"])
     if algorithm is not None and "algorithm.safetensors" in hashes:

@@ -62,7 +62,7 @@ def main(run: Callable[[list[str]], None]) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch|diffusers|deepspeed")
     import torch.distributed as dist
 
-    from rlstitch.trainer import Interrupted
+    from rlstitch.interrupt import Interrupted
 
     try:
         run(sys.argv[1:])

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -214,11 +213,18 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------------ state
 
-    def optimiser_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """This rank's optimiser state as tensors and numbers (zero_stage 0)."""
+    def optimiser_state(self) -> dict[str, Tensor]:
+        """This rank's optimiser state (zero_stage 0)."""
         state = self.optimiser.state_dict()["state"]
-        tensors = {f"{index}.{key}": value for index, entry in state.items() for key, value in entry.items() if torch.is_tensor(value)}
-        return tensors, {}
+        return {f"{index}.{key}": value for index, entry in state.items() for key, value in entry.items() if torch.is_tensor(value)}
+
+    def scaler_state(self) -> dict[str, float]:
+        """Of fp16's loss scaling; empty where there is none."""
+        return {} if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
+
+    def load_scaler_state(self, state: dict[str, float]) -> None:
+        if state and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state)
 
     def load_optimiser_state(self, tensors: dict[str, Tensor]) -> None:
         state = self.optimiser.state_dict()

@@ -32,17 +32,17 @@ class Guard:
     """The stop rule and the measurements that each evaluation on the way adds.
 
     Rule: an evaluation is *fallen* when the judge, prompt by prompt against its own best evaluation, is lower by more than one standard error while the trained
-    reward is higher than it was then. `patience` fallen evaluations in a row end the run; 0 never does.
+    reward is higher than it was then. `patience` fallen evaluations in a row end the run; 0 never does. The checkpoint of the best evaluation is kept.
     """
 
     def __init__(self, config: GuardConfig, judges: Sequence[str]):
         self.config = config
         self.judge = config.judge or (judges[-1] if judges else "")
         self.best: list[float] = []
-        self.best_trained, self.fallen, self.stage = 0.0, 0, ""
+        self.best_trained, self.best_step, self.fallen, self.stage = 0.0, 0, 0, ""
 
-    def see(self, scores: Mapping[str, Tensor], stage: str, trained: float) -> str | None:
-        """Scores [N] of the evaluation's prompts, always the same ones, and the trained reward of this stage; -> why to stop, or None.
+    def see(self, scores: Mapping[str, Tensor], stage: str, trained: float, step: int = 0) -> str | None:
+        """Scores [N] of the evaluation's prompts after update `step`, always the same ones, and the trained reward of this stage; -> why to stop, or None.
 
         Every stage is judged by itself: rewards of different stages cannot be compared.
         """
@@ -56,7 +56,7 @@ class Guard:
         if not len(change):
             return self.verdict()
         if not self.best or float(change.mean()) >= 0:
-            self.best, self.best_trained, self.fallen = now.tolist(), trained, 0
+            self.best, self.best_trained, self.best_step, self.fallen = now.tolist(), trained, step, 0
             return None
         error = float(change.std()) / len(change) ** 0.5 if len(change) > 1 else 0.0
         fallen = float(change.mean()) < -error and trained > self.best_trained
@@ -67,17 +67,29 @@ class Guard:
         """Why the run should end here, also after a resume."""
         if not self.config.patience or self.fallen < self.config.patience:
             return None
+        kept = f"step-{self.best_step:06d}"
+        better = (
+            f"The best was {kept}, which is kept: resume=RUN/checkpoints/{kept} updates={self.best_step} makes its LoRA and evaluation"
+            if self.best_step
+            else "The untrained model was best: lower optimiser.lr, or weigh the regulariser more"
+        )
         return (
             f"the held-out judge '{self.judge}' stayed below its best in {self.fallen} evaluations in a row while the trained reward climbed: "
-            "the reward is being over-optimised. An earlier checkpoint is better; to go on all the same, set guard.patience=0"
+            f"the reward is being over-optimised. {better}; to go on all the same, set guard.patience=0"
         )
 
     def state(self) -> dict[str, Any]:
-        return {"best": self.best, "best_trained": self.best_trained, "fallen": self.fallen, "stage": self.stage}
+        return {
+            "best": self.best,
+            "best_trained": self.best_trained,
+            "best_step": self.best_step,
+            "fallen": self.fallen,
+            "stage": self.stage,
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.best, self.best_trained, self.fallen = list(state["best"]), state["best_trained"], state["fallen"]
-        self.stage = state["stage"]
+        self.best_step, self.stage = state.get("best_step", 0), state["stage"]
 
 
 @torch.no_grad()

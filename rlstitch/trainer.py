@@ -5,9 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ from rlstitch.distributed import Engine
 from rlstitch.evaluate import Evaluation, evaluate
 from rlstitch.files import write_json, write_text
 from rlstitch.guard import Guard, probe
+from rlstitch.interrupt import Interrupted, noted
 from rlstitch.metrics import Clock, Log, peak_memory_mb
 from rlstitch.metrics import grid as draw_grid
 from rlstitch.oracles import load_values
@@ -32,24 +30,6 @@ from rlstitch.scoring import NoScore, Scorer
 from rlstitch.stitch.refresh import Refresher
 from rlstitch.stops import End
 from rlstitch.types import Rollout, UserError
-
-
-class Interrupted(Exception):
-    """SIGINT or SIGTERM arrived; a checkpoint was written. `code` is the exit status to leave with."""
-
-    def __init__(self, code: int):
-        self.code = code
-
-
-@contextmanager
-def _signals(caught: list[int]) -> Iterator[None]:
-    """Note SIGINT and SIGTERM instead of dying in mid-step."""
-    before = {s: signal.signal(s, lambda number, _: caught.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class Trainer:
@@ -112,6 +92,7 @@ class Trainer:
             )
             for name, end, part, stop in zip(stages.names(config), ends, parts, stops)
         ]
+        self.backbone.checkpoint_activations(config.sampler.activation_checkpointing)
         self.grid = schedule.sigmas(config.sampler.num_steps, config.sampler.shift, config.sampler.spacing)
         self.algorithm = cfg.build(
             config.algorithm,
@@ -120,7 +101,6 @@ class Trainer:
             oracle=self.stages[0].oracle,
             grid=self.grid,
             guidance=config.sampler.guidance,
-            activation_checkpointing=config.sampler.activation_checkpointing,
             shift=config.sampler.shift,
             images_per_prompt=config.batch.images_per_prompt,
         )
@@ -148,7 +128,7 @@ class Trainer:
             disable=not (self.config.logging.progress and self.engine.is_main),
             unit="update",
         )
-        with _signals(caught):
+        with noted(caught):
             if self.step == 0:
                 self._evaluate_now()
             while self.step < self.config.updates and not self.guard.verdict():
@@ -165,12 +145,13 @@ class Trainer:
                 if every and (self.step % every == 0 or self.step == self.config.updates):
                     self._evaluate_now()
                 stopping = self.engine.any(bool(caught))
-                if stopping or self.step % self.config.checkpoint.every == 0 or self.step == self.config.updates or self.guard.verdict():
+                due = self.step % self.config.checkpoint.every == 0 or self.step in (self.config.updates, self.guard.best_step)
+                if stopping or due or self.guard.verdict():
                     self._checkpoint()
                 if stopping:
                     bar.close()
                     self.log.close()
-                    raise Interrupted(128 + (caught[0] if caught else signal.SIGTERM))
+                    raise Interrupted(caught)
         bar.close()
         if (why := self.guard.verdict()) and self.engine.is_main:
             tqdm.write(f"stopped after update {self.step}: {why}")
@@ -311,7 +292,7 @@ class Trainer:
 
     def _checkpoint(self) -> None:
         progress, keep = {"hours": self.clock.hours, "guard": self.guard.state()}, self.config.checkpoint.keep
-        also = {"refresher": self.refresher, "algorithm": self.algorithm}
+        also = {"refresher": self.refresher, "algorithm": self.algorithm, "spare": self.guard.best_step}
         checkpoint.save(self.run, self.step, self.engine, self.policy, progress, keep=keep, **also)
 
     def evaluate(self, adapter: str, limit: int, label: str) -> Evaluation:
@@ -359,7 +340,7 @@ class Trainer:
                     guidance=self.config.sampler.guidance, seed=e.seed,
                 )  # fmt: skip
         goal = zip(stage.oracle.names, stage.oracle.weights) if stage.oracle else ()
-        self.guard.see(result.scores, stage.name, sum(w * result.means[n] for n, w in goal if n in result.means))
+        self.guard.see(result.scores, stage.name, sum(w * result.means[n] for n, w in goal if n in result.means), self.step)
         if self.engine.is_main:
             self.log.write({"step": self.step, "eval": result.means, **self._hours()})
             self._draw(result, f"step-{self.step:06d}")

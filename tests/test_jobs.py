@@ -48,24 +48,31 @@ GUARDED = ("evaluation.every=1", "evaluation.every_prompts=4", "guard.prompts=2"
 
 
 def test_every_evaluation_on_the_way_is_watched_and_a_fallen_judge_ends_the_run(world, monkeypatch):  # noqa: F811
-    """A judge that falls by .1 an evaluation (the first of all is the best) under a trained reward that climbs: two fallen ones in a row, so it ends after 2."""
+    """A judge that falls by .1 an evaluation (the second one is the best) under a trained reward that climbs: two fallen ones in a row, so it ends after 3, with
+    the best checkpoint beside the last, from which the run can be finished."""
     from rlstitch import trainer
 
     true, count = trainer.evaluate, iter(range(100))
 
     def falling(*arguments, **options):
         result, k = true(*arguments, **options), next(count)
-        result.scores["clip"] = torch.full_like(result.scores["clip"], -0.1 * k)
+        result.scores["clip"] = torch.full_like(result.scores["clip"], -0.1 * abs(k - 1))
         result.means["clip"] = float(k)  # what the trained reward is read from
         return result
 
     monkeypatch.setattr(trainer, "evaluate", falling)
-    summary = train(world, "watched", *GUARDED)
-    assert summary["steps"] == 2 and "'clip' stayed below its best in 2 evaluations" in summary["stopped"]
+    summary = train(world, "watched", *GUARDED, "checkpoint.every=1", "checkpoint.keep=1")
+    assert "The best was step-000001, which is kept" in summary["stopped"]
+    kept = [folder.name for folder in sorted((world / "runs" / "watched" / "checkpoints").iterdir())]
+    assert kept == ["step-000001", "step-000003"]
+    assert summary["steps"] == 3 and "'clip' stayed below its best in 2 evaluations" in summary["stopped"]
     evaluated = [r["eval"] for r in rows(world, "watched") if "eval" in r]
-    assert len(evaluated) == 3 and all(e["diversity"] > 0 and math.isfinite(e["gap/clip"]) for e in evaluated)
+    assert len(evaluated) == 4 and all(e["diversity"] > 0 and math.isfinite(e["gap/clip"]) for e in evaluated)
     stored = json.loads((world / "runs" / "watched" / "summary.json").read_text())
     assert stored["stopped"] == summary["stopped"]
+    best = f"resume={world / 'runs' / 'watched' / 'checkpoints' / kept[0]}"
+    again = train(world, "watched", *GUARDED, best, "updates=1")
+    assert again["steps"] == 1 and "stopped" not in again
 
 
 def test_curves_reach_from_the_untrained_model_to_the_last_update(world):  # noqa: F811

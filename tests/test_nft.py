@@ -214,8 +214,10 @@ def test_nft_runs_and_resumes_bit_for_bit(world, oracle):  # noqa: F811
 
 
 def test_two_ranks_do_what_one_does(world):  # noqa: F811
+    """Also where the four images of the one prompt of an update are cut in two."""
+    one_prompt = ("batch.prompts_per_update=1", "batch.micro_batch=2")
     for name, ranks in (("nft-one", 1), ("nft-two", 2)):
-        code, output = start(world, f"name={name}", "updates=2", *NFT, ranks=ranks)
+        code, output = start(world, f"name={name}", "updates=2", *NFT, *one_prompt, ranks=ranks)
         assert code == 0, output
     one, two = weights(world, "nft-one", 2), weights(world, "nft-two", 2)
     for k in one:

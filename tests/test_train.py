@@ -202,7 +202,7 @@ def test_ranks_accumulation_and_zero_do_not_change_the_maths(world, reference, o
 @pytest.mark.parametrize("stage", [1, 3])
 def test_other_zero_stages(world, reference, stage):
     name = f"zero{stage}"
-    code, output = start(world, f"name={name}", f"distributed.zero_stage={stage}", ranks=2)
+    code, output = start(world, f"name={name}", f"distributed.zero_stage={stage}", "sampler.activation_checkpointing=true", ranks=2)
     assert code == 0, output
     for ours, theirs in zip(rows(world, name), rows(world, reference), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
@@ -233,6 +233,12 @@ BAD = {
         ["rewards.dark={_target_: rlstitch.rewards.simple.Darkness}", "evaluation.rewards=[dark]", "evaluation.every=2"],
         "none of it (clip)",
     ),
+    "a judge that cannot read these prompts": (
+        ["rewards.seen={_target_: rlstitch.shapes.reward.DetectorReward}", "evaluation.rewards=[clip, seen]"],
+        "'evaluation.rewards' names 'seen', which needs prompts that say what is to be seen",
+    ),
+    "a reward that is a word": (["rewards.clip=my.Reward"], "must be a group of keys with a '_target_'"),
+    "a class out of reach": (["rewards.mine={_target_: nowhere.Mine}"], "on PYTHONPATH"),
     "not an override": (["--lr", "3"], "key=value"),
 }
 
@@ -261,6 +267,43 @@ def test_all_faults_come_at_once_with_exit_2_and_nothing_written(world):
     for part in ("4 faults", "optimiser", "'updates' must be positive, not -3", "did you mean 'rank'", "did you mean 'clip'"):
         assert part in output, output
     assert not (world / "runs" / "bad").exists()
+
+
+def test_a_model_that_is_one_file_is_told_how_to_become_a_folder(world, tmp_path):
+    (tmp_path / "sd35.safetensors").write_bytes(b"")
+    for path in (tmp_path / "sd35.safetensors", tmp_path):
+        said = refusal(world / "recipe.yaml", f"model.path={path}")
+        assert "no transformer/config.json and no vae/config.json" in said and "from_single_file" in said and said.count("model.path") == 1
+
+
+def test_a_reward_may_say_only_when_built_that_it_has_no_gradient(world, monkeypatch):
+    from rlstitch.checks import has_gradient
+
+    for node, there in (
+        ("rlstitch.rewards.clip.ClipReward", True),
+        ("rlstitch.shapes.reward.DetectorReward", False),
+        ("tests.test_train.Late", True),
+    ):
+        assert has_gradient({"_target_": node}) is there
+    said = refusal(world / "recipe.yaml", "rewards.late={_target_: tests.test_train.Late, path: a word}", "updates=0")
+    assert "'updates'" in said and "late" not in said  # its `path` is its own affair
+
+
+class Late:
+    """Known to be differentiable or not only once it is built."""
+
+    def __init__(self, path: str):
+        self.differentiable = path == "a word"
+
+
+def test_a_run_of_another_recipe_is_not_gone_on_with(world, reference):
+    run = world / "runs" / reference
+    before = {f: (run / f).read_bytes() for f in ("recipe.yaml", "summary.json", "metrics.jsonl")}
+    code, output = start(world, f"name={reference}", "optimiser.lr=0.02", "seed=1")
+    assert code == 2 and "seed: 0 -> 1; optimiser.lr: 0.01 -> 0.02" in output and "name=NAME" in output and "Traceback" not in output, (
+        output
+    )
+    assert all((run / f).read_bytes() == content for f, content in before.items())
 
 
 def test_check_prints_and_leaves_nothing(world):
@@ -299,7 +342,11 @@ def test_full_disk_keeps_the_last_good_checkpoint(world, monkeypatch, tmp_path):
     policy = Policy(backbone.transformer, rank=2, alpha=4, targets=backbone.lora_targets, seed=0, ema_decay=0.9)
     engine = Engine(zero_stage=0, precision="fp32", accumulation=1, micro_batch=1, clip_norm=1.0)
     engine.prepare(backbone.transformer, torch.optim.AdamW(policy.parameters(), lr=1e-3), policy.parameters())
+    engine.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)  # as under fp16
     checkpoint.save(tmp_path, 1, engine, policy, {"hours": {}}, keep=2)
+    engine.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    checkpoint.load(tmp_path / "checkpoints" / "step-000001", engine, policy)
+    assert engine.accelerator.scaler.state_dict()["scale"] == 8.0
 
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
