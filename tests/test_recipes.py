@@ -1,11 +1,15 @@
 """Every shipped recipe resolves; the two DRaFT recipes differ in two lines."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from rlstitch import config as cfg
 from rlstitch.stitch import recipe as stitch
 from rlstitch.types import UserError
 
+README = Path(__file__).parents[1] / "README.md"
 NAMES = sorted(str(p.relative_to(cfg.RECIPES).with_suffix("")) for p in cfg.RECIPES.glob("*.yaml"))
 TRAINING = [n for n in NAMES if "algorithm" in cfg.compose(n)]
 
@@ -36,9 +40,83 @@ def test_training_recipes_resolve(name):
     assert not [f for where, node in parts for f in cfg.check_part(where, node) if not f.startswith(given)]
 
 
+def only_files_are_missing(error):
+    """Whether all that a recipe lacks are models, pictures and prompts of the user's."""
+    faults = str(error).splitlines()[1:]
+    return bool(faults) and all("is not there" in fault for fault in faults)
+
+
 @pytest.mark.parametrize("name", [n for n in NAMES if n.startswith("stitch_")])
 def test_stitch_recipes_resolve(name):
-    assert stitch.checked(cfg.compose(name), name).name.startswith("value_")
+    try:
+        assert stitch.checked(cfg.compose(name), name).name.startswith("value_")
+    except UserError as error:
+        assert (name == "stitch_detector" or "sd35" in name) and only_files_are_missing(error)
+
+
+def test_the_recipe_in_the_readme_lacks_nothing_but_files(tmp_path):
+    from rlstitch.checks import checked
+
+    (block,) = [b.split("```")[0] for b in README.read_text().split("```yaml\n") if "\nuse:" in b.split("```")[0]]
+    (tmp_path / "mine.yaml").write_text(block)
+    with pytest.raises(UserError) as error:
+        checked(cfg.compose(str(tmp_path / "mine.yaml")), str(tmp_path / "mine.yaml"))
+    assert only_files_are_missing(error.value) and "recipe" in str(error.value)
+    config, faults = cfg.structure(cfg.compose(str(tmp_path / "mine.yaml")))
+    assert not faults and config.batch.micro_batch == 1 and config.values == {"mine": "values/mine"}
+
+
+@pytest.mark.parametrize("name", ["draft_sd35", "draft_stitch_sd35"])
+def test_sd35_recipes_lack_nothing_but_files(name):
+    from rlstitch.checks import checked
+
+    with pytest.raises(UserError) as error:
+        checked(cfg.compose(name), name)
+    assert only_files_are_missing(error.value)
+
+
+def test_use_is_a_list_that_leads_back_to_nothing(tmp_path):
+    for name, use, said in (
+        ("text", "draft", "must list recipes, e.g. use: \\[draft\\], not 'draft'"),
+        ("circle", [str(tmp_path / "other.yaml")], "in a circle: circle -> other -> circle"),
+    ):
+        (tmp_path / f"{name}.yaml").write_text(json.dumps({"use": use}))
+        (tmp_path / "other.yaml").write_text(json.dumps({"use": [str(tmp_path / "circle.yaml")]}))
+        with pytest.raises(UserError, match=said):
+            cfg.compose(str(tmp_path / f"{name}.yaml"))
+    (tmp_path / "none.yaml").write_text("use:\nseed: 3\n")
+    assert cfg.compose(str(tmp_path / "none.yaml")) == {"seed": 3}
+
+
+def test_a_job_is_called_by_its_recipe_s_file(tmp_path):
+    given = cfg.merge(cfg.compose("stitch_clip"), {"name": ""})
+    assert stitch.checked(given, str(tmp_path / "mine.yaml")).name == "mine"
+
+
+def test_a_reward_that_cannot_be_entered_is_sent_to_the_surrogate():
+    given = cfg.compose("stitch_clip") | {"reward": {"_target_": "rlstitch.rewards.simple.Darkness"}, "max_reward_block": 0}
+    with pytest.raises(UserError, match="(?s)launch/surrogate.py.*'max_reward_block' must be 1 or more, not 0"):
+        stitch.checked(given, "mine")
+
+
+def test_what_counts_as_another_recipe():
+    config = lambda *changes: cfg.structure(cfg.merge(cfg.compose("draft"), cfg.parse_overrides(list(changes))))[0]  # noqa: E731
+    saved = cfg.compose("draft")
+    told = [
+        "updates=7",
+        "evaluation.every=3",
+        "batch.micro_batch=8",
+        "rewards.new={_target_: rlstitch.rewards.simple.Darkness}",
+        "threads=1",
+    ]
+    assert cfg.differences(saved, config()) == cfg.differences(saved, config(*told)) == []
+    changed = cfg.differences(saved, config("optimiser.lr=1e-4", "oracle.weights.hps=2.0", "seed=1", "rewards.clip.path=mine"))
+    assert changed == [
+        "seed: 0 -> 1",
+        "rewards.clip.path: shapes:clip -> mine",
+        "oracle.weights.hps: 1.0 -> 2.0",
+        "optimiser.lr: 0.0008 -> 0.0001",
+    ]
 
 
 def test_draft_and_draft_stitch_differ_in_oracle_and_stop_only():
