@@ -35,7 +35,7 @@ METHODS = {  # name: (recipe, overrides, the pixel method it is held against)
     "DiffusionNFT + StitchVM": ("nft_stitch", (), "DiffusionNFT"),
 }
 WINDOWS = ((2, 3), (4, 5), (5, 6), (7, 8))
-# Three times the recipe's batch, since darkness is told by every picture and the other rewards by few, and few updates: it has no bound, and where every gradient
+# Large batches, since darkness is told by every picture and the other rewards by few, and few updates: it has no bound, and where every gradient
 # counts alike it has turned most pictures black after 28. Its small weight is the weighted sum's alone; MARBLE asks for none.
 FIVE = (
     "updates=18",

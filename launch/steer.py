@@ -1,4 +1,4 @@
-"""Steer generation: `python launch/steer.py recipe=fk_stitch prompts=prompts.txt [key=value ...]`. Pictures, a captioned grid and scores.json in steered/NAME."""
+"""Steer generation: `python launch/steer.py recipe=fk_stitch prompts=prompts.txt 'judges=[clip, hps]' [key=value ...]`. Pictures, a captioned grid and scores.json in steered/NAME."""
 
 import json
 

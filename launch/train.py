@@ -4,7 +4,7 @@ from rlstitch import cli
 
 
 def run(arguments: list[str]) -> None:
-    from rlstitch.checks import checked, describe
+    from rlstitch.checks import checked, describe, resumable
     from rlstitch.trainer import Trainer
 
     name, given = cli.recipe_and_overrides(arguments)
@@ -12,6 +12,7 @@ def run(arguments: list[str]) -> None:
     if config.check:
         print(describe(config))
         return
+    resumable(config)
     trainer = Trainer(config)
     try:
         trainer.train()

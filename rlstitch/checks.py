@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from rlstitch import checkpoint, schedule, stages
 from rlstitch import config as cfg
-from rlstitch import schedule, stages
-from rlstitch.data import DIMENSIONS, Geometry, read_prompts, resolve_geometry
+from rlstitch.data import DIMENSIONS, Geometry, PromptSet, read_prompts, resolve_geometry
 from rlstitch.distributed import world_size
 from rlstitch.files import require, vae_fingerprint
 from rlstitch.oracles import Tweedie, values_used
@@ -53,8 +54,8 @@ def _faults(config: RunConfig) -> list[str]:
         elif getattr(config, where):
             faults.append(f"'{where}' is given, but {config.algorithm['_target_']} asks no reward and would not use it: remove '{where}'")
     count = _data(config, method, faults)
-    _catch(faults, "evaluation.prompts", read_prompts, config.evaluation.prompts)
-    faults += unknown_rewards("evaluation.rewards", config.evaluation.rewards, config.rewards)
+    held_out = _catch(faults, "evaluation.prompts", read_prompts, config.evaluation.prompts)
+    faults += judge_faults("evaluation.rewards", config.evaluation.rewards, config.rewards, held_out)
     if not config.evaluation.final or set(config.evaluation.final) - set(SETS):
         faults.append(f"'evaluation.final' must list some of {', '.join(SETS)}, not {config.evaluation.final}")
     faults += guard_faults(config)
@@ -85,10 +86,7 @@ def _faults(config: RunConfig) -> list[str]:
 
 def _method(config: RunConfig) -> Any:
     """The algorithm's class; None where it cannot be loaded, which check_part reports."""
-    try:
-        return cfg.load_class(config.algorithm["_target_"])
-    except (UserError, KeyError):
-        return None
+    return _class(config.algorithm)
 
 
 def _given(fault: str) -> bool:
@@ -203,15 +201,55 @@ def value_cards(config: Any, faults: list[str]) -> dict[str, dict[str, Any]]:
 
 def part_faults(config: Any) -> list[str]:
     """Faults of the parts that every recipe has: model and rewards, with their files."""
-    faults = cfg.check_part("model", config.model)
+    faults = cfg.check_part("model", config.model) + model_faults(config.model)
     for name, node in config.rewards.items():
-        faults += cfg.check_part(f"rewards.{name}", node)
+        faults += reward_faults(f"rewards.{name}", node)
+    return faults
+
+
+def model_faults(model: dict[str, Any]) -> list[str]:
+    """Faults of a model's directory."""
+    faults: list[str] = []
+    found = _catch(faults, "model.path", require, model["path"], "the model directory") if "path" in model else None
+    lacking = [part for part in ("transformer", "vae") if found is not None and not (found / part / "config.json").is_file()]
+    if lacking:
+        faults.append(
+            f"'model.path': {model['path']} is no pipeline directory of diffusers, it has no {' and no '.join(f'{p}/config.json' for p in lacking)}: load the model once with diffusers (from_pretrained, or from_single_file for a single .safetensors) and write it with save_pretrained"
+        )
+    return faults
+
+
+def reward_faults(where: str, node: Any) -> list[str]:
+    """Faults of a reward's node and of the files that a reward of ours reads; what another class does with its keys is its own affair."""
+    faults = cfg.check_part(where, node)
+    if isinstance(node, dict) and str(node.get("_target_")).startswith("rlstitch."):
         for key in ("path", "head"):
             if isinstance(node.get(key), str):
-                _catch(faults, f"rewards.{name}.{key}", require, node[key], "the reward's file")
-    if "path" in config.model:
-        _catch(faults, "model.path", require, config.model["path"], "the model directory")
+                _catch(faults, f"{where}.{key}", require, node[key], "the reward's file")
     return faults
+
+
+def judge_faults(where: str, names: list[str], rewards: dict[str, Any], prompts: PromptSet | None) -> list[str]:
+    """Faults of the rewards that judge finished pictures of some prompts: unknown ones, and those that need more than these prompts say."""
+    faults = unknown_rewards(where, names, rewards)
+    for name in names:
+        reader = getattr(_class(rewards.get(name)), "unreadable", None)
+        if reader is not None and prompts is not None and (why := reader(prompts.rows)):
+            faults.append(f"'{where}' names '{name}', which {why}: leave it out, e.g. {where}=[{', '.join(n for n in names if n != name)}]")
+    return faults
+
+
+def has_gradient(node: Any) -> bool:
+    """Whether a reward says that gradients reach the pictures; one that says so only once it is built is believed."""
+    return getattr(_class(node), "differentiable", True) is not False
+
+
+def _class(node: Any) -> Any:
+    """The class that a node names; None where it cannot be loaded, which check_part reports."""
+    try:
+        return cfg.load_class(node["_target_"])
+    except (UserError, KeyError, TypeError):
+        return None
 
 
 def unknown_rewards(where: str, names: list[str], rewards: dict[str, Any]) -> list[str]:
@@ -246,7 +284,7 @@ def _pairings(config: RunConfig, cards: dict[str, dict[str, Any]], faults: list[
             f"'stop' may halt after {k} steps at sigma {grid[k]:.3f}, but {config.oracle['_target_']} answers only for sigma in [{low:g}, {high:g}]: "
             + ("use rlstitch.stops.End" if high == 0 else "choose other steps")
         )
-    blind = [n for n in weights if n in config.rewards and not cards and not cfg.load_class(config.rewards[n]["_target_"]).differentiable]
+    blind = [n for n in weights if n in config.rewards and not cards and not has_gradient(config.rewards[n])]
     faults += [] if cards else unknown_rewards("oracle.weights", list(weights), config.rewards)
     if algorithm.needs_gradient and (blind or getattr(oracle, "differentiable", True) is False):
         what = ", ".join(blind) or config.oracle["_target_"]
@@ -273,9 +311,20 @@ def checked(given: dict[str, Any], name: str) -> RunConfig:
         raise cfg.report(list(dict.fromkeys(faults)), name)
     if config.stages:
         config.updates = sum(stage.updates for stage in config.stages)
-    if not config.name:
-        config.name = name.rsplit("/", 1)[-1].removesuffix(".yaml")
+    config.name = config.name or cfg.short_name(name)
     return config
+
+
+def resumable(config: RunConfig) -> None:
+    """Raises UserError where resume=auto would go on with a run of another recipe, whose weights and figures would then pass for this one's."""
+    run = Path(config.out) / config.name
+    found = checkpoint.folders(run)
+    if config.resume != "auto" or not found or not (run / "recipe.yaml").is_file():
+        return
+    if changed := cfg.differences(cfg.compose(str(run / "recipe.yaml")), config):
+        raise UserError(
+            f"{run} holds a run of another recipe ({'; '.join(changed)}). Give this one a folder of its own with name=NAME, start over with resume=never, or go on all the same with resume={found[-1]}"
+        )
 
 
 def describe(config: RunConfig) -> str:

@@ -59,13 +59,40 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def compose(name: str, folder: Path | None = None) -> dict[str, Any]:
-    """The recipe merged over the pieces it names under `use`, in order."""
-    content = _read(find_recipe(name, folder))
-    merged: dict[str, Any] = {}
-    for piece in content.pop("use", []):
-        merged = merge(merged, compose(piece, folder))
+def compose(name: str, folder: Path | None = None, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The recipe merged over the pieces it names under `use`, in order; `above` are the recipes that this one is a piece of."""
+    path = find_recipe(name, folder).resolve()
+    if path in above:
+        raise UserError(f"recipes use each other in a circle: {' -> '.join(p.stem for p in (*above, path))}. Take one `use` out")
+    content, merged = _read(path), {}
+    pieces = content.pop("use", None) or []
+    if isinstance(pieces, str) or not all(isinstance(piece, str) for piece in pieces):
+        raise UserError(f"'use' in {path} must list recipes, e.g. use: [draft], not {pieces!r}")
+    for piece in pieces:
+        merged = merge(merged, compose(piece, folder, (*above, path)))
     return merge(merged, content)
+
+
+def short_name(recipe: str) -> str:
+    """What a job is called by its recipe: the file's name without folder and suffix."""
+    return recipe.rsplit("/", 1)[-1].removesuffix(".yaml")
+
+
+def differences(saved: dict[str, Any], config: RunConfig) -> list[str]:
+    """`key: was -> is` of everything in which a saved recipe trains otherwise than this config; what is told, how it is cut and how long it runs do not count."""
+    free = ("name", "out", "updates", "threads", "check", "resume", "checkpoint", "logging", "evaluation", "guard", "distributed", "values")
+    free += ("batch.micro_batch", "batch.rollout_batch", "sampler.activation_checkpointing")
+
+    def flat(node: Any, path: str = "") -> dict[str, Any]:
+        if not isinstance(node, dict) or not node:
+            return {path: node}
+        return {k: v for key, value in node.items() for k, v in flat(value, f"{path}.{key}".lstrip(".")).items()}
+
+    before, now = (flat(OmegaConf.to_container(c)) for c in (fill(RunConfig, saved)[0], OmegaConf.structured(config)))
+    trained = {k.rsplit(".", 1)[-1] for k in (*before, *now) if ".weights." in k}  # a reward that is only evaluated may come and go
+    keys = [k for k in dict.fromkeys([*before, *now]) if k not in free and k.split(".")[0] not in free]
+    keys = [k for k in keys if not k.startswith("rewards.") or k.split(".")[1] in trained]
+    return [f"{k}: {before.get(k, 'not given')} -> {now.get(k, 'not given')}" for k in keys if before.get(k) != now.get(k)]
 
 
 def merge(base: dict, over: dict) -> dict:
@@ -178,7 +205,9 @@ def load_class(target: Any) -> Any:
     try:
         found = import_module(module)
     except ImportError as error:
-        raise UserError(f"'_target_: {target}' cannot be imported ({error})") from error
+        raise UserError(
+            f"'_target_: {target}' cannot be imported ({error}): install its package, or put the folder that holds it on PYTHONPATH"
+        ) from error
     if not hasattr(found, name):
         names = [n for n, v in vars(found).items() if inspect.isclass(v) or inspect.isfunction(v)]
         raise UserError(f"'_target_: {target}': {module} has no '{name}'{nearest(name, names)}")
@@ -213,6 +242,8 @@ def _told(hint: Any) -> str:
 
 def check_part(where: str, node: dict[str, Any], *, extra: tuple[str, ...] = ()) -> list[str]:
     """Faults of one `_target_` node against the signature it names; `extra` keys are read by the trainer itself."""
+    if not isinstance(node, dict):
+        return [f"'{where}' must be a group of keys with a '_target_', e.g. {{_target_: {node}}}, not {node!r}"]
     if "_target_" not in node:
         return [f"'{where}' needs a '_target_' (the class to build)"]
     try:

@@ -90,6 +90,10 @@ def read_data(config: DataConfig, learns_from: str = "prompts") -> PromptSet:
         raise UserError(
             f"'data.images': {config.images['_target_']} gives {list(pictures.shape)}, but this algorithm learns from {learns_from} {shape}: use one that does, such as rlstitch.shapes.images.{example}"
         )
+    if not any(p.strip() for p in prompts):
+        raise UserError(
+            f"'data.images': {config.images['_target_']} gives {len(prompts)} pictures without a prompt, and the model would unlearn its own: give captions (metadata.jsonl, or a .txt beside each picture)"
+        )
     return PromptSet(list(prompts), [{"prompt": p} for p in prompts], pictures=pictures)
 
 

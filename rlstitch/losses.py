@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def output_regulariser(v: Tensor, v_reference: Tensor) -> Tensor:
-    """Mean squared difference between the finetuned and the frozen velocity on the sampled states (DRaFT+'s form, method.md 3): [B, ...] -> [B]."""
+    """Mean squared difference between the finetuned and the frozen velocity on the sampled states (DRaFT+'s form, as arXiv:2605.19804 has it): [B, ...] -> [B]."""
     return (v.float() - v_reference.float()).square().flatten(1).mean(1)
 
 
@@ -17,7 +17,7 @@ def flow_matching(v: Tensor, z0: Tensor, noise: Tensor) -> Tensor:
 
 
 def nft(v: Tensor, v_old: Tensor, target: Tensor, weight: Tensor, beta: float, sigma: Tensor, *, adaptive: bool = True) -> Tensor:
-    """DiffusionNFT's loss (method.md 3, eqs. 65-71): [B, ...] velocities and `weight` w [B] in [0, 1] -> [B].
+    """DiffusionNFT's loss (arXiv:2605.19804, eqs. 65-71): [B, ...] velocities and `weight` w [B] in [0, 1] -> [B].
 
     w L(v+) + (1 - w) L(v-), over beta, with v+ = (1 - beta) v_old + beta v and v- = (1 + beta) v_old - beta v. adaptive: L = sigma mean(e^2) / max(mean|e|,
     1e-5 / sigma) for e = v+- - target, the denominator without gradient: the released loss on x0, written in e so that it holds for the bridge, too, whose

@@ -1,4 +1,4 @@
-"""Sigma grids, the straight path of eq. (1), and what follows from it in closed form. sigma = t: 0 clean, 1 noise."""
+"""Sigma grids, the straight path of arXiv:2605.19804, eq. (1), and what follows from it in closed form. sigma = t: 0 clean, 1 noise."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Staged schedules: a run cut into parts, each with its own oracle, stop and prompts (UniPic 2.0 trains one reward after the other, method.md 3)."""
+"""Staged schedules: a run cut into parts, each with its own oracle, stop and prompts (UniPic 2.0 trains one reward after the other)."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from rlstitch import config as cfg
 from rlstitch import sampling, schedule
-from rlstitch.checks import part_faults, unknown_rewards, value_cards
+from rlstitch.checks import has_gradient, judge_faults, part_faults, unknown_rewards, value_cards
 from rlstitch.data import PromptSet, encode, read_prompts
 from rlstitch.distributed import autocast
 from rlstitch.files import resolve, write_json, write_text
@@ -135,19 +135,19 @@ def checked(given: dict[str, Any], name: str) -> SteerConfig:
     faults += [] if 0 <= config.seed <= 2**40 else [f"'seed' must be within 0..2^40, not {config.seed}"]
     faults += (
         []
-        if free_for_results(Path(config.out) / (config.name or _named(name)))
+        if free_for_results(Path(config.out) / (config.name or cfg.short_name(name)))
         else [
-            f"'name': {Path(config.out) / (config.name or _named(name))} is there and is no result of steering, which would be replaced: choose another name or out"
+            f"'name': {Path(config.out) / (config.name or cfg.short_name(name))} is there and is no result of steering, which would be replaced: choose another name or out"
         ]
     )
     if config.lora:
         faults += [f"'lora': {config.lora} is no folder"] if not resolve(config.lora).is_dir() else []
-    faults += part_faults(config) + unknown_rewards("judges", config.judges, config.rewards)
-    parts = cfg.check_part("oracle", config.oracle, extra=("weights",)) + cfg.check_part("method", config.method)
     try:
-        read_prompts(config.prompts)
+        prompts = read_prompts(config.prompts)
     except UserError as error:
-        faults.append(f"'prompts': {error}")
+        prompts = faults.append(f"'prompts': {error}")
+    faults += part_faults(config) + judge_faults("judges", config.judges, config.rewards, prompts)
+    parts = cfg.check_part("oracle", config.oracle, extra=("weights",)) + cfg.check_part("method", config.method)
     if not parts:
         weights = config.oracle.get("weights") or {}
         cards = value_cards(config, faults)
@@ -156,18 +156,13 @@ def checked(given: dict[str, Any], name: str) -> SteerConfig:
         low, high = getattr(oracle, "sigma_range", (0.0, 1.0))
         if cards:
             low, high = max(c["sigma_range"][0] for c in cards.values()), min(c["sigma_range"][1] for c in cards.values())
-        blind = not cards and any(not cfg.load_class(config.rewards[n]["_target_"]).differentiable for n in weights if n in config.rewards)
+        blind = not cards and any(not has_gradient(config.rewards[n]) for n in weights if n in config.rewards)
         if not faults:
             faults += _rehearsal(config, (low, high), not blind and getattr(oracle, "differentiable", True) is not False)
     if faults := faults + parts:
         raise cfg.report(list(dict.fromkeys(faults)), name)
-    config.name = config.name or _named(name)
+    config.name = config.name or cfg.short_name(name)
     return config
-
-
-def _named(recipe: str) -> str:
-    """A job's name by its recipe."""
-    return recipe.rsplit("/", 1)[-1].removesuffix(".yaml")
 
 
 def free_for_results(folder: Path) -> bool:
@@ -202,9 +197,6 @@ class Job:
         self.prompts = encode(
             self.backbone, PromptSet([prompts.prompts[i] for i in rows], [prompts.rows[i] for i in rows]), truncate=config.truncate
         )
-        black = torch.zeros(1, 3, self.backbone.image_size, self.backbone.image_size, device=self.backbone.device)
-        for name in config.judges:  # a judge that cannot read these prompts says so before the work, not after it
-            self.rewards[name].score(black, self.prompts.batch([0], torch.zeros(1, dtype=torch.long)))
         self.autocast = lambda: autocast(device, config.precision)
 
     def latents(self, rows: list[int], *, steered: bool = True, trace: Trace | None = None) -> Tensor:

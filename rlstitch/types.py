@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -115,18 +115,47 @@ class Rollout:
 
 
 class Backbone(Protocol):
-    """A denoiser with its autoencoder and text encoders. It never loops over time."""
+    """A denoiser with its autoencoder and text encoders; what an adapter for another architecture has to give. It never loops over time.
 
+    transformer: the module that LoRA is added to, on the linears named `lora_targets`. latent_shape (C, H, W), image_size in pixels, width of a block's tokens.
+    too_long: (prompt, tokens, limit) of prompts that the encoders would cut. cache: folder of encoded text, None for none; `remember` fills it. A prefix's activations have `block`, `size`, `grid`, `rows` and `join` (backbones.sd3.Activations).
+    """
+
+    path: Any
+    transformer: Any
+    lora_targets: Sequence[str]
     num_blocks: int
+    width: int
+    latent_shape: tuple[int, int, int]
+    image_size: int
+    device: torch.device
+    dtype: torch.dtype
+    cache: Any
+    null: Conditioning  # of the empty prompt
 
+    @staticmethod
+    def parameter_counts(path: str, rank: int) -> dict[str, int]: ...
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning: ...
+    def remember(self, prompts: Sequence[str]) -> None: ...
+    def too_long(self, prompts: Sequence[str]) -> list[tuple[str, int, int]]: ...
     def velocity(self, z: Tensor, sigma: Tensor, text: Conditioning, *, guidance: float = 1.0) -> Tensor: ...
+    def bind(self, text: Conditioning, guidance: float = 1.0) -> Velocity: ...
+    def checkpoint_activations(self, on: bool = True) -> None: ...
+    def prefix(self, z: Tensor, sigma: Tensor, blocks: int, text: Conditioning | None = None) -> Any: ...
+    def extend(self, state: Any, blocks: int) -> Any: ...
+    def resume(self, state: Any) -> Tensor: ...
+    def walk(self, z: Tensor, sigma: Tensor) -> Iterator[Any]: ...
+    def make_prefix(self, blocks: int, *, share: bool = True) -> Any: ...
     def encode(self, images: Tensor) -> Tensor: ...
     def decode(self, z: Tensor) -> Tensor: ...
 
 
 class Reward(Protocol):
-    """Scores pictures [B, 3, H, W] in [0, 1] -> [B]; higher is better. `differentiable` says whether gradients reach the pictures."""
+    """Scores pictures [B, 3, H, W] in [0, 1] -> [B]; higher is better. `differentiable`, of the class, says whether gradients reach the pictures.
+
+    `batch.prompts` are the texts, `batch.facts` the whole rows of the prompt file. A picture that cannot be scored is NaN. One that needs more of a row than its
+    prompt may say so before a run begins by `unreadable(rows) -> why`, a static method; '' where it can read them.
+    """
 
     differentiable: bool
 
@@ -140,14 +169,26 @@ class Judge(Protocol):
     def breakdown(self, scores: Tensor, rows: list[dict[str, Any]]) -> dict[str, float]: ...
 
 
-@runtime_checkable
-class StitchableReward(Protocol):
-    """A feed-forward reward that can be entered at block j (1-based; j = 1 is what the patch embedding produces)."""
+class StitchableReward(Reward, Protocol):
+    """A transformer on patches that can be entered at block j (1-based; j = 1 takes what the patch embedding produces) and so be stitched; rewards.clip.ClipReward.
+
+    `width` of a token, `grid` patches a side, `head`: None where the score is a cosine with the prompt's embedding. Embeddings are [B, D].
+    """
 
     num_blocks: int
+    width: int
+    grid: int
+    device: torch.device
+    head: Any
 
-    def prefix(self, images: Tensor, j: int) -> Tensor: ...
-    def suffix(self, tokens: Tensor, j: int) -> Tensor: ...
+    def patches(self, images: Tensor) -> Tensor: ...  # [B, N, W], no [CLS], no positions
+    def inputs_of_block(self, images: Tensor, last: int) -> list[Tensor]: ...  # of blocks 1..last, [CLS] first from 2 on
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]: ...  # embedding, output tokens
+    def tail(self, j: int) -> Any: ...  # a trainable copy from block j on: (tokens, cls) -> (embedding, output tokens)
+    def embed_texts(self, prompts: list[str]) -> Tensor: ...
+    def score_embedding(self, embedding: Tensor, batch: Batch) -> Tensor: ...  # [B]
+    def head_of(self, embedding: Tensor) -> Tensor: ...  # [B]
+    def fingerprint(self) -> str: ...  # of every weight that the score depends on
 
 
 class Oracle(Protocol):
@@ -170,6 +211,7 @@ class Algorithm(Protocol):
     learns_from: `prompts` (it samples), `images` or `pairs` (it takes clean latents from `Batch.clean`). needs_oracle: False where no reward is asked; the
     recipe then has neither oracle nor stop, and `score` gives [B, 0]. whole_groups: all samples of a prompt must lie in one micro-batch.
     balances: weighs the gradients of several rewards against each other. `state` is what a checkpoint keeps beside the policy, the same on every rank.
+    `faults` is asked before anything loads, with the recipe's options and the steps after which a rollout may halt.
     """
 
     learns_from: Literal["prompts", "images", "pairs"]
@@ -180,8 +222,15 @@ class Algorithm(Protocol):
     collects: bool
     keeps_old: bool
 
+    @staticmethod
+    def faults(options: dict[str, Any], stops: range) -> list[str]: ...
+    @staticmethod
+    def backwards(options: dict[str, Any], stops: range) -> int: ...  # of a micro-batch in one update
     def rollout(self, batch: Batch, stop: int) -> Rollout: ...
     def score(self, rollout: Rollout) -> Tensor: ...  # [B, K]
+    def compare(
+        self, rollouts: Sequence[Rollout], scores: Tensor, group_ids: Tensor
+    ) -> tuple[Tensor, dict[str, float]]: ...  # where it collects
     def losses(self, rollout: Rollout, *compared): ...  # yields (loss, metrics), `backwards` of them
     def end_step(self, step: int) -> None: ...
     def state(self) -> dict[str, Tensor]: ...

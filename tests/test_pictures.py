@@ -7,7 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
+from rlstitch.data import read_data
 from rlstitch.pictures import images_from_folder, pairs_from_file
+from rlstitch.schema import DataConfig
 from rlstitch.types import UserError
 
 
@@ -31,6 +33,9 @@ def test_captions_beside_pictures_and_in_a_listing(folder):
         (folder / f"{name}.txt").write_text(text)
     assert images_from_folder(str(folder), 8)[1] == ["red", "green", "blue"]
     assert images_from_folder(str(folder), 8, captions=False)[1] == ["", "", ""]
+    silent = DataConfig(images={"_target_": "rlstitch.pictures.images_from_folder", "path": str(folder), "size": 8, "captions": False})
+    with pytest.raises(UserError, match="3 pictures without a prompt"):
+        read_data(silent, "images")
     rows = [{"file_name": "more/c.png", "text": "sky"}, {"file_name": "a.png", "prompt": "fire"}, {"file_name": "b.png", "text": "grass"}]
     (folder / "metadata.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
     assert images_from_folder(str(folder), 8)[1] == ["fire", "grass", "sky"]

@@ -151,9 +151,10 @@ def test_method_and_oracle_must_fit(tmp_path, sd3_dir, clip_dir, change, message
 
 
 def test_a_judge_that_needs_facts_says_so_before_the_work(tmp_path, sd3_dir, clip_dir):
-    config = steer.checked(given(tmp_path, sd3_dir, clip_dir, judges=["detector"]), "tiny")
-    with pytest.raises(UserError, match="needs prompts with facts"):
-        steer.Job(config)
+    with pytest.raises(
+        UserError, match="'judges' names 'detector', which needs prompts that say what is to be seen.*leave it out, e.g. judges="
+    ):
+        steer.checked(given(tmp_path, sd3_dir, clip_dir, judges=["r", "detector"]), "tiny")
 
 
 def test_long_and_empty_prompt_files(tmp_path, sd3_dir, clip_dir):

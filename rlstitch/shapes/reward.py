@@ -28,6 +28,12 @@ class DetectorReward:
     def __init__(self, *, soft: bool = False):
         self.soft = soft
 
+    @staticmethod
+    def unreadable(rows: list[dict[str, Any]]) -> str:
+        """Why these prompts cannot be judged, if so."""
+        without = [row["prompt"] for row in rows if "objects" not in row]
+        return f"needs prompts that say what is to be seen (a .jsonl of the shapes world), unlike '{without[0]}'" if without else ""
+
     def score(self, images: Tensor, batch: Batch) -> Tensor:
         judge = detector.soft_scores if self.soft else detector.correct
         return judge(images, _prompts(batch.facts)).float().to(images.device)

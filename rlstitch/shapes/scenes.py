@@ -6,7 +6,6 @@ is covered by `clamp(1/2 - distance, 0, 1)` and gradients of grey along it keep 
 
 from __future__ import annotations
 
-import colorsys
 import math
 from dataclasses import dataclass
 
@@ -166,11 +165,6 @@ def render(scenes: Scenes, size: int = SIZE) -> Tensor:
             ]
             image[has] = image[has] * (1 - mask) + scenes.rgb[has, k, :, None, None] * mask
     return image
-
-
-def palette() -> Tensor:
-    """Reference RGB [6, 3] of COLOURS, for legends and tests."""
-    return torch.tensor([colorsys.hsv_to_rgb(h / 360, 0.9, 0.9) for h in HUES])
 
 
 def patch_labels(scenes: Scenes, patch: int = 8, least: float = 0.1) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Inference-time steering over two callables: `velocity(z, sigma)` of a denoiser and `value(z, sigma)` of an oracle (method.md 2)."""
+"""Inference-time steering over two callables: `velocity(z, sigma)` of a denoiser and `value(z, sigma)` of an oracle (arXiv:2605.19804)."""
 
 from rlstitch.steering.best_of_n import best_of_n
 from rlstitch.steering.dps import dps

@@ -1,4 +1,4 @@
-"""Gradient guidance (DPS, eqs. 4 and 40): the sampling law tilted by a value's gradient."""
+"""Gradient guidance (DPS, arXiv:2605.19804, eqs. 4 and 40): the sampling law tilted by a value's gradient."""
 
 from __future__ import annotations
 

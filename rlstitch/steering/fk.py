@@ -1,4 +1,4 @@
-"""Feynman-Kac steering (eq. 9, Algorithm 1) with StitchVM's proposal scaling, and SVDD: search over the noise of an SDE by values of noisy latents."""
+"""Feynman-Kac steering (arXiv:2605.19804, eq. 9, Algorithm 1) with StitchVM's proposal scaling, and SVDD: search over the noise of an SDE by values of noisy latents."""
 
 from __future__ import annotations
 

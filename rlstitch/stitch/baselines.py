@@ -1,4 +1,4 @@
-"""What a stitched value is held against (method.md 1): the VAE stitch, NoisyCLIP, and a preference head on diffusion features (DiNa-LRM)."""
+"""What a stitched value is held against (arXiv:2605.19804): the VAE stitch, NoisyCLIP, and a preference head on diffusion features (DiNa-LRM)."""
 
 from __future__ import annotations
 

@@ -76,6 +76,10 @@ def checked(given: dict[str, Any], name: str) -> CompareConfig:
     faults += [f"'rivals' knows {', '.join(RIVALS)}, not {r!r}" for r in config.rivals if r not in RIVALS]
     if config.calibration.precision not in ("auto", "fp32", "bf16"):
         faults.append(f"'calibration.precision' must be one of auto, fp32, bf16, not {config.calibration.precision!r}")
+    try:
+        read_prompts(config.calibration.prompts)
+    except UserError as error:
+        faults.append(f"'calibration.prompts': {error}")
     faults += [f"'sigmas' must lie in (0, 1), not {s:g}" for s in config.sigmas if not 0 < s < 1]
     for where, nodes in (("held_out", {"": config.held_out}), ("pairs", config.pairs), ("graded", config.graded)):
         for key, node in nodes.items():
@@ -91,7 +95,7 @@ def checked(given: dict[str, Any], name: str) -> CompareConfig:
                 faults.append(f"'compare.{reward}.{row}': {error}")
     if faults:
         raise cfg.report(faults, name)
-    config.name = config.name or name.rsplit("/", 1)[-1].removesuffix(".yaml")
+    config.name = config.name or cfg.short_name(name)
     return config
 
 

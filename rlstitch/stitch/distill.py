@@ -1,4 +1,4 @@
-"""Distillation of a stitched value model from its frozen pixel reward, on unlabeled pictures (method.md 1, eqs. 8, 78, 79)."""
+"""Distillation of a stitched value model from its frozen pixel reward, on unlabeled pictures (arXiv:2605.19804, eqs. 8, 78, 79)."""
 
 from __future__ import annotations
 

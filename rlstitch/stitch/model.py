@@ -1,4 +1,4 @@
-"""StitchVM: the first blocks of a frozen diffusion transformer, a small stitch, the tail of a pixel reward model (method.md 1, eqs. 57-58)."""
+"""StitchVM: the first blocks of a frozen diffusion transformer, a small stitch, the tail of a pixel reward model (arXiv:2605.19804, eqs. 57-58)."""
 
 from __future__ import annotations
 

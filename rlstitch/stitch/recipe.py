@@ -14,9 +14,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rlstitch import config as cfg
+from rlstitch.checks import model_faults, reward_faults
 from rlstitch.data import encode, read_prompts
 from rlstitch.distributed import resolve_precision
-from rlstitch.files import require, vae_fingerprint
+from rlstitch.files import vae_fingerprint
 from rlstitch.stitch import measure
 from rlstitch.stitch.baselines import noisy_clip, vae_stitch
 from rlstitch.stitch.distill import DistillConfig, distill, latents_of, targets_of
@@ -66,8 +67,15 @@ def checked(given: dict[str, Any], name: str) -> StitchRecipe:
     cfg.for_launcher(given, "stitch.py", name)
     config, faults = cfg.fill(StitchRecipe, given)
     recipe = OmegaConf.to_object(config)
-    for part in ("model", "reward", "images", "held_out"):
+    for part in ("model", "images", "held_out"):
         faults += cfg.check_part(part, getattr(recipe, part))
+    faults += model_faults(recipe.model) + reward_faults("reward", recipe.reward)
+    if not faults and not hasattr(cfg.load_class(recipe.reward["_target_"]), "tail"):
+        faults.append(
+            f"'reward' {recipe.reward['_target_']} cannot be entered at a block (see rlstitch.types.StitchableReward): distil it into one that can with launch/surrogate.py, and stitch that"
+        )
+    if recipe.max_reward_block < 1:
+        faults.append(f"'max_reward_block' must be 1 or more, not {recipe.max_reward_block}")
     if recipe.kind not in ("stitch", "vae", "noisy_clip"):
         faults.append(f"'kind' must be stitch, vae or noisy_clip, not {recipe.kind!r}")
     if recipe.blocks not in ("best", "cheapest") and not recipe.blocks.isdigit():
@@ -91,7 +99,7 @@ def checked(given: dict[str, Any], name: str) -> StitchRecipe:
         faults.append(f"'sigma_low' and 'sigma_high' must satisfy 0 <= low < high <= 1, not {recipe.sigma_low} and {recipe.sigma_high}")
     if faults:
         raise cfg.report(faults, name)
-    recipe.name = recipe.name or name
+    recipe.name = recipe.name or cfg.short_name(name)
     return recipe
 
 
@@ -178,7 +186,6 @@ def run(recipe: StitchRecipe) -> StitchedValueModel:
     torch.manual_seed(recipe.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     backbone, reward = cfg.build(recipe.model, device=device), cfg.build(recipe.reward, device=device)
-    require(recipe.model["path"], "the model directory")
     if recipe.kind == "stitch" and recipe.max_reward_block > reward.num_blocks:
         raise UserError(f"'max_reward_block' is {recipe.max_reward_block}, but the reward has {reward.num_blocks} blocks")
     images, _ = cfg.build(recipe.images)

@@ -1,4 +1,4 @@
-"""Where to cut: closed-form stitches between every block of the denoiser and every early block of the reward (method.md 1, Search).
+"""Where to cut: closed-form stitches between every block of the denoiser and every early block of the reward (arXiv:2605.19804).
 
 One streaming pass over the pictures gathers the float64 Gram matrices of all pairs; one factorisation per denoiser block then solves every reward block.
 """

@@ -77,7 +77,7 @@ def checked(given: dict[str, Any], name: str) -> SurrogateConfig:
         faults.append(f"'held_out': {error}")
     if faults:
         raise cfg.report(faults, name)
-    config.name = config.name or name.rsplit("/", 1)[-1].removesuffix(".yaml")
+    config.name = config.name or cfg.short_name(name)
     return config
 
 

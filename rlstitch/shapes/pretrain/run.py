@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
+from rlstitch.files import resolve
 from rlstitch.shapes import prompts
 from rlstitch.shapes.pretrain import generator, grow, rewards, vae
 
@@ -41,7 +42,7 @@ def trainers(out: Path, work: Path, seed: int, init: str = "") -> dict[str, Call
     return {
         "vae": lambda: vae.train(**args("vae")),
         "clip": lambda: rewards.train_clip(vae=load_vae(out), **args("clip")),
-        "shapes": lambda: generator.train(vae_folder=vae_folder(out), init=init, **args("shapes")),
+        "shapes": lambda: generator.train(vae_folder=resolve(init) / "vae" if init else vae_folder(out), init=init, **args("shapes")),
         "hps": lambda: rewards.train_preference("hps", vae=load_vae(out), start_from=out / "clip", **args("hps")),
         "aesthetic": lambda: rewards.train_aesthetic(vae=load_vae(out), **args("aesthetic")),
         "preference_b": lambda: rewards.train_preference("preference_b", vae=load_vae(out), **args("preference_b")),
