@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -239,9 +240,15 @@ def judge_faults(where: str, names: list[str], rewards: dict[str, Any], prompts:
     return faults
 
 
-def has_gradient(node: Any) -> bool:
-    """Whether a reward says that gradients reach the pictures; one that says so only once it is built is believed."""
-    return getattr(_class(node), "differentiable", True) is not False
+def without_gradient(names: Iterable[str], rewards: dict[str, Any]) -> list[str]:
+    """Those rewards whose class says that no gradient reaches the pictures; one that says so only once it is built is believed until then."""
+    return [n for n in names if n in rewards and getattr(_class(rewards[n]), "differentiable", True) is False]
+
+
+def answered(oracle: Any, cards: dict[str, dict[str, Any]]) -> tuple[float, float]:
+    """The sigmas at which an oracle's class, or all of its value models, may be asked."""
+    ranges = [card["sigma_range"] for card in cards.values()] or [getattr(oracle, "sigma_range", (0.0, 1.0))]
+    return max(low for low, _ in ranges), min(high for _, high in ranges)
 
 
 def _class(node: Any) -> Any:
@@ -273,10 +280,7 @@ def _pairings(config: RunConfig, cards: dict[str, dict[str, Any]], faults: list[
     if not isinstance(weights, dict) or not weights:
         faults.append("'oracle.weights' must give at least one reward and its weight, e.g. {clip: 1.0}")
         return
-    if cards:
-        low, high = max(c["sigma_range"][0] for c in cards.values()), min(c["sigma_range"][1] for c in cards.values())
-    else:
-        low, high = getattr(oracle, "sigma_range", (0.0, 1.0))
+    low, high = answered(oracle, cards)
     outside = [k for k in stops if not low - 1e-6 <= grid[k] <= high + 1e-6]
     if outside:
         k = outside[0]
@@ -284,7 +288,7 @@ def _pairings(config: RunConfig, cards: dict[str, dict[str, Any]], faults: list[
             f"'stop' may halt after {k} steps at sigma {grid[k]:.3f}, but {config.oracle['_target_']} answers only for sigma in [{low:g}, {high:g}]: "
             + ("use rlstitch.stops.End" if high == 0 else "choose other steps")
         )
-    blind = [n for n in weights if n in config.rewards and not cards and not has_gradient(config.rewards[n])]
+    blind = [] if cards else without_gradient(weights, config.rewards)
     faults += [] if cards else unknown_rewards("oracle.weights", list(weights), config.rewards)
     if algorithm.needs_gradient and (blind or getattr(oracle, "differentiable", True) is False):
         what = ", ".join(blind) or config.oracle["_target_"]

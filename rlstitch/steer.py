@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from rlstitch import config as cfg
 from rlstitch import sampling, schedule
-from rlstitch.checks import has_gradient, judge_faults, part_faults, unknown_rewards, value_cards
+from rlstitch.checks import answered, judge_faults, part_faults, unknown_rewards, value_cards, without_gradient
 from rlstitch.data import PromptSet, encode, read_prompts
 from rlstitch.distributed import autocast
 from rlstitch.files import resolve, write_json, write_text
@@ -153,12 +153,9 @@ def checked(given: dict[str, Any], name: str) -> SteerConfig:
         cards = value_cards(config, faults)
         oracle = cfg.load_class(config.oracle["_target_"])
         faults += [] if cards else unknown_rewards("oracle.weights", list(weights), config.rewards)
-        low, high = getattr(oracle, "sigma_range", (0.0, 1.0))
-        if cards:
-            low, high = max(c["sigma_range"][0] for c in cards.values()), min(c["sigma_range"][1] for c in cards.values())
-        blind = not cards and any(not has_gradient(config.rewards[n]) for n in weights if n in config.rewards)
+        blind = not cards and bool(without_gradient(weights, config.rewards))
         if not faults:
-            faults += _rehearsal(config, (low, high), not blind and getattr(oracle, "differentiable", True) is not False)
+            faults += _rehearsal(config, answered(oracle, cards), not blind and getattr(oracle, "differentiable", True) is not False)
     if faults := faults + parts:
         raise cfg.report(list(dict.fromkeys(faults)), name)
     config.name = config.name or cfg.short_name(name)
