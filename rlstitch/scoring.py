@@ -70,14 +70,15 @@ class Scorer:
                 rollout.scores = future.result()
 
     def check(self, scores: Tensor, groups: Tensor, oracle: Oracle, update: int, masked: float | None = None) -> None:
-        """Scores [B, K] of all ranks and their prompts [B]: a reward without one known score ends the run, one without any for a prompt is told once.
+        """Scores [B, K] of all ranks and their prompts [B]: a reward with a weight and without one known score ends the run, one without any for a prompt is told
+        once.
 
         What is not known takes no part in the update, but an update without any would still move the weights by the optimiser's momentum: `masked` is the share
         of samples that take none, by default those without a total. Raises NoScore.
         """
         there = ~torch.isnan(scores)
-        summed = [name for name, weight in zip(oracle.names, oracle.weights) if weight]
-        silent = [name for name, column in zip(oracle.names, there.unbind(1)) if not bool(column.any())]
+        summed = {name: column for name, weight, column in zip(oracle.names, oracle.weights, there.unbind(1)) if weight}
+        silent = [name for name, column in summed.items() if not bool(column.any())]
         if masked is None:
             masked = float(oracle.total(scores).isnan().float().mean())
         if silent or masked == 1:
@@ -89,9 +90,7 @@ class Scorer:
             raise NoScore(
                 f"update {update}: {why}; the weights are those of the last update. Mend the reward, then start the same command again"
             )
-        lost = {
-            n: sorted({int(g) for g in groups.unique() if not bool(k[groups == g].any())}) for n, k in zip(oracle.names, there.unbind(1))
-        }
+        lost = {name: [int(g) for g in groups.unique() if not bool(column[groups == g].any())] for name, column in summed.items()}
         if any(lost.values()) and not self.told and self.engine.is_main:
             self.told = True
             shown = "; ".join(f"{name}: {len(rows)} prompts, e.g. number {rows[0]}" for name, rows in lost.items() if rows)

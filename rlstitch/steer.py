@@ -142,10 +142,11 @@ def checked(given: dict[str, Any], name: str) -> SteerConfig:
     )
     if config.lora:
         faults += [f"'lora': {config.lora} is no folder"] if not resolve(config.lora).is_dir() else []
+    prompts = None
     try:
         prompts = read_prompts(config.prompts)
     except UserError as error:
-        prompts = faults.append(f"'prompts': {error}")
+        faults.append(f"'prompts': {error}")
     faults += part_faults(config) + judge_faults("judges", config.judges, config.rewards, prompts)
     parts = cfg.check_part("oracle", config.oracle, extra=("weights",)) + cfg.check_part("method", config.method)
     if not parts:

@@ -139,7 +139,14 @@ def test_an_update_without_a_total_ends_the_run_with_what_was_learned(world, met
     with pytest.raises(UserError, match="update 1: none of . pictures has a score .* from all of one, two"):
         train(world, name, *method, PIXEL_OF % "one: 1.0, two: 1.0", PIXEL[1], *lost, "updates=2")
     train(
-        world, f"{name}-0", *method, PIXEL_OF % "one: 1.0, two: 0.0", PIXEL[1], half % ("one", "[]"), lost[1], "updates=2"
+        world,
+        f"{name}-0",
+        *method,
+        PIXEL_OF % "one: 1.0, two: 0.0",
+        PIXEL[1],
+        half % ("one", "[]"),
+        half % ("two", "[0, 1, 2, 3, 4, 5, 6, 7]"),
+        "updates=2",
     )  # only looked at
     assert all(r["masked"] == 0 for r in rows(world, f"{name}-0"))
     fails = f"rewards.one={{_target_: tests.test_jobs.Failing, calls: {3 if method is DRAFT_ONE else 1}}}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -179,10 +178,8 @@ class FlowGRPO:
             if self.kl:
                 with torch.no_grad(), self.policy.use(REFERENCE):
                     reference, _ = self.step(t.z, velocity(t.z, sigma), t.sigma, t.sigma_next)
-                scale = (
-                    std if self.sde_type == "cps" else std / math.sqrt(t.sigma - t.sigma_next)
-                )  # the released KL leaves sde's sqrt(h) out
-                apart = (mean - reference).square().flatten(1).mean(1) / (2 * scale**2)
+                length = 1.0 if self.sde_type == "cps" else t.sigma - t.sigma_next  # sde's sqrt(h) is left out of the released KL
+                apart = (mean - reference).square().flatten(1).mean(1) / (2 * std**2 / length)
                 kl = torch.where(known.to(apart.device), apart, 0.0).mean()
                 loss = loss + self.kl * kl
                 metrics["kl"] = kl.detach()

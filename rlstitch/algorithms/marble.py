@@ -269,8 +269,9 @@ class MARBLE:
         measured = self._measured(gram, c)
         if self.solve != "marble":
             return None, measured
-        direction = [sum(float(x) * part for x, part in zip(c, parts)) for parts in zip(*gradients)]
-        value = sum(float(x) * y for x, y in zip(c, values))
+        taking_part = [k for k, x in enumerate(c.tolist()) if x]  # the others may hold what is no number
+        direction = [sum(float(c[k]) * parts[k] for k in taking_part) for parts in zip(*gradients)]
+        value = sum(float(c[k]) * values[k] for k in taking_part)
         return self._along([self.parts * part for part in direction], self.parts * value), measured
 
     def _along(self, direction: list[Tensor] | None, value: float) -> Tensor:
