@@ -161,12 +161,16 @@ def write(run: Path) -> Path:
     evals = [r for r in rows if "eval" in r]
     unit = next(k for k in rows[0] if k.endswith("_hours"))
     trained = {
-        n: [(r[unit]["total"], r["rewards"][n]) for r in train if n in r["rewards"]]
+        n: [(r[unit]["total"], r["rewards"][n]) for r in train if r["rewards"].get(n) is not None]
         for n in dict.fromkeys(n for r in train for n in r["rewards"])
     }
     told = "The oracle's scores" if trained else "The loss"
     trained = trained or {"loss": [(r[unit]["total"], r["loss"]) for r in train]}
-    judges = {n: [(r[unit]["total"], r["eval"][n]) for r in evals] for n in (evals[0]["eval"] if evals else {}) if "/" not in n}
+    judges = {
+        n: [(r[unit]["total"], r["eval"][n]) for r in evals if math.isfinite(r["eval"].get(n, math.nan))]
+        for n in (evals[0]["eval"] if evals else {})
+        if "/" not in n
+    }
     plots = [line_plot({name: line}, x_label=unit.replace("_", "-"), y_label=name, offset=offset) for name, line in trained.items()]
     held = [line_plot({name: line}, x_label=unit.replace("_", "-"), y_label=name, offset=offset) for name, line in judges.items()]
     hours = ", ".join(f"{k} {v:.4f}" for k, v in summary["device_hours"].items())

@@ -204,7 +204,7 @@ class Trainer:
             **({"stage": stage.name} if stage.name else {}),
             **({} if stage.oracle is None else {"stop": stop, "sigma": round(float(self.grid[stop]), 4)}),
             **{k: (v if norm is not None else None) for k, v in means.items()},
-            "rewards": {n: (float(v) if norm is not None else None) for n, v in zip(names, every_score.nanmean(0))},
+            "rewards": {n: (None if norm is None or v.isnan() else float(v)) for n, v in zip(names, every_score.nanmean(0))},
             "grad_norm": norm,
             "skipped": norm is None,
             **({"drift": drift} if drift else {}),
