@@ -259,8 +259,9 @@ class MARBLE:
         """
         one = torch.ones(1, dtype=torch.float64)
         each = [self.nft.policy_loss(slot, *mix(column[:, None], one)) for column in weights.unbind(1)]
+        kept = self.solve != "marble" or slot.reference is not None  # is the graph needed after this
         held = self.held.setdefault(k, Held([], []))
-        held.add([float(loss.detach()) for loss in each], [self._gradient(loss) for loss in each])
+        held.add([float(loss.detach()) for loss in each], [self._gradient(loss, kept or loss is not each[-1]) for loss in each])
         if self.seen < self.parts:
             return (self._along(None, 0.0) if self.solve == "marble" else None), {}
         values, gradients = self.held.pop(k).mean(self.parts)
@@ -308,10 +309,10 @@ class MARBLE:
         self.coefficients = {n: keep * before[n] + (1 - keep) * float(x) for n, x in zip(names, a)}
         return c
 
-    def _gradient(self, loss: Tensor) -> list[Tensor]:
-        """d loss / d policy; the graph stays for the slot's own backward."""
+    def _gradient(self, loss: Tensor, retain: bool) -> list[Tensor]:
+        """d loss / d policy; retain: the slot's graph stays, for another reward's gradient or the slot's own backward."""
         with torch.autocast(loss.device.type, enabled=False):
-            return list(torch.autograd.grad(loss, self.nft.policy.parameters(), retain_graph=True, materialize_grads=True))
+            return list(torch.autograd.grad(loss, self.nft.policy.parameters(), retain_graph=retain, materialize_grads=True))
 
     def end_step(self, step: int) -> None:
         """NFT's; one update more."""
