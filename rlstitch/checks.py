@@ -19,7 +19,8 @@ from rlstitch.stops import End
 from rlstitch.types import UserError
 
 
-def _catch(faults: list[str], where: str, action, *args):
+def attempt(faults: list[str], where: str, action, *args):
+    """What the action gives; None where it fails, which becomes a fault of `where`."""
     try:
         return action(*args)
     except (UserError, ValueError) as error:
@@ -48,14 +49,14 @@ def recipe_faults(config: RunConfig) -> list[str]:
 def _faults(config: RunConfig) -> list[str]:
     faults = part_faults(config)
     faults += [f for f in cfg.check_part("algorithm", config.algorithm) if not _given(f)]
-    method = _method(config)
+    method = _class(config.algorithm)
     for where, extra in {"oracle": ("weights",), "stop": ()}.items():
         if method is None or method.needs_oracle:
             faults += cfg.check_part(where, getattr(config, where), extra=extra)
         elif getattr(config, where):
             faults.append(f"'{where}' is given, but {config.algorithm['_target_']} asks no reward and would not use it: remove '{where}'")
     count = _data(config, method, faults)
-    held_out = _catch(faults, "evaluation.prompts", read_prompts, config.evaluation.prompts)
+    held_out = attempt(faults, "evaluation.prompts", read_prompts, config.evaluation.prompts)
     faults += judge_faults("evaluation.rewards", config.evaluation.rewards, config.rewards, held_out)
     if not config.evaluation.final or set(config.evaluation.final) - set(SETS):
         faults.append(f"'evaluation.final' must list some of {', '.join(SETS)}, not {config.evaluation.final}")
@@ -69,9 +70,9 @@ def _faults(config: RunConfig) -> list[str]:
     ]
     if config.batch.rollout_batch < 0:
         faults.append(f"'batch.rollout_batch' must not be negative, not {config.batch.rollout_batch}: 0 takes batch.micro_batch")
-    _catch(faults, "batch", geometry, config, count)
+    attempt(faults, "batch", geometry, config, count)
     if config.resume not in ("auto", "never"):
-        _catch(faults, "resume", require, config.resume, "the checkpoint to resume from")
+        attempt(faults, "resume", require, config.resume, "the checkpoint to resume from")
     cards = value_cards(config, faults)
     if config.refresh.fraction and not cards:
         faults.append(
@@ -85,11 +86,6 @@ def _faults(config: RunConfig) -> list[str]:
     return faults + (_comparisons(config, method) if method is not None and method.needs_oracle else [])
 
 
-def _method(config: RunConfig) -> Any:
-    """The algorithm's class; None where it cannot be loaded, which check_part reports."""
-    return _class(config.algorithm)
-
-
 def _given(fault: str) -> bool:
     """Whether check_part misses a parameter that the trainer itself hands in."""
     return any(f"'algorithm.{name}' is missing" in fault for name in ("oracle", "grid"))
@@ -101,7 +97,7 @@ def _data(config: RunConfig, method: Any, faults: list[str]) -> int | None:
     if method is None or method.learns_from == "prompts":
         if images and method is not None:
             faults.append(f"'data.images' is given, but {target} learns from prompts and makes its own pictures: remove it")
-        prompts = _catch(faults, "data.prompts", read_prompts, config.data.prompts)
+        prompts = attempt(faults, "data.prompts", read_prompts, config.data.prompts)
         return None if prompts is None else len(prompts)
     if not images:
         _, shape, example = DIMENSIONS[method.learns_from]
@@ -141,7 +137,7 @@ def _comparisons(config: RunConfig, method: Any) -> list[str]:
 
 def geometry(config: RunConfig, count: int | None = None) -> Geometry:
     """How the recipe's global batch is cut on the ranks that there are; `count` is the number of prompts or pictures, where it is known."""
-    batch, method = config.batch, _method(config)
+    batch, method = config.batch, _class(config.algorithm)
     whole, collects = (False, False) if method is None else (method.whole_groups, method.collects)
     return resolve_geometry(
         batch.prompts_per_update, batch.images_per_prompt, batch.micro_batch, world_size(), count, whole_groups=whole,
@@ -184,7 +180,7 @@ def value_cards(config: Any, faults: list[str]) -> dict[str, dict[str, Any]]:
         if name not in config.values:
             faults.append(f"'oracle.weights' names '{name}', which is not under 'values'{cfg.nearest(name, config.values)}")
             continue
-        card = _catch(faults, f"values.{name}", read_card, config.values[name])
+        card = attempt(faults, f"values.{name}", read_card, config.values[name])
         if card is None:
             continue
         cards[name] = card
@@ -209,10 +205,11 @@ def part_faults(config: Any) -> list[str]:
 
 
 def model_faults(model: dict[str, Any]) -> list[str]:
-    """Faults of a model's directory."""
+    """Faults of a model's directory, which has to hold the `parts` that the backbone's class names."""
     faults: list[str] = []
-    found = _catch(faults, "model.path", require, model["path"], "the model directory") if "path" in model else None
-    lacking = [part for part in ("transformer", "vae") if found is not None and not (found / part / "config.json").is_file()]
+    found = attempt(faults, "model.path", require, model["path"], "the model directory") if "path" in model else None
+    parts = getattr(_class(model), "parts", ())
+    lacking = [part for part in parts if found is not None and not (found / part / "config.json").is_file()]
     if lacking:
         faults.append(
             f"'model.path': {model['path']} is no pipeline directory of diffusers, it has no {' and no '.join(f'{p}/config.json' for p in lacking)}: load the model once with diffusers (from_pretrained, or from_single_file for a single .safetensors) and write it with save_pretrained"
@@ -226,7 +223,7 @@ def reward_faults(where: str, node: Any) -> list[str]:
     if isinstance(node, dict) and str(node.get("_target_")).startswith("rlstitch."):
         for key in ("path", "head"):
             if isinstance(node.get(key), str):
-                _catch(faults, f"{where}.{key}", require, node[key], "the reward's file")
+                attempt(faults, f"{where}.{key}", require, node[key], "the reward's file")
     return faults
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from rlstitch import config as cfg
 from rlstitch import sampling, schedule
-from rlstitch.checks import answered, judge_faults, part_faults, unknown_rewards, value_cards, without_gradient
+from rlstitch.checks import answered, attempt, judge_faults, part_faults, unknown_rewards, value_cards, without_gradient
 from rlstitch.data import PromptSet, encode, read_prompts
 from rlstitch.distributed import autocast
 from rlstitch.files import resolve, write_json, write_text
@@ -28,7 +28,7 @@ from rlstitch.oracles import Terminal, load_values
 from rlstitch.schema import SamplerConfig
 from rlstitch.steering.model import Steered
 from rlstitch.steering.particles import Trace
-from rlstitch.types import Judge, Latent, UserError, noise_like
+from rlstitch.types import Judge, Latent, noise_like
 
 
 @dataclass
@@ -142,11 +142,7 @@ def checked(given: dict[str, Any], name: str) -> SteerConfig:
     )
     if config.lora:
         faults += [f"'lora': {config.lora} is no folder"] if not resolve(config.lora).is_dir() else []
-    prompts = None
-    try:
-        prompts = read_prompts(config.prompts)
-    except UserError as error:
-        faults.append(f"'prompts': {error}")
+    prompts = attempt(faults, "prompts", read_prompts, config.prompts)
     faults += part_faults(config) + judge_faults("judges", config.judges, config.rewards, prompts)
     parts = cfg.check_part("oracle", config.oracle, extra=("weights",)) + cfg.check_part("method", config.method)
     if not parts:

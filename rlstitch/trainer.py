@@ -179,11 +179,13 @@ class Trainer:
         if self.algorithm.collects:
             self.scorer.finish()
             rollouts = [part for rollout in rollouts for part in rollout.split(self.geometry.micro_batch)]
-            scores = [rollout.scores for rollout in rollouts]
-            self._learn_together(rollouts, sums)
+            scores, groups = [rollout.scores for rollout in rollouts], [rollout.batch.group for rollout in rollouts]
+        own = torch.cat(scores).detach().float()
+        every, all_groups = engine.gather(own), engine.gather(torch.cat(groups).to(own.device))
+        if self.algorithm.collects:
+            self._learn_together(rollouts, every, all_groups, sums)
         elif stage.oracle is not None:
-            every = engine.gather(torch.cat(scores).float())
-            self.scorer.check(every, engine.gather(torch.cat(groups).to(every.device)), stage.oracle, self.step + 1)
+            self.scorer.check(every, all_groups, stage.oracle, self.step + 1)
         with clock.phase("update"):
             norm = engine.step()
             if norm is not None:
@@ -195,7 +197,6 @@ class Trainer:
                 drift = self.refresher.after(rollouts[0], stage.oracle.names, self.grid, stop)
         self.step += 1
         means = {key: float(engine.gather(torch.cat(values)).nanmean()) for key, values in sums.items()}
-        every_score = engine.gather(torch.cat(scores))
         self._guard(norm, means)
         names = stage.oracle.names if stage.oracle else ()
         row = {
@@ -204,7 +205,7 @@ class Trainer:
             **({"stage": stage.name} if stage.name else {}),
             **({} if stage.oracle is None else {"stop": stop, "sigma": round(float(self.grid[stop]), 4)}),
             **{k: (v if norm is not None else None) for k, v in means.items()},
-            "rewards": {n: (None if norm is None or v.isnan() else float(v)) for n, v in zip(names, every_score.nanmean(0))},
+            "rewards": {n: (None if norm is None or v.isnan() else float(v)) for n, v in zip(names, every.nanmean(0))},
             "grad_norm": norm,
             "skipped": norm is None,
             **({"drift": drift} if drift else {}),
@@ -226,18 +227,16 @@ class Trainer:
                 for key, value in part[1].items():
                     sums.setdefault(key, []).append(value.float().reshape(1))
 
-    def _learn_together(self, rollouts: list[Rollout], sums: dict[str, list[Tensor]]) -> None:
-        """Compare the samples of all ranks, then learn from this rank's own."""
-        own = torch.cat([r.scores for r in rollouts]).detach().float()
-        groups = torch.cat([r.batch.group for r in rollouts]).to(own.device)
-        every, all_groups = self.engine.gather(own), self.engine.gather(groups)
-        weights, metrics = self.algorithm.compare(rollouts, every, all_groups)
-        self.scorer.check(every, all_groups, self.algorithm.oracle, self.step + 1, metrics["masked"])
-        mine = weights[self.engine.rank * len(own) :][: len(own)]
-        for rollout, part in zip(rollouts, mine.split([len(r.batch) for r in rollouts])):
+    def _learn_together(self, rollouts: list[Rollout], scores: Tensor, groups: Tensor, sums: dict[str, list[Tensor]]) -> None:
+        """Compare the samples of all ranks by their scores [B, K] and prompts [B], then learn from this rank's own."""
+        weights, metrics = self.algorithm.compare(rollouts, scores, groups)
+        self.scorer.check(scores, groups, self.algorithm.oracle, self.step + 1, metrics["masked"])
+        sizes = [len(r.batch) for r in rollouts]
+        mine = weights[self.engine.rank * sum(sizes) :][: sum(sizes)]
+        for rollout, part in zip(rollouts, mine.split(sizes)):
             self._learn(rollout, sums, part, self.slots)
         for key, value in metrics.items():
-            sums[key] = [torch.tensor([value], device=own.device)]
+            sums[key] = [torch.tensor([value], device=scores.device)]
 
     def _guard(self, norm: float | None, means: dict[str, float]) -> None:
         """Count updates skipped for NaN or Inf; give up after too many in a row, with the weights as they were."""

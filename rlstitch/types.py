@@ -117,11 +117,12 @@ class Rollout:
 class Backbone(Protocol):
     """A denoiser with its autoencoder and text encoders; what an adapter for another architecture has to give. It never loops over time.
 
-    transformer: the module that LoRA is added to, on the linears named `lora_targets`. latent_shape (C, H, W), image_size in pixels, width of a block's tokens.
+    parts: folders that its directory must hold. transformer: the module that LoRA is added to, on the linears named `lora_targets`. latent_shape (C, H, W), image_size in pixels, width of a block's tokens.
     too_long: (prompt, tokens, limit) of prompts that the encoders would cut. cache: folder of encoded text, None for none; `remember` fills it. A prefix's activations have `block`, `size`, `grid`, `rows` and `join` (backbones.sd3.Activations).
     """
 
     path: Any
+    parts: tuple[str, ...]
     transformer: Any
     lora_targets: Sequence[str]
     num_blocks: int

@@ -114,7 +114,7 @@ class SD3Backbone:
         cache: str | None = None,
     ):
         self.path, self.device, self.dtype = require(path, "the model directory"), torch.device(device), getattr(torch, dtype)
-        for part in ("transformer", "vae"):
+        for part in self.parts:
             require(self.path / part, f"the {part} of model '{path}'")
         self.transformer = self._load(SD3Transformer2DModel, "transformer")
         self.vae = self._load(AutoencoderKL, "vae")
@@ -135,6 +135,7 @@ class SD3Backbone:
         self._text_folder: Path | None = None
 
     lora_targets = LORA_TARGETS
+    parts = ("transformer", "vae")  # folders of the directory that are loaded at once
 
     @staticmethod
     def parameter_counts(path: str, rank: int) -> dict[str, int]:

@@ -16,7 +16,7 @@ import torch
 from omegaconf import OmegaConf
 
 from rlstitch import config as cfg
-from rlstitch.checks import part_faults, unknown_rewards
+from rlstitch.checks import attempt, part_faults, unknown_rewards
 from rlstitch.data import encode, read_prompts
 from rlstitch.distributed import resolve_precision
 from rlstitch.files import write_json, write_text
@@ -26,7 +26,7 @@ from rlstitch.stitch import measure
 from rlstitch.stitch.distill import latents_of, targets_of
 from rlstitch.stitch.measure import Reference, Subject
 from rlstitch.stitch.model import StitchedValueModel, read_card
-from rlstitch.types import Latent, UserError
+from rlstitch.types import Latent
 
 RIVALS = ("tweedie_prompt", "tweedie_null", "monte_carlo")
 
@@ -76,10 +76,7 @@ def checked(given: dict[str, Any], name: str) -> CompareConfig:
     faults += [f"'rivals' knows {', '.join(RIVALS)}, not {r!r}" for r in config.rivals if r not in RIVALS]
     if config.calibration.precision not in ("auto", "fp32", "bf16"):
         faults.append(f"'calibration.precision' must be one of auto, fp32, bf16, not {config.calibration.precision!r}")
-    try:
-        read_prompts(config.calibration.prompts)
-    except UserError as error:
-        faults.append(f"'calibration.prompts': {error}")
+    attempt(faults, "calibration.prompts", read_prompts, config.calibration.prompts)
     faults += [f"'sigmas' must lie in (0, 1), not {s:g}" for s in config.sigmas if not 0 < s < 1]
     for where, nodes in (("held_out", {"": config.held_out}), ("pairs", config.pairs), ("graded", config.graded)):
         for key, node in nodes.items():
@@ -89,10 +86,7 @@ def checked(given: dict[str, Any], name: str) -> CompareConfig:
             faults.append(f"'compare.{reward}' must give rows and their value models, e.g. {{StitchVM: shapes:value_clip}}")
             continue
         for row, path in rows.items():
-            try:
-                read_card(path)
-            except UserError as error:
-                faults.append(f"'compare.{reward}.{row}': {error}")
+            attempt(faults, f"compare.{reward}.{row}", read_card, path)
     if faults:
         raise cfg.report(faults, name)
     config.name = config.name or cfg.short_name(name)

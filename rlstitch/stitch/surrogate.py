@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from rlstitch import config as cfg
-from rlstitch.checks import part_faults
+from rlstitch.checks import attempt, part_faults
 from rlstitch.data import PromptSet, encode, read_prompts
 from rlstitch.distributed import autocast
 from rlstitch.files import require, write_json
@@ -71,10 +71,7 @@ def checked(given: dict[str, Any], name: str) -> SurrogateConfig:
         faults.append(
             f"'generate.count' must be positive, not {config.generate.count}: the surrogate learns from the model's pictures alone"
         )
-    try:
-        require(config.held_out, "held_out")
-    except UserError as error:
-        faults.append(f"'held_out': {error}")
+    attempt(faults, "held_out", require, config.held_out, "held_out")
     if faults:
         raise cfg.report(faults, name)
     config.name = config.name or cfg.short_name(name)
