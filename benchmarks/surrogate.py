@@ -56,7 +56,7 @@ def agreement(config: surrogate.SurrogateConfig, value: Path) -> dict[str, float
     prompts = encode(backbone, read_prompts(config.held_out))
     latents, rows, _ = generate(backbone, prompts, dataclasses.replace(config.generate, count=config.held_generations, seed=1), "held-out")
     pictures = pictures_of(backbone, latents)
-    asked, truth = surrogate.pairs_of(black_box, pictures, prompts, rows, config.others)
+    asked, truth = surrogate.pairs_of("detector", black_box, pictures, prompts, rows, config.others)
     batch, times = measure.batch_of(asked), 1 + config.others
     embedding = targets_of(model.reward, pictures)[0]
     found = {"clean": measure.correlation(model.reward.score_embedding(embedding.repeat(times, 1), batch).cpu(), truth)}

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rlstitch import sampling
+from rlstitch.asking import ask
 from rlstitch.data import PromptSet
 from rlstitch.distributed import Engine
 from rlstitch.policy import Policy
@@ -66,7 +67,7 @@ def evaluate(
                 done = sampling.sample(backbone.bind(batch.text, guidance), z, grid)
                 images = backbone.decode(done.z)
                 for name, reward in rewards.items():
-                    columns[name].append(reward.score(images, batch).float())
+                    columns[name].append(ask(name, reward, images, batch))
             parts.append(images)
             bar.update(len(index) * engine.world)
     bar.close()

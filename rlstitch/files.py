@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -40,7 +41,9 @@ def assembled(folder: Path) -> Path:
 
     GROWN names the base, the depth, and where the base's blocks stand now. Raises UserError where either file is not the one that was trained.
     """
-    told = json.loads((folder / GROWN).read_text())
+    told = read_json(folder / GROWN, "the grown model", base=str, sha256=str, base_sha256=str, kept=list, layers=int)
+    if Path(told["base"]).name != told["base"]:
+        raise UserError(f"the grown model {folder / GROWN}: 'base' must be the name of a folder beside it, not {told['base']!r}")
     whole = cache_folder() / f"{folder.name}-{told['sha256'][:12]}-{told['base_sha256'][:12]}"
     if whole.exists():
         return whole
@@ -56,7 +59,7 @@ def assembled(folder: Path) -> Path:
         shutil.copytree(base, temporary, dirs_exist_ok=True)
         shutil.copy(folder / "card.json", temporary / "card.json")
         write_tensors(temporary / inside, tensors, metadata={"format": "pt"})
-        config = json.loads((temporary / "transformer" / "config.json").read_text())
+        config = read_json(temporary / "transformer" / "config.json", "the transformer's config")
         write_json(temporary / "transformer" / "config.json", config | {"num_layers": told["layers"]})
         os.replace(temporary, whole)
     except OSError:
@@ -78,6 +81,36 @@ def require(path: str | Path, what: str) -> Path:
             + (f"Beside it: {', '.join(beside[:12])}." if beside else f"The folder {parent} does not exist either.")
         )
     return found
+
+
+def read_json(path: Path, what: str, remedy: str = "restore it or make it again", **fields: Any) -> dict[str, Any]:
+    """The JSON object in a file, which has at least `fields`, by name and type: str, int, bool, dict, list, float (finite; an int will do), or [float] * n for a
+    list of n of them. Raises UserError with what the file is, what is wrong with it and the remedy."""
+    try:
+        value = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"{what} {path} cannot be read ({error.strerror}): {remedy}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} {path} is not UTF-8 text (byte {error.start}): {remedy}") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{what} {path} is not JSON ({error}): {remedy}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{what} {path} holds {type(value).__name__}, not an object of names and values: {remedy}")
+    if lacking := [name for name in fields if name not in value]:
+        raise UserError(f"{what} {path} has no {' and no '.join(map(repr, lacking))}: {remedy}")
+    for name, kind in fields.items():
+        if not _is(value[name], kind):
+            told = f"{len(kind)} numbers" if isinstance(kind, list) else kind.__name__
+            raise UserError(f"{what} {path}: {name!r} must be {told}, not {str(value[name])[:100]!r}: {remedy}")
+    return value
+
+
+def _is(value: Any, kind: Any) -> bool:
+    if isinstance(kind, list):
+        return isinstance(value, list) and len(value) == len(kind) and all(map(_is, value, kind))
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 def sha256(path: Path) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlstitch import sampling
+from rlstitch.asking import ask
 from rlstitch.data import PromptSet
 from rlstitch.distributed import Engine
 from rlstitch.schema import GuardConfig
@@ -125,7 +126,7 @@ def probe(
             told = oracle(z, batch).float()
             for name, value in zip(oracle.names, told.unbind(1)):
                 if name in rewards:
-                    truth = rewards[name].score(images, batch).float()
+                    truth = ask(name, rewards[name], images, batch)
                     out[f"gap/{name}"] = float((value - truth).mean() / truth.std().clamp(min=1e-8))
                     agreement = float(torch.corrcoef(torch.stack([value, truth]))[0, 1])
                     out |= {} if math.isnan(agreement) else {f"correlation/{name}": agreement}

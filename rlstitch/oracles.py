@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rlstitch import sampling, schedule
+from rlstitch.asking import ask, has_gradient
 from rlstitch.config import load_class
 from rlstitch.distributed import autocast
 from rlstitch.stitch.model import OtherDenoiser, StitchedValueModel, build, read_card, values
@@ -18,7 +19,7 @@ from rlstitch.types import Backbone, Batch, Latent, Oracle, Reward, UserError
 
 
 def _scores(rewards: Mapping[str, Reward], images: Tensor, batch: Batch) -> Tensor:
-    return torch.stack([reward.score(images, batch).float().to(images.device) for reward in rewards.values()], 1)
+    return torch.stack([ask(name, reward, images, batch) for name, reward in rewards.items()], 1)
 
 
 class _Mixed:
@@ -43,7 +44,7 @@ class Terminal(_Mixed):
     def __init__(self, backbone: Backbone, rewards: Mapping[str, Reward], weights: Mapping[str, float]):
         super().__init__(weights)
         self.backbone, self.rewards = backbone, {name: rewards[name] for name in weights}
-        self.differentiable = all(r.differentiable for r in self.rewards.values())
+        self.differentiable = all(map(has_gradient, self.rewards.values()))
 
     def __call__(self, latent: Latent, batch: Batch) -> Tensor:
         if bool((latent.sigma > 0).any()):
@@ -61,7 +62,7 @@ class Tweedie(_Mixed):
     def __init__(self, backbone: Backbone, rewards: Mapping[str, Reward], weights: Mapping[str, float], *, prompt: bool = True):
         super().__init__(weights)
         self.backbone, self.rewards, self.prompt = backbone, {name: rewards[name] for name in weights}, prompt
-        self.differentiable = all(r.differentiable for r in self.rewards.values())
+        self.differentiable = all(map(has_gradient, self.rewards.values()))
 
     def __call__(self, latent: Latent, batch: Batch) -> Tensor:
         if not bool((latent.sigma > 0).any()):

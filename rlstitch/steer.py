@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from rlstitch import config as cfg
 from rlstitch import sampling, schedule
+from rlstitch.asking import ask
 from rlstitch.checks import answered, attempt, judge_faults, part_faults, unknown_rewards, value_cards, without_gradient
 from rlstitch.data import PromptSet, encode, read_prompts
 from rlstitch.distributed import autocast
@@ -219,7 +220,7 @@ class Job:
         batch = self.prompts.batch(rows, torch.tensor(rows))
         with self.autocast():
             images = self.backbone.decode(latents)
-            return images, {name: self.rewards[name].score(images, batch).float().cpu() for name in self.config.judges}
+            return images, {name: ask(name, self.rewards[name], images, batch).cpu() for name in self.config.judges}
 
     def run(self) -> dict[str, Any]:
         """Steer every prompt; write pictures, grid, scores.json and the recipe to <out>/<name>, all at once at the end."""

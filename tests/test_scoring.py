@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from rlstitch.asking import PartError
 from rlstitch.metrics import Clock
 from rlstitch.oracles import Terminal
 from rlstitch.scoring import Scorer, has_own_device
@@ -74,6 +75,6 @@ def test_an_error_in_the_thread_is_raised(backbone, scorer):
     service.score = lambda images, batch: 1 / 0
     algorithm, rollouts = parts(backbone, service)
     scorer.ask(algorithm, rollouts[0])
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(PartError, match="reward .light. failed: ZeroDivisionError"):
         scorer.finish()
     assert not scorer.pending

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlstitch import sampling
+from rlstitch.asking import ask
 from rlstitch.distributed import Engine
 from rlstitch.schema import RefreshConfig
 from rlstitch.stitch.distill import DistillConfig, distill, targets_of
@@ -51,7 +52,7 @@ class Refresher:
             if stop < len(grid) - 1:
                 z = sampling.sample(self.backbone.bind(part.text, self.guidance), z, grid[stop:]).z
             images = self.backbone.decode(z)
-            truths = {name: self.rewards[name].score(images, part).float() for name in names if name in self.rewards}
+            truths = {name: ask(name, self.rewards[name], images, part) for name in names if name in self.rewards}
         gaps = {}
         self.seen += 1
         keep = 1 - max(0.1, 1 / self.seen)  # a plain mean at first, then about the last ten updates

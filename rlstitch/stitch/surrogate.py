@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from rlstitch import config as cfg
+from rlstitch.asking import ask
 from rlstitch.checks import attempt, part_faults
 from rlstitch.data import PromptSet, encode, read_prompts
 from rlstitch.distributed import autocast
@@ -78,17 +79,17 @@ def checked(given: dict[str, Any], name: str) -> SurrogateConfig:
     return config
 
 
-def scored(black_box: Reward, images: Tensor, asked: PromptSet, rows: list[int], batch_size: int = 64) -> Tensor:
+def scored(name: str, black_box: Reward, images: Tensor, asked: PromptSet, rows: list[int], batch_size: int = 64) -> Tensor:
     """The black box's scores [N] of pictures under the given prompt rows. A score that is not finite is an error: it must not be learned as a number."""
     out = []
     for start in range(0, len(images), batch_size):
         part = rows[start : start + batch_size]
         batch = Batch([asked.prompts[i] for i in part], torch.tensor(part), torch.tensor(part), [asked.rows[i] for i in part])
-        out.append(black_box.score(images[start : start + batch_size].float() / 255, batch).float().cpu())
+        out.append(ask(name, black_box, images[start : start + batch_size].float() / 255, batch).cpu())
     scores = torch.cat(out)
     if not bool(torch.isfinite(scores).all()):
         raise UserError(
-            f"the reward gave {int((~torch.isfinite(scores)).sum())} scores of {len(scores)} that are not finite: mend it before distilling it"
+            f"reward '{name}' gave {int((~torch.isfinite(scores)).sum())} scores of {len(scores)} that are not finite: mend it before distilling it"
         )
     return scores
 
@@ -141,13 +142,13 @@ def fit(student: Student, images: Tensor, prompts: list[str], truth: Tensor, con
     return sum(tail) / len(tail)
 
 
-def pairs_of(black_box: Reward, images: Tensor, prompts: PromptSet, rows: list[int], others: int) -> tuple[list[str], Tensor]:
+def pairs_of(name: str, black_box: Reward, images: Tensor, prompts: PromptSet, rows: list[int], others: int) -> tuple[list[str], Tensor]:
     """(prompt, score) of every picture under its own prompt, then of all again under those of other pictures, `others` times."""
     asked, scores = [], []
     for roll in range(1 + others):
         shifted = rows[37 * roll % len(rows) :] + rows[: 37 * roll % len(rows)]
         asked += [prompts.prompts[i] for i in shifted]
-        scores.append(scored(black_box, images, prompts, shifted))
+        scores.append(scored(name, black_box, images, prompts, shifted))
     return asked, torch.cat(scores)
 
 
@@ -165,12 +166,12 @@ def run(config: SurrogateConfig) -> dict[str, Any]:
     )
     latents, rows, seconds = generate(backbone, seen, config.generate, "pictures")
     images = pictures_of(backbone, latents)
-    asked, truth = pairs_of(black_box, images, seen, rows, config.others)
+    asked, truth = pairs_of(name, black_box, images, seen, rows, config.others)
     latents, held_rows, _ = generate(
         backbone, held_out, dataclasses.replace(config.generate, count=config.held_generations), "held-out pictures"
     )
     held = pictures_of(backbone, latents)
-    held_asked, held_truth = pairs_of(black_box, held, held_out, held_rows, config.others)
+    held_asked, held_truth = pairs_of(name, black_box, held, held_out, held_rows, config.others)
     student = Student(start)
     last = fit(student, images, asked, truth, config)
     folder = Path(config.out) / config.name
@@ -185,7 +186,9 @@ def run(config: SurrogateConfig) -> dict[str, Any]:
     with torch.no_grad():
         predicted = torch.cat(
             [
-                built.score(held[k % len(held) : k % len(held) + 1].float().to(device) / 255, measure.batch_of([held_asked[k]])).cpu()
+                ask(
+                    "surrogate", built, held[k % len(held) : k % len(held) + 1].float().to(device) / 255, measure.batch_of([held_asked[k]])
+                ).cpu()
                 for k in range(len(held_truth))
             ]
         )
