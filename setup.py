@@ -20,6 +20,7 @@ setup(
         "accelerate>=1.15,<2",
         "deepspeed>=0.19.8,<0.20",
         "omegaconf>=2.4,<2.5",
+        "pyyaml>=6",
         "wandb>=0.31,<0.32",
         "safetensors>=0.6",
         "tokenizers>=0.22",

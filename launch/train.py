@@ -4,7 +4,7 @@ from rlstitch import cli
 
 
 def run(arguments: list[str]) -> None:
-    from rlstitch.checks import checked, describe, resumable
+    from rlstitch.checks import checked, describe, goals, resumable
     from rlstitch.trainer import Trainer
 
     name, given = cli.recipe_and_overrides(arguments)
@@ -13,6 +13,7 @@ def run(arguments: list[str]) -> None:
         print(describe(config))
         return
     resumable(config)
+    cli.announce(goals(config))
     trainer = Trainer(config)
     try:
         trainer.train()

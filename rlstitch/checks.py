@@ -257,7 +257,12 @@ def _class(node: Any) -> Any:
 
 
 def unknown_rewards(where: str, names: list[str], rewards: dict[str, Any]) -> list[str]:
-    return [f"'{where}' names '{n}', which is not under 'rewards'{cfg.nearest(n, rewards)}" for n in names if n not in rewards]
+    """Names of rewards that a recipe does not give. One that its pieces give is gone where the recipe gives `rewards` whole."""
+    return [
+        f"'{where}' names '{n}', which is not under 'rewards'{cfg.nearest(n, rewards)}; `rewards.{n}: ...` adds one to those of the recipe's pieces"
+        for n in names
+        if n not in rewards
+    ]
 
 
 def _pairings(config: RunConfig, cards: dict[str, dict[str, Any]], faults: list[str]) -> None:
@@ -328,6 +333,28 @@ def resumable(config: RunConfig) -> None:
         )
 
 
+def goals(config: RunConfig) -> list[str]:
+    """What a checked run trains on and where its rollouts stop, a line a stage: `trains on clip x1 + hps x1; stops after 6..9 of 10 steps, sigma .67 to .25`."""
+    lines = []
+    for name, part in zip(stages.names(config), stages.expand(config)):
+        if part.oracle:
+            weights = " + ".join(f"{reward} x{weight:g}" for reward, weight in part.oracle["weights"].items())
+            stop, steps, s = cfg.build(part.stop).steps(part.sampler.num_steps), part.sampler.num_steps, part.sampler
+            grid = [f"{v:.2f}".removeprefix("0") if v else "0" for v in schedule.sigmas(steps, s.shift, s.spacing).tolist()]
+            low, high = stop.start, stop.stop - 1
+            after, sigma = (f"{low}..{high}", f"{grid[low]} to {grid[high]}") if high > low else (f"{low}", grid[low])
+            line = f"trains on {weights}; stops after {after} of {steps} steps, sigma {sigma}"
+        else:
+            images = part.data.images
+            line = (
+                f"learns from {images['n']} pictures"
+                if "n" in images
+                else f"learns from the pictures of {images.get('path', images['_target_'])}"
+            )
+        lines.append(f"stage {name}, {part.updates} updates: {line}" if config.stages else line)
+    return lines
+
+
 def describe(config: RunConfig) -> str:
     """What `check=true` prints: resolved recipe, geometry, parameters and a memory estimate, from the model's configuration alone."""
     from accelerate import init_empty_weights
@@ -340,6 +367,8 @@ def describe(config: RunConfig) -> str:
     partitions = cut.world if config.distributed.zero_stage else 1
     memory = base * width + trained * 4 * 3 + trained * 8 / partitions
     lines = [
+        *goals(config),
+        "",
         cfg.to_yaml(config).rstrip(),
         "",
         f"geometry: {cut}",

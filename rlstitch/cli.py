@@ -51,6 +51,12 @@ def keep_freed_memory() -> None:
         library.mallopt(option, value)
 
 
+def announce(lines: list[str]) -> None:
+    """Lines that a job begins with, from one rank."""
+    if os.environ.get("RANK", "0") == "0":
+        print(*lines, sep="\n", flush=True)
+
+
 def main(run: Callable[[list[str]], None]) -> None:
     """Run a launcher: UserError -> its message and status 2; a signal -> 128 + its number."""
     keep_freed_memory()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import typing
+from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from rlstitch import strict_yaml
 from rlstitch.schema import CHOICES, POSITIVE, RunConfig
 from rlstitch.types import UserError
 
@@ -47,29 +49,45 @@ def find_recipe(name: str, folder: Path | None = None) -> Path:
     raise UserError(f"no recipe '{name}'{nearest(name, names)}")
 
 
-def _read(path: Path) -> dict[str, Any]:
+class Some(dict[str, Any]):
+    """Keys given one by one, by dotted paths: they join what is there. A plain dict was given whole."""
+
+
+def _read(path: Path) -> Some:
+    """A recipe file; its keys with dots (`oracle.weights.hps: 0.5`) go deeper, as overrides do."""
     try:
-        content = OmegaConf.to_container(OmegaConf.load(path))
+        if path.stat().st_size > 1 << 20:
+            raise UserError(f"{path} has {path.stat().st_size} bytes: it is no recipe")
+        content = strict_yaml.load(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from error
-    except Exception as error:  # YAML errors of several libraries, all of which say where
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from error
+    except ValueError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold keys and values, not {type(content).__name__}")
-    return content
+    return merge(
+        Some((k, v) for k, v in content.items() if "." not in k), _nested([(k, v) for k, v in content.items() if "." in k], str(path))
+    )
 
 
-def compose(name: str, folder: Path | None = None, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The recipe merged over the pieces it names under `use`, in order; `above` are the recipes that this one is a piece of."""
+def compose(name: str, folder: Path | None = None) -> dict[str, Any]:
+    """The recipe merged over the pieces it names under `use`, in order."""
+    return merge({}, _composed(name, folder))
+
+
+def _composed(name: str, folder: Path | None, above: tuple[Path, ...] = ()) -> Some:
+    """`above` are the recipes that this one is a piece of."""
     path = find_recipe(name, folder).resolve()
     if path in above:
         raise UserError(f"recipes use each other in a circle: {' -> '.join(p.stem for p in (*above, path))}. Take one `use` out")
-    content, merged = _read(path), {}
+    content, merged = _read(path), Some()
     pieces = content.pop("use", None) or []
-    if isinstance(pieces, str) or not all(isinstance(piece, str) for piece in pieces):
+    if not isinstance(pieces, list) or not all(isinstance(piece, str) for piece in pieces):
         raise UserError(f"'use' in {path} must list recipes, e.g. use: [draft], not {pieces!r}")
     for piece in pieces:
-        merged = merge(merged, compose(piece, folder, (*above, path)))
+        merged = merge(merged, _composed(piece, folder, (*above, path)))
     return merge(merged, content)
 
 
@@ -95,29 +113,61 @@ def differences(saved: dict[str, Any], config: RunConfig) -> list[str]:
     return [f"{k}: {before.get(k, 'not given')} -> {now.get(k, 'not given')}" for k in keys if before.get(k) != now.get(k)]
 
 
-def merge(base: dict, over: dict) -> dict:
-    """`over` laid over `base`, deep. Where a part's `_target_` changes, only the keys that the new class takes are kept."""
-    out = dict(base)
+TABLES = ("rewards", "values", "weights", "compare", "pairs", "graded")  # mappings whose keys are names
+
+
+def merge(base: dict, over: dict, names: bool = False) -> Any:
+    """`over` laid over `base`, deep. A part whose `_target_` changes keeps only the keys that the new class takes. A mapping from names (TABLES, those in them,
+    and those that a part takes) is replaced when given whole; keys given one by one (Some) join it, and null takes one out. `names`: these two are one.
+    """
+    out = type(base)(base)
     if "_target_" in over and over["_target_"] != base.get("_target_", over["_target_"]):
         try:
             takes = inspect.signature(load_class(over["_target_"])).parameters
         except UserError:
             takes = base  # the checks will say what is wrong with the target
-        out = {key: value for key, value in base.items() if key in takes}
+        out = type(base)((key, value) for key, value in base.items() if key in takes)
+    part = "_target_" in out or "_target_" in over
     for key, value in over.items():
-        out[key] = merge(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
+        if isinstance(value, dict):
+            old = out[key] if isinstance(out.get(key), dict) else None
+            table = (key in TABLES or part or names) and not any("_target_" in node for node in (value, old or {}))
+            if old is None or (table and not isinstance(value, Some)):
+                old = type(value)() if isinstance(base, Some) else {}
+            out[key] = merge(old, value, table)
+        elif value is None and names and not isinstance(base, Some):
+            out.pop(key, None)
+        else:
+            out[key] = value
+    return out
+
+
+def _nested(items: Iterable[tuple[str, Any]], where: str) -> Some:
+    """(dotted key, value) pairs as nested mappings of single keys, later ones over earlier ones."""
+    out = Some()
+    for key, value in items:
+        steps = key.split(".")
+        if not all(steps):
+            raise UserError(f"cannot read the key '{key}' in {where}: write names with single dots between them, e.g. optimiser.lr")
+        for step in reversed(steps):
+            value = Some({step: value})
+        out = merge(out, value)
     return out
 
 
 def parse_overrides(arguments: list[str]) -> dict[str, Any]:
-    """key=value arguments (dots go deeper) as nested dicts, values read as YAML."""
-    bad = [a for a in arguments if "=" not in a or a.startswith("-")]
+    """key=value arguments (dots go deeper) as nested dicts, values read as YAML; `key=` is empty text."""
+    bad = [a for a in arguments if "=" not in a or a.startswith(("-", "="))]
     if bad:
         raise UserError(f"cannot read {', '.join(repr(b) for b in bad)}: write overrides as key=value, e.g. optimiser.lr=1e-4")
-    try:
-        return typing.cast(dict, OmegaConf.to_container(OmegaConf.from_dotlist(arguments)))
-    except Exception as error:
-        raise UserError(f"cannot read the overrides {arguments}: {error}") from error
+    items = []
+    for argument in arguments:
+        key, _, text = argument.partition("=")
+        try:
+            items.append((key, strict_yaml.load(text) if text else ""))
+        except ValueError as error:
+            raise UserError(f"cannot read the override {argument!r}: {error}; text with signs in it goes into quotes") from error
+    return _nested(items, "the overrides")
 
 
 LAUNCHERS = {

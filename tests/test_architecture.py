@@ -10,7 +10,7 @@ PACKAGE = ROOT / "rlstitch"
 
 # A module may import rooms of a smaller number, its own room's helpers, and nothing above.
 FLOORS = {
-    "types": 0, "schema": 0,
+    "types": 0, "schema": 0, "strict_yaml": 0,
     "asking": 0.5,
     "config": 1, "distributed": 1, "files": 1, "interrupt": 1,
     "schedule": 2, "stops": 2, "losses": 2, "advantages": 2, "data": 2, "metrics": 2, "backbones": 2, "rewards": 2, "shapes": 2, "pictures": 2,
