@@ -56,7 +56,7 @@ def _faults(config: RunConfig) -> list[str]:
         elif getattr(config, where):
             faults.append(f"'{where}' is given, but {config.algorithm['_target_']} asks no reward and would not use it: remove '{where}'")
     count = _data(config, method, faults)
-    held_out = attempt(faults, "evaluation.prompts", read_prompts, config.evaluation.prompts)
+    held_out = attempt(faults, "evaluation.prompts", read_prompts, config.evaluation.prompts, config.evaluation.column)
     faults += judge_faults("evaluation.rewards", config.evaluation.rewards, config.rewards, held_out)
     if not config.evaluation.final or set(config.evaluation.final) - set(SETS):
         faults.append(f"'evaluation.final' must list some of {', '.join(SETS)}, not {config.evaluation.final}")
@@ -97,7 +97,7 @@ def _data(config: RunConfig, method: Any, faults: list[str]) -> int | None:
     if method is None or method.learns_from == "prompts":
         if images and method is not None:
             faults.append(f"'data.images' is given, but {target} learns from prompts and makes its own pictures: remove it")
-        prompts = attempt(faults, "data.prompts", read_prompts, config.data.prompts)
+        prompts = attempt(faults, "data.prompts", read_prompts, config.data.prompts, config.data.column)
         return None if prompts is None else len(prompts)
     if not images:
         _, shape, example = DIMENSIONS[method.learns_from]

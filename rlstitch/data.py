@@ -2,79 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlstitch import config as cfg
-from rlstitch.files import require
+from rlstitch.prompts import PromptSet, read_prompts
 from rlstitch.schema import DataConfig
-from rlstitch.types import Batch, Conditioning, UserError
+from rlstitch.types import Batch, UserError
 
-MAX_FILE_BYTES = 64 << 20
 SEEDS_PER_UPDATE = 1_000_000  # an update's noise seeds lie within one such span
-
-
-@dataclass
-class PromptSet:
-    """N prompts with the rows they came from and, once encoded, the denoiser's text.
-
-    `text` is that of all prompts; where a cache on disk has it, `lookup` reads it batch by batch instead.
-    Where pictures are learned from: `pictures` uint8 [N, 3, H, W], or [N, 2, 3, H, W] for pairs with the better first; once encoded, their latents `clean`.
-    """
-
-    prompts: list[str]
-    rows: list[dict[str, Any]]
-    text: Conditioning | None = field(default=None, repr=False)
-    lookup: Callable[[list[str]], Conditioning] | None = field(default=None, repr=False)
-    pictures: Tensor | None = field(default=None, repr=False)
-    clean: Tensor | None = field(default=None, repr=False)
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def batch(self, index: list[int], seeds: Tensor) -> Batch:
-        if self.lookup is not None:
-            text = self.lookup([self.prompts[i] for i in index])
-        else:
-            text = None if self.text is None else self.text[torch.tensor(index, device=self.text.tokens.device)]
-        clean = None if self.clean is None else self.clean[torch.tensor(index)].to("cpu" if text is None else text.tokens.device)
-        return Batch([self.prompts[i] for i in index], torch.tensor(index), seeds, [self.rows[i] for i in index], text, clean)
-
-
-def read_prompts(path: str) -> PromptSet:
-    """A .jsonl file (key `prompt`, other keys are kept as facts) or a text file with a prompt a line. Raises UserError with the line at fault."""
-    file = require(path, "the prompt file")
-    if (size := file.stat().st_size) > MAX_FILE_BYTES:
-        raise UserError(f"{path} has {size >> 20} MiB; a prompt file may have {MAX_FILE_BYTES >> 20}. Is it the right file?")
-    raw = file.read_bytes()
-    try:
-        lines = raw.decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise UserError(f"{path} is not UTF-8 text: byte 0x{raw[error.start]:02x} in line {line}. Save it as UTF-8.") from error
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        if file.suffix == ".jsonl":
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number}: not JSON ({error})") from error
-            if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
-                raise UserError(f"{path}, line {number}: needs a non-empty string under 'prompt'")
-        else:
-            row = {"prompt": line.strip()}
-        rows.append(row)
-    if not rows:
-        raise UserError(f"{path} holds no prompt")
-    return PromptSet([row["prompt"] for row in rows], rows)
 
 
 DIMENSIONS = {"images": (4, "[N, 3, H, W]", "scenes"), "pairs": (5, "[N, 2, 3, H, W], the better first", "ranked_pairs")}
@@ -83,7 +24,7 @@ DIMENSIONS = {"images": (4, "[N, 3, H, W]", "scenes"), "pairs": (5, "[N, 2, 3, H
 def read_data(config: DataConfig, learns_from: str = "prompts") -> PromptSet:
     """What an algorithm learns from: the prompt file, or the pictures of `data.images` with their prompts. Raises UserError where the pictures are of another kind."""
     if learns_from == "prompts":
-        return read_prompts(config.prompts)
+        return read_prompts(config.prompts, config.column)
     pictures, prompts = cfg.build(config.images)
     dimensions, shape, example = DIMENSIONS[learns_from]
     if pictures.ndim != dimensions:

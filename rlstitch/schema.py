@@ -17,9 +17,13 @@ class SamplerConfig:
 
 @dataclass
 class DataConfig:
-    """What is trained on. `images`: a part that gives pictures with their prompts, for algorithms that learn from them; `prompts` is ignored then."""
+    """What is trained on. `images`: a part that gives pictures with their prompts, for algorithms that learn from them; `prompts` is ignored then.
+
+    column: where the prompts of a file (also a stage's) stand, by default under prompt, text or caption.
+    """
 
     prompts: str = "shapes:train.jsonl"
+    column: str = ""
     images: dict[str, Any] = field(default_factory=dict)
     truncate: bool = False
 
@@ -63,6 +67,7 @@ class EvaluationConfig:
     `every_prompts`."""
 
     prompts: str = "shapes:held_out.jsonl"
+    column: str = ""
     max_prompts: int = 0
     every: int = 0
     every_prompts: int = 64

@@ -20,12 +20,13 @@ from rlstitch import config as cfg
 from rlstitch import sampling, schedule
 from rlstitch.asking import ask
 from rlstitch.checks import answered, attempt, judge_faults, part_faults, unknown_rewards, value_cards, without_gradient
-from rlstitch.data import PromptSet, encode, read_prompts
+from rlstitch.data import encode
 from rlstitch.distributed import autocast
 from rlstitch.files import resolve, write_json, write_text
 from rlstitch.metrics import grid as draw_grid
 from rlstitch.metrics import peak_memory_mb, to_image
 from rlstitch.oracles import Terminal, load_values
+from rlstitch.prompts import PromptSet, read_prompts
 from rlstitch.schema import SamplerConfig
 from rlstitch.steering.model import Steered
 from rlstitch.steering.particles import Trace
@@ -44,6 +45,7 @@ class SteerConfig:
     out: str = "steered"
     seed: int = 0
     prompts: str = "shapes:held_out.jsonl"
+    column: str = ""
     max_prompts: int = 0
     images_per_prompt: int = 1
     prompts_per_batch: int = 16
@@ -143,7 +145,7 @@ def checked(given: dict[str, Any], name: str) -> SteerConfig:
     )
     if config.lora:
         faults += [f"'lora': {config.lora} is no folder"] if not resolve(config.lora).is_dir() else []
-    prompts = attempt(faults, "prompts", read_prompts, config.prompts)
+    prompts = attempt(faults, "prompts", read_prompts, config.prompts, config.column)
     faults += part_faults(config) + judge_faults("judges", config.judges, config.rewards, prompts)
     parts = cfg.check_part("oracle", config.oracle, extra=("weights",)) + cfg.check_part("method", config.method)
     if not parts:
@@ -186,7 +188,7 @@ class Job:
             self.backbone.load_lora(config.lora)  # after the values, whose prefixes are the base's
         self.oracle = cfg.build(config.oracle, backbone=self.backbone, rewards=self.rewards, values=values)
         self.terminal = Terminal(self.backbone, self.rewards, config.oracle["weights"])
-        prompts = read_prompts(config.prompts)
+        prompts = read_prompts(config.prompts, config.column)
         count = min(config.max_prompts or len(prompts), len(prompts))
         rows = [i for i in range(count) for _ in range(config.images_per_prompt)]
         self.prompts = encode(

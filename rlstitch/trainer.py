@@ -67,7 +67,9 @@ class Trainer:
         cut = config.data.truncate
         for encoded in prompts.values():
             encode(self.backbone, encoded, truncate=cut, engine=self.engine)
-        self.held_out = encode(self.backbone, read_prompts(config.evaluation.prompts), truncate=cut, engine=self.engine)
+        self.held_out = encode(
+            self.backbone, read_prompts(config.evaluation.prompts, config.evaluation.column), truncate=cut, engine=self.engine
+        )
         lora = config.lora
         self.policy = Policy(
             self.backbone.transformer,

@@ -13,12 +13,12 @@ FLOORS = {
     "types": 0, "schema": 0, "strict_yaml": 0,
     "asking": 0.5,
     "config": 1, "distributed": 1, "files": 1, "interrupt": 1,
-    "schedule": 2, "stops": 2, "losses": 2, "advantages": 2, "data": 2, "metrics": 2, "backbones": 2, "rewards": 2, "shapes": 2, "pictures": 2,
-    "sampling": 3, "stitch.model": 3, "policy": 3,
+    "schedule": 2, "stops": 2, "losses": 2, "advantages": 2, "prompts": 2, "metrics": 2, "backbones": 2, "rewards": 2, "shapes": 2,
+    "data": 3, "pictures": 3, "sampling": 3, "stitch.model": 3, "policy": 3,
     "oracles": 4, "checkpoint": 4, "report": 4,
     "stitch.search": 5, "stitch.distill": 5, "stitch.baselines": 6, "stitch.measure": 6, "stitch.refresh": 6, "stitch.generate": 6, "stitch.compare": 7, "stitch.surrogate": 7, "algorithms": 5, "steering": 5, "evaluate": 5, "steer": 7, "scoring": 5,
     "stitch.recipe": 7, "checks": 6,
-    "trainer": 7, "stages": 3, "guard": 5,
+    "trainer": 7, "stages": 4, "guard": 5,
     "cli": 8,
 }  # fmt: skip
 

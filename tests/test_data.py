@@ -1,9 +1,9 @@
-"""Prompt files and the geometry of a global batch."""
+"""Update streams and the geometry of a global batch."""
 
 import pytest
 import torch
 
-from rlstitch.data import PromptSet, UpdateStream, read_prompts, resolve_geometry
+from rlstitch.data import PromptSet, UpdateStream, resolve_geometry
 from rlstitch.types import UserError, noise_like
 
 
@@ -40,24 +40,6 @@ def test_noise_depends_on_the_seed_alone():
     one, many = noise_like((2, 3), torch.tensor([5])), noise_like((2, 3), torch.tensor([4, 5]))
     assert torch.equal(one[0], many[1]) and not torch.equal(many[0], many[1])
     assert not torch.equal(noise_like((2, 3), torch.tensor([5]), stream=1), one)
-
-
-def test_prompt_files(tmp_path):
-    (tmp_path / "a.txt").write_text("one\n\n two \n")
-    assert read_prompts(str(tmp_path / "a.txt")).prompts == ["one", "two"]
-    (tmp_path / "b.jsonl").write_text('{"prompt": "x", "kind": "colors"}\n')
-    assert read_prompts(str(tmp_path / "b.jsonl")).rows[0]["kind"] == "colors"
-    for name, content, message in (
-        ("c.txt", b"\n  \n", "holds no prompt"),
-        ("d.txt", b"ok\n\xff\xfe bad", "not UTF-8.*0xff in line 2"),
-        ("e.jsonl", b'{"prompt": "x"}\n{oops', "line 2: not JSON"),
-        ("f.jsonl", b'{"text": "x"}', "line 1: needs a non-empty string"),
-    ):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match=message):
-            read_prompts(str(tmp_path / name))
-    with pytest.raises(UserError, match="Beside it: a.txt"):
-        read_prompts(str(tmp_path / "missing.txt"))
 
 
 def test_any_seed_gives_noise_seeds_that_torch_takes():

@@ -21,7 +21,7 @@ from rlstitch.shapes.prompts import (
     scenes_for,
 )
 from rlstitch.shapes.reward import DetectorReward
-from rlstitch.shapes.scenes import COLOURS, SHAPES, coverage, patch_labels, render, sample_scenes
+from rlstitch.shapes.scenes import RELATIONS, SHAPES, coverage, patch_labels, render, sample_scenes
 from rlstitch.types import Batch, UserError
 
 
@@ -144,9 +144,27 @@ def test_looks_fall_when_pictures_are_washed_out(world):
     assert balance(centred).item() == pytest.approx(1.0, abs=0.02) and balance(centred.roll(20, -1)).item() < 0.5
 
 
-def test_detector_reward_needs_facts(world):
-    _, images = world
-    batch = Batch(["a circle"], torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long), [{"prompt": "a circle"}])
-    with pytest.raises(UserError, match="leave the detector out"):
-        DetectorReward().score(images[:1], batch)
-    assert len(COLOURS) >= 6
+def test_detector_reward_needs_facts_of_this_world():
+    good = Prompt("a circle left of a star", "position", (Need("circle"), Need("star", "red", 2)), RELATIONS[0]).to_json()
+    assert DetectorReward.unreadable([good]) == ""
+    one = {"shape": "circle", "colour": None, "count": 1, "exact": False}
+    for change, message in (
+        ({"objects": None}, "'objects' of 'a circle left of a star' must list 1 to 4 objects, not None"),
+        ({"objects": "x"}, "must list 1 to 4 objects, not 'x'"),
+        ({"objects": []}, "not []"),
+        ({"objects": [5]}, "not [5]"),
+        ({"objects": [one] * 5}, "must list 1 to 4"),
+        ({"objects": [{"shape": "circle"}]}, "'colour' of"),
+        ({"objects": [one | {"shape": "sphere"}]}, "'shape' of 'a circle left of a star' must be one of"),
+        ({"objects": [one | {"count": "2"}]}, "not '2'"),
+        ({"objects": [one | {"count": 10**30}]}, "'count' of"),
+        ({"objects": [one | {"exact": "no"}]}, "'exact' of"),
+        ({"kind": 5}, "'kind' of 'a circle left of a star' must be one of single_object"),
+        ({"kind": ["position"]}, "'kind' of"),
+        ({"relation": "near"}, "'relation' of"),
+        ({"objects": [one]}, "takes two objects"),
+    ):
+        row = good | change
+        assert message in DetectorReward.unreadable([good, row]), change
+        with pytest.raises(UserError):
+            DetectorReward().score(torch.zeros(1, 3, 64, 64), Batch([row["prompt"]], torch.zeros(1), torch.zeros(1), [row]))

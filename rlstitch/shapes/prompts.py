@@ -15,12 +15,15 @@ import torch
 from torch import Tensor
 
 from rlstitch.shapes.scenes import COLOURS, MAX_OBJECTS, RELATIONS, SHAPES, Scenes, dress, relation_holds
+from rlstitch.types import UserError
 
 KINDS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 NUMBERS = {1: "a", 2: "two", 3: "three", 4: "four"}
 TEMPLATES = ("{}", "a picture of {}", "a drawing of {}", "an image of {}")
 BACKGROUNDS = ("", " on a dark background", " on a light background")
 ANY_SHAPE, ANY_COLOUR = len(SHAPES), len(COLOURS)
+# What an object of a prompt file may say; a detector finds no more than eight.
+FACTS = {"shape": (None, *SHAPES), "colour": (None, *COLOURS), "count": range(1, 9), "exact": (False, True)}
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,20 @@ class Prompt:
 
     @classmethod
     def from_json(cls, row: dict) -> Prompt:
-        needs = tuple(Need(o["shape"], o["colour"], o["count"], o["exact"]) for o in row["objects"])
-        return cls(row["prompt"], row["kind"], needs, row["relation"])
+        """A row of a prompt file. Raises UserError where a fact is missing or says nothing about this world."""
+        objects, relation, known = row.get("objects"), row.get("relation"), {"kind": KINDS, "relation": (None, *RELATIONS)}
+        if not isinstance(objects, list) or not 0 < len(objects) <= MAX_OBJECTS or not all(isinstance(o, dict) for o in objects):
+            raise UserError(f"'objects' of '{row['prompt']}' must list 1 to {MAX_OBJECTS} objects, not {objects!r:.80}")
+        asked = [(key, known[key], row.get(key)) for key in known]
+        for o in objects:
+            asked += [(key, values, o.get(key, "nothing")) for key, values in FACTS.items()]
+        for key, values, value in asked:
+            if value not in values:
+                raise UserError(f"'{key}' of '{row['prompt']}' must be one of {', '.join(map(str, values))}, not {value!r:.80}")
+        needs = tuple(Need(o["shape"], o["colour"], int(o["count"]), bool(o["exact"])) for o in objects)
+        if relation and (len(needs) < 2 or None in (needs[0].shape, needs[1].shape)):
+            raise UserError(f"'relation' of '{row['prompt']}' is {relation}, which takes two objects with a shape")
+        return cls(row["prompt"], row["kind"], needs, relation)
 
 
 def noun(shape: str, colour: str | None, count: int) -> str:

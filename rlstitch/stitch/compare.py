@@ -36,6 +36,7 @@ class CalibrationConfig:
     """Latents of the policy itself: `count` prompts walked to every level, each finished `rollouts` times (and `extra` more for Monte Carlo's own row)."""
 
     prompts: str = "shapes:held_out.jsonl"
+    column: str = ""
     count: int = 48
     rollouts: int = 16
     extra: int = 4
@@ -76,7 +77,7 @@ def checked(given: dict[str, Any], name: str) -> CompareConfig:
     faults += [f"'rivals' knows {', '.join(RIVALS)}, not {r!r}" for r in config.rivals if r not in RIVALS]
     if config.calibration.precision not in ("auto", "fp32", "bf16"):
         faults.append(f"'calibration.precision' must be one of auto, fp32, bf16, not {config.calibration.precision!r}")
-    attempt(faults, "calibration.prompts", read_prompts, config.calibration.prompts)
+    attempt(faults, "calibration.prompts", read_prompts, config.calibration.prompts, config.calibration.column)
     faults += [f"'sigmas' must lie in (0, 1), not {s:g}" for s in config.sigmas if not 0 < s < 1]
     for where, nodes in (("held_out", {"": config.held_out}), ("pairs", config.pairs), ("graded", config.graded)):
         for key, node in nodes.items():
@@ -111,7 +112,7 @@ class Comparison:
         self.latents = latents_of(self.backbone, self.held)
         self.text = self.backbone.encode_prompts(self.captions)
         c = config.calibration
-        prompts = read_prompts(c.prompts)
+        prompts = read_prompts(c.prompts, c.column)
         step = max(1, len(prompts) // c.count)  # spread over the file, whose classes stand together
         index = list(range(0, len(prompts), step))[: c.count]
         self.prompts = encode(self.backbone, prompts).batch(index, torch.tensor(index))

@@ -14,9 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rlstitch import sampling, schedule
-from rlstitch.data import PromptSet
 from rlstitch.distributed import autocast, resolve_precision
-from rlstitch.files import cache_folder, read_tensors, require, weights_fingerprint, write_tensors
+from rlstitch.files import cache_folder, read_tensors, weights_fingerprint, write_tensors
+from rlstitch.prompts import PromptSet, read_prompts
 from rlstitch.types import UserError, noise_like
 
 
@@ -26,6 +26,7 @@ class GenerateConfig:
 
     count: int = 0
     prompts: str = "shapes:train.jsonl"
+    column: str = ""
     guidance: list[float] = field(default_factory=lambda: [1.0, 3.0])
     num_steps: int = 20
     shift: float = 3.0
@@ -39,7 +40,7 @@ def faults(where: str, config: GenerateConfig) -> list[str]:
     """What is wrong with a recipe's node `where`."""
     if config.count > 0:
         try:
-            require(config.prompts, f"{where}.prompts")
+            read_prompts(config.prompts, config.column)
         except UserError as error:
             return [f"'{where}.prompts': {error}", *faults(where, dataclasses.replace(config, count=0))]
     out = [f"'{where}.count' must not be negative, not {config.count}"] if config.count < 0 else []

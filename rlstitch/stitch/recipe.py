@@ -196,7 +196,7 @@ def run(recipe: StitchRecipe) -> StitchedValueModel:
         asked = time.perf_counter()
         own, _, seconds = generate(
             backbone,
-            encode(backbone, read_prompts(recipe.generate.prompts), truncate=recipe.generate.truncate),
+            encode(backbone, read_prompts(recipe.generate.prompts, recipe.generate.column), truncate=recipe.generate.truncate),
             recipe.generate,
             f"{recipe.name}: pictures",
         )

@@ -72,7 +72,7 @@ def checked(given: dict[str, Any], name: str) -> SurrogateConfig:
         faults.append(
             f"'generate.count' must be positive, not {config.generate.count}: the surrogate learns from the model's pictures alone"
         )
-    attempt(faults, "held_out", require, config.held_out, "held_out")
+    attempt(faults, "held_out", read_prompts, config.held_out)
     if faults:
         raise cfg.report(faults, name)
     config.name = config.name or cfg.short_name(name)
@@ -162,7 +162,8 @@ def run(config: SurrogateConfig) -> dict[str, Any]:
     name, node = next(iter(config.rewards.items()))
     black_box, start = cfg.build(node, device=device), cfg.build(config.start, device=device)
     seen, held_out = (
-        encode(backbone, read_prompts(path), truncate=config.generate.truncate) for path in (config.generate.prompts, config.held_out)
+        encode(backbone, read_prompts(path, column), truncate=config.generate.truncate)
+        for path, column in ((config.generate.prompts, config.generate.column), (config.held_out, ""))
     )
     latents, rows, seconds = generate(backbone, seen, config.generate, "pictures")
     images = pictures_of(backbone, latents)
