@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rlstitch import checkpoint, schedule, stages
+from rlstitch import checkpoint, lock, schedule, stages
 from rlstitch import config as cfg
 from rlstitch.data import DIMENSIONS, Geometry, PromptSet, read_prompts, resolve_geometry
 from rlstitch.distributed import world_size
@@ -322,8 +322,10 @@ def checked(given: dict[str, Any], name: str) -> RunConfig:
 
 
 def resumable(config: RunConfig) -> None:
-    """Raises UserError where resume=auto would go on with a run of another recipe, whose weights and figures would then pass for this one's."""
+    """Raises UserError where another process trains in the run folder, and where resume=auto would go on with a run of another recipe, whose weights and figures would
+    then pass for this one's."""
     run = Path(config.out) / config.name
+    lock.refuse_if_held(run)
     found = checkpoint.folders(run)
     if config.resume != "auto" or not found or not (run / "recipe.yaml").is_file():
         return

@@ -6,7 +6,7 @@ zero_stage 0 trains without DeepSpeed: the LoRA gradients, a few megabytes, are 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,9 @@ from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
 from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from rlstitch import zero
+from rlstitch.types import UserError
 
 
 def native_bf16(device_type: str) -> bool:
@@ -203,6 +206,25 @@ class Engine:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return bool(tensor)
 
+    def by_main(self, action: Callable[[], str]) -> str:
+        """What `action` gives on the main rank, which alone runs it, on every rank. Its UserError is everyone's."""
+        told = b""
+        if self.is_main:
+            try:
+                told = b"+" + action().encode()
+            except UserError as error:
+                told = b"!" + str(error).encode()
+        if self.world > 1:
+            size = torch.tensor([len(told)], device=self.device)
+            dist.broadcast(size, 0)
+            letters = torch.tensor(list(told), dtype=torch.uint8) if self.is_main else torch.empty(int(size), dtype=torch.uint8)
+            letters = letters.to(self.device)
+            dist.broadcast(letters, 0)
+            told = bytes(letters.tolist())
+        if told.startswith(b"!"):
+            raise UserError(told[1:].decode())
+        return told[1:].decode()
+
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
@@ -214,7 +236,9 @@ class Engine:
     # ------------------------------------------------------------------------------------------------ state
 
     def optimiser_state(self) -> dict[str, Tensor]:
-        """This rank's optimiser state (zero_stage 0)."""
+        """This rank's optimiser state: all of it at zero_stage 0, its part above."""
+        if self.zero_stage:
+            return zero.state(self.optimiser, self.zero_stage)
         state = self.optimiser.state_dict()["state"]
         return {f"{index}.{key}": value for index, entry in state.items() for key, value in entry.items() if torch.is_tensor(value)}
 
@@ -227,6 +251,8 @@ class Engine:
             self.accelerator.scaler.load_state_dict(state)
 
     def load_optimiser_state(self, tensors: dict[str, Tensor]) -> None:
+        if self.zero_stage:
+            return zero.load_state(self.optimiser, self.zero_stage, tensors)
         state = self.optimiser.state_dict()
         state["state"] = {}
         for name, value in tensors.items():

@@ -8,7 +8,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+
+from rlstitch.files import write_text
+from rlstitch.tracker import Tracker
 
 PHASES = ("rollout", "oracle", "update", "refresh", "eval")
 
@@ -45,56 +48,45 @@ class Log:
     """metrics.jsonl (one JSON object a line; rows after a resumed step are dropped first) and W&B, on the main rank only."""
 
     def __init__(self, run: Path, *, active: bool, start_step: int, wandb_mode: str, project: str, x_axis: str, config: dict[str, Any]):
-        self.path, self.active, self.x_axis, self.wandb = run / "metrics.jsonl", active, x_axis, None
+        self.path, self.active = run / "metrics.jsonl", active
         if not active:
             return
-        kept = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= start_step] if self.path.exists() else []
-        self.path.write_text("".join(line + "\n" for line in kept))
-        mode = ("online" if os.environ.get("WANDB_API_KEY") else "offline") if wandb_mode == "auto" else wandb_mode
-        if mode != "off":
-            import wandb
-
-            self.wandb = wandb.init(
-                project=project,
-                name=run.name,
-                id=run.name.replace("/", "-"),
-                resume="allow",
-                dir=str(run),
-                mode=mode,
-                config=config,
-                settings=wandb.Settings(silent=True),
-            )
-            self.wandb.define_metric(x_axis)
-            self.wandb.define_metric("*", step_metric=x_axis)
+        found, lost = _rows(self.path)
+        if lost:
+            print(f"{self.path}: {lost} row{'s' * (lost > 1)} cut or damaged, left out", flush=True)
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in found if row["step"] <= start_step))
+        self.tracker = Tracker(run, mode=wandb_mode, project=project, x_axis=x_axis, config=config)
 
     def write(self, row: dict[str, Any]) -> None:
-        if not self.active:
-            return
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        if self.wandb is not None:
-            self.wandb.log(_flat(row))
+        if self.active:
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            self.tracker.log(row)
 
     def image(self, name: str, path: Path, hours: float) -> None:
-        if self.active and self.wandb is not None:
-            import wandb
-
-            self.wandb.log({name: wandb.Image(str(path)), self.x_axis: hours})
+        if self.active:
+            self.tracker.image(name, path, hours)
 
     def close(self) -> None:
-        if self.active and self.wandb is not None:
-            self.wandb.finish()
+        if self.active:
+            self.tracker.close()
 
 
-def _flat(row: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    out = {}
-    for key, value in row.items():
-        out.update(_flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return out
+def _rows(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The rows of a log that may be damaged, and how many lines are none: cut, or without their step."""
+    rows: list[dict[str, Any]] = []
+    lines = [line for line in path.read_bytes().split(b"\n") if line.strip()] if path.exists() else []
+    for line in lines:
+        with suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row, dict) and type(row.get("step")) is int:
+                rows.append(row)
+    return rows, len(lines) - len(rows)
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """The rows of a run's log, without those that are damaged."""
+    return _rows(run / "metrics.jsonl")[0]
 
 
 def to_image(picture: Tensor) -> Image.Image:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from rlstitch import checkpoint, report, schedule, stages
+from rlstitch import checkpoint, lock, report, schedule, stages, tracker
 from rlstitch import config as cfg
 from rlstitch.checks import geometry
 from rlstitch.data import UpdateStream, encode, read_data, read_prompts
@@ -120,7 +119,12 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------ the loop
 
     def train(self) -> dict[str, Any]:
-        """Run to the end (or from the last checkpoint to it), evaluate, write summary, report and LoRA. Raises Interrupted after a signal."""
+        """Run to the end (or from the last checkpoint to it), evaluate, write summary, report and LoRA. Raises Interrupted after a signal, and UserError where
+        another process trains in this run folder."""
+        with lock.held(self.run, self.engine.by_main):
+            return self._train()
+
+    def _train(self) -> dict[str, Any]:
         self._start()
         caught: list[int] = []
         bar = tqdm(
@@ -149,7 +153,7 @@ class Trainer:
                 stopping = self.engine.any(bool(caught))
                 due = self.step % self.config.checkpoint.every == 0 or self.step in (self.config.updates, self.guard.best_step)
                 if stopping or due or self.guard.verdict():
-                    self._checkpoint()
+                    self._checkpoint(bool(due or self.guard.verdict()))
                 if stopping:
                     bar.close()
                     self.log.close()
@@ -260,23 +264,20 @@ class Trainer:
 
     def _start(self) -> None:
         """Resume, or begin a clean folder; open the logs."""
-        config, found = self.config, checkpoint.folders(self.run)
-        newest = found[-1] if found else None
-        source = {"auto": newest, "never": None}.get(config.resume, Path(config.resume))
-        if self.engine.is_main:
-            self.run.mkdir(parents=True, exist_ok=True)
-            if source is None:
-                for stale in ("metrics.jsonl", "summary.json", "evaluation.json"):
-                    (self.run / stale).unlink(missing_ok=True)
-                shutil.rmtree(self.run / "checkpoints", ignore_errors=True)
+        config = self.config
+        chosen = self.engine.by_main(self._choose)
+        source = Path(chosen) if chosen else None
         if source is not None:
             progress = checkpoint.load(source, self.engine, self.policy, self.refresher, self.algorithm)
             self.step = progress["step"]
             self.clock.hours.update(progress["hours"])
             self.guard.load_state(progress["guard"])
-            if self.engine.is_main:  # an abandoned future would be what `resume=auto` takes next
-                for later in (f for f in found if int(f.name.removeprefix("step-")) > self.step):
-                    shutil.rmtree(later)
+        if self.engine.is_main:  # an abandoned future would be what `resume=auto` takes next
+            for later in (f for f in checkpoint.folders(self.run) if source is None or checkpoint.number(f) > self.step):
+                checkpoint.discard(later)
+            checkpoint.prune(self.run, config.checkpoint.keep, self.guard.best_step)
+            for stale in ("metrics.jsonl", "summary.json", "evaluation.json", tracker.ID) if source is None else ():
+                (self.run / stale).unlink(missing_ok=True)
         if self.engine.is_main:
             write_text(self.run / "recipe.yaml", cfg.to_yaml(config))
             print(f"{self.run}: {self.geometry}" + (f"; resumed from {source.name}" if source else ""), flush=True)
@@ -291,9 +292,18 @@ class Trainer:
         )
         self.engine.barrier()
 
-    def _checkpoint(self) -> None:
+    def _choose(self) -> str:
+        """The checkpoint to go on from; empty where the run begins anew."""
+        checkpoint.tidy(self.run)
+        if self.config.resume == "never":
+            return ""
+        if self.config.resume == "auto":
+            return str(checkpoint.newest(self.run, keep_aside=True) or "")
+        return str(checkpoint.whole(Path(self.config.resume)))
+
+    def _checkpoint(self, due: bool = True) -> None:
         progress, keep = {"hours": self.clock.hours, "guard": self.guard.state()}, self.config.checkpoint.keep
-        also = {"refresher": self.refresher, "algorithm": self.algorithm, "spare": self.guard.best_step}
+        also = {"refresher": self.refresher, "algorithm": self.algorithm, "spare": self.guard.best_step, "due": due}
         checkpoint.save(self.run, self.step, self.engine, self.policy, progress, keep=keep, **also)
 
     def evaluate(self, adapter: str, limit: int, label: str) -> Evaluation:
@@ -322,10 +332,10 @@ class Trainer:
 
     def evaluate_checkpoint(self, run: Path) -> dict[str, dict[str, float]]:
         """Means of each set of weights of a run's last checkpoint."""
-        found = checkpoint.folders(run)
+        found = self.engine.by_main(lambda: str(checkpoint.newest(run, keep_aside=False) or ""))
         if not found:
             raise UserError(f"{run} has no complete checkpoint to evaluate")
-        checkpoint.load(found[-1], self.engine, self.policy)
+        checkpoint.load_weights(Path(found), self.policy)
         return {name: result.means for name, result in self.evaluate_all().items()}
 
     def _evaluate_now(self) -> None:
