@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import secrets
 from collections.abc import Callable
@@ -219,7 +218,7 @@ def save(
             discard(final)
         if final.exists():  # something of the user's is in it
             _aside(final)
-        os.replace(temporary, final)
+        temporary.rename(final)
         prune(run, keep, spare)
 
     for part in (begin, contents, finish):

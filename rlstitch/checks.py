@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rlstitch import checkpoint, lock, schedule, stages
+from rlstitch import checkpoint, inputs, lock, schedule, stages
 from rlstitch import config as cfg
 from rlstitch.data import DIMENSIONS, Geometry, PromptSet, read_prompts, resolve_geometry
 from rlstitch.distributed import world_size
@@ -322,14 +323,19 @@ def checked(given: dict[str, Any], name: str) -> RunConfig:
 
 
 def resumable(config: RunConfig) -> None:
-    """Raises UserError where another process trains in the run folder, and where resume=auto would go on with a run of another recipe, whose weights and figures would
-    then pass for this one's."""
+    """Raises UserError where another process trains in the run folder, and where resume=auto would go on with a run of another recipe or on other files, whose
+    weights and figures would then pass for this one's."""
     run = Path(config.out) / config.name
     lock.refuse_if_held(run)
     found = checkpoint.folders(run)
     if config.resume != "auto" or not found or not (run / "recipe.yaml").is_file():
         return
-    if changed := cfg.differences(cfg.compose(str(run / "recipe.yaml")), config):
+    changed, now = cfg.differences(cfg.compose(str(run / "recipe.yaml")), config), inputs.hashes(config)
+    for folder in reversed(found):
+        with suppress(UserError):  # a damaged one is stepped over when the run goes on
+            changed += inputs.changed(checkpoint.told(folder).get("inputs", {}), now)
+            break
+    if changed:
         raise UserError(
             f"{run} holds a run of another recipe ({'; '.join(changed)}). Give this one a folder of its own with name=NAME, start over with resume=never, or go on all the same with resume={found[-1]}"
         )

@@ -98,7 +98,7 @@ def short_name(recipe: str) -> str:
 
 def differences(saved: dict[str, Any], config: RunConfig) -> list[str]:
     """`key: was -> is` of everything in which a saved recipe trains otherwise than this config; what is told, how it is cut and how long it runs do not count."""
-    free = ("name", "out", "updates", "threads", "check", "resume", "checkpoint", "logging", "evaluation", "guard", "distributed", "values")
+    free = ("name", "out", "updates", "threads", "check", "resume", "checkpoint", "logging", "evaluation", "guard", "distributed")
     free += ("batch.micro_batch", "batch.rollout_batch", "sampler.activation_checkpointing")
 
     def flat(node: Any, path: str = "") -> dict[str, Any]:
@@ -108,8 +108,8 @@ def differences(saved: dict[str, Any], config: RunConfig) -> list[str]:
 
     before, now = (flat(OmegaConf.to_container(c)) for c in (fill(RunConfig, saved)[0], OmegaConf.structured(config)))
     trained = {k.rsplit(".", 1)[-1] for k in (*before, *now) if ".weights." in k}  # a reward that is only evaluated may come and go
-    keys = [k for k in dict.fromkeys([*before, *now]) if k not in free and k.split(".")[0] not in free]
-    keys = [k for k in keys if not k.startswith("rewards.") or k.split(".")[1] in trained]
+    keys = [k for k in dict.fromkeys([*before, *now]) if k == "distributed.precision" or (k not in free and k.split(".")[0] not in free)]
+    keys = [k for k in keys if not k.startswith(("rewards.", "values.")) or k.split(".")[1] in trained]
     return [f"{k}: {before.get(k, 'not given')} -> {now.get(k, 'not given')}" for k in keys if before.get(k) != now.get(k)]
 
 

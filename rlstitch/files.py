@@ -179,7 +179,7 @@ def read_tensors(path: Path, expected_sha256: str | None = None) -> dict[str, Te
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write under a temporary name, flush to disk, then rename."""
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         try:
             save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata=metadata)
         except SafetensorError as error:  # what a full disk looks like from there
@@ -187,7 +187,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 
 def write_text(path: Path, text: str) -> None:
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -196,7 +196,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A name to write to, this process's own, that takes the place of `path` once it is on disk, and is removed where that fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -17,7 +16,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from rlstitch.files import write_text
+from rlstitch.files import replacing, write_text
 from rlstitch.tracker import Tracker
 
 PHASES = ("rollout", "oracle", "update", "refresh", "eval")
@@ -108,10 +107,8 @@ def grid(images: Tensor, captions: list[str], path: Path, *, columns: int = 4, s
         sheet.paste(to_image(image).resize((side, side), Image.Resampling.NEAREST), (x, y))
         for n, text in enumerate(lines):
             draw.text((x, y + side + 2 + n * line), text, fill="black")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    sheet.save(temporary, format="PNG")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        sheet.save(temporary, format="PNG")
 
 
 def _caption(text: str, width: int, most: int = 3) -> list[str]:

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from rlstitch.files import replacing
 from rlstitch.types import UserError
 
 CURRENT, EMA, OLD, REFERENCE = "default", "ema", "old", "reference"
@@ -151,8 +152,10 @@ class Policy:
             layers = get_peft_model_state_dict(self.transformer, adapter_name=name)
             settings = self.transformer.peft_config[name]
             metadata = {"r": settings.r, "lora_alpha": settings.lora_alpha, "target_modules": sorted(settings.target_modules)}
-            StableDiffusion3Pipeline.save_lora_weights(
-                folder,
-                transformer_lora_layers={k: v.detach().float().contiguous() for k, v in layers.items()},
-                transformer_lora_adapter_metadata=metadata,
-            )
+            with replacing(folder / "pytorch_lora_weights.safetensors") as file:
+                StableDiffusion3Pipeline.save_lora_weights(
+                    file.parent,
+                    weight_name=file.name,
+                    transformer_lora_layers={k: v.detach().float().contiguous() for k, v in layers.items()},
+                    transformer_lora_adapter_metadata=metadata,
+                )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from rlstitch import checkpoint, lock, report, schedule, stages, tracker
+from rlstitch import checkpoint, inputs, lock, report, schedule, stages, tracker
 from rlstitch import config as cfg
 from rlstitch.checks import geometry
 from rlstitch.data import UpdateStream, encode, read_data, read_prompts
@@ -265,6 +265,7 @@ class Trainer:
     def _start(self) -> None:
         """Resume, or begin a clean folder; open the logs."""
         config = self.config
+        self.inputs = inputs.hashes(config) if self.engine.is_main else {}
         chosen = self.engine.by_main(self._choose)
         source = Path(chosen) if chosen else None
         if source is not None:
@@ -302,7 +303,8 @@ class Trainer:
         return str(checkpoint.whole(Path(self.config.resume)))
 
     def _checkpoint(self, due: bool = True) -> None:
-        progress, keep = {"hours": self.clock.hours, "guard": self.guard.state()}, self.config.checkpoint.keep
+        progress = {"hours": self.clock.hours, "guard": self.guard.state(), "inputs": self.inputs}
+        keep = self.config.checkpoint.keep
         also = {"refresher": self.refresher, "algorithm": self.algorithm, "spare": self.guard.best_step, "due": due}
         checkpoint.save(self.run, self.step, self.engine, self.policy, progress, keep=keep, **also)
 

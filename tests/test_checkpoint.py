@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -10,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlstitch import checkpoint, lock, zero
+from rlstitch import checkpoint, cli, lock, zero
+from rlstitch.checks import checked, resumable
+from rlstitch.trainer import Trainer
 from rlstitch.types import UserError
 from tests.test_jobs import same, train
 from tests.test_train import ROOT, rows, world  # noqa: F401  (a fixture)
@@ -25,8 +28,6 @@ def steps(world):  # noqa: F811
 
 def copied(world, steps, name):  # noqa: F811
     """The run as it was after update 4, under another name, without the files of its end."""
-    import shutil
-
     run = world / "runs" / name
     shutil.copytree(steps, run)
     (run / "recipe.yaml").write_text((run / "recipe.yaml").read_text().replace("name: steps", f"name: {name}"))
@@ -39,6 +40,11 @@ def names(run):
 
 def again(world, name, *overrides):  # noqa: F811
     return train(world, name, "checkpoint.every=1", "checkpoint.keep=3", *overrides)
+
+
+def config_of(world, name, *overrides):  # noqa: F811
+    recipe, given = cli.recipe_and_overrides([f"recipe={world / 'recipe.yaml'}", f"name={name}", *overrides])
+    return checked(given, recipe)
 
 
 def flip(file: Path):
@@ -65,19 +71,29 @@ DAMAGE = {
 }
 
 
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_every_damage_to_a_checkpoint_is_seen(steps, tmp_path, damage):
+    name, harm, said = DAMAGE[damage]
+    shutil.copytree(steps / "checkpoints", tmp_path / "checkpoints")
+    newest = tmp_path / "checkpoints" / "step-000004"
+    assert checkpoint.fault(newest) == ""
+    harm(newest / name)
+    assert said in checkpoint.fault(newest) and str(newest) in checkpoint.fault(newest)
+    with pytest.raises(UserError, match=f"{said}.*newest whole checkpoint beside it: resume=.*step-000003"):
+        checkpoint.whole(newest)
+    assert checkpoint.newest(tmp_path, keep_aside=False).name == "step-000003" and len(names(tmp_path)) == 3
+
+
 def test_a_broken_checkpoint_is_told_stepped_over_and_kept_aside(world, steps, capsys):  # noqa: F811
-    """Every damage in turn, to the newest checkpoint of one run, which makes it anew: bit for bit what it was."""
+    """And made anew, bit for bit what it was."""
     run = copied(world, steps, "broken")
-    for place, (name, harm, said) in enumerate(DAMAGE.values(), 1):
-        harm(run / "checkpoints" / "step-000004" / name)
-        with pytest.raises(UserError, match=f"{said}.*newest whole checkpoint beside it: resume=.*step-000003"):
-            again(world, "broken", f"resume={run / 'checkpoints' / 'step-000004'}")
-        again(world, "broken")
-        out = capsys.readouterr().out
-        assert f"checkpoint step-000004 is broken: {run / 'checkpoints' / 'step-000004' / name}"[:-15] in out and said in out, out
-        assert "going on from step-000003" in out and "resumed from step-000003" in out
-        assert names(run)[-3:] == ["step-000002", "step-000003", "step-000004"] and len(names(run)) == 3 + place
-        same(world, "broken", "steps", 4)
+    flip(run / "checkpoints" / "step-000004" / "optimiser.safetensors")
+    again(world, "broken")
+    out = capsys.readouterr().out
+    assert "checkpoint step-000004 is broken: " in out and "optimiser.safetensors is not the file that was saved" in out
+    assert "kept as broken-step-000004; going on from step-000003" in out and "resumed from step-000003" in out
+    assert names(run) == ["broken-step-000004", "step-000002", "step-000003", "step-000004"]
+    same(world, "broken", "steps", 4)
 
 
 def test_a_run_without_a_whole_checkpoint_ends_and_loses_nothing(world, steps):  # noqa: F811
@@ -134,8 +150,6 @@ def test_checkpoints_of_a_resumed_run_are_those_of_the_uninterrupted_one(world, 
 
 def test_one_process_trains_in_a_folder(world, steps):  # noqa: F811
     """The second is told who is there before anything is written, reading goes on, and a kill lets go."""
-    from rlstitch.checks import checked, resumable
-    from rlstitch.trainer import Trainer
 
     run = copied(world, steps, "busy")
     code = f"import sys, time; from pathlib import Path; from rlstitch import lock\nwith lock.held(Path({str(run)!r}), lambda take: take()):\n print('held', flush=True); time.sleep(60)"
@@ -143,10 +157,7 @@ def test_one_process_trains_in_a_folder(world, steps):  # noqa: F811
     assert holder.stdout.readline() == "held\n"
     state = {f: f.read_bytes() for f in run.rglob("*") if f.is_file()}
     try:
-        from rlstitch import cli
-
-        name, given = cli.recipe_and_overrides([f"recipe={world / 'recipe.yaml'}", "name=busy", "resume=never"])
-        config = checked(given, name)
+        config = config_of(world, "busy", "resume=never")
         for refused in (lambda: resumable(config), Trainer(config).train):
             with pytest.raises(UserError, match=f"busy is in use: process {holder.pid} on .* trains there since 2"):
                 refused()
@@ -163,10 +174,53 @@ def test_a_damaged_log_is_repaired_with_a_line(world, steps, capsys):  # noqa: F
     run = copied(world, steps, "log")
     file = run / "metrics.jsonl"
     good = file.read_text()
-    file.write_bytes(good.encode() + b'[1]\n{"loss": 1.0}\n{"step": "2"}\n\xff\n' + good.encode()[: len(good) // 3][:-20])
+    file.write_bytes(good.encode() + b'[1]\n{"loss": 1.0}\n{"step": "2"}\n\xff\n' + good.encode()[:50])
     again(world, "log")
     assert "metrics.jsonl: 5 rows cut or damaged, left out" in capsys.readouterr().out
     assert rows(world, "log") == rows(world, "steps")
+
+
+CHANGES = {
+    "a prompt": ("prompts.txt", lambda f: f.write_text(f.read_text().replace("two", "three")), "data.prompts = .*evaluation.prompts = "),
+    "a value model": ("value/value.safetensors", None, "values.clip = "),
+    "a reward": ("clip/preprocessor_config.json", lambda f: f.write_text(f.read_text().replace("0.3", "0.4")), "rewards.clip.path = "),
+    "the model": ("sd3/transformer/diffusion_pytorch_model.safetensors", flip, "model.path = "),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_run_is_not_gone_on_with_on_other_files(world, steps, change, tmp_path):  # noqa: F811
+    """Prompts, value models, rewards and the model are part of the maths; a new start or a checkpoint by name goes on all the same."""
+    name, harm, said = CHANGES[change]
+    file, config = world / name, config_of(world, "steps")
+    before = {f: f.read_bytes() for f in (file, file.with_name("value.json")) if f.exists()}
+    resumable(config)
+    try:
+        if harm is None:  # stitched anew: weights and card
+            from safetensors.torch import load_file, save_file
+
+            from rlstitch.files import sha256
+
+            save_file({k: v + 1 for k, v in load_file(file).items()}, file)
+            card = file.with_name("value.json")
+            card.write_text(json.dumps(json.loads(card.read_text()) | {"sha256": sha256(file)}))
+        else:
+            harm(file)
+        with pytest.raises(UserError, match=f"{said}.*holds something else.*resume=never.*resume="):
+            resumable(config)
+        resumable(config_of(world, "steps", "resume=never"))
+        resumable(config_of(world, "steps", f"resume={steps / 'checkpoints' / 'step-000004'}"))
+    finally:
+        for path, content in before.items():
+            path.write_bytes(content)
+    resumable(config)
+
+
+def test_another_value_model_or_precision_is_another_recipe(world, steps):  # noqa: F811
+    shutil.copytree(world / "value", world / "value2", dirs_exist_ok=True)
+    with pytest.raises(UserError, match="values.clip: .*value -> .*value2; distributed.precision: fp32 -> bf16"):
+        resumable(config_of(world, "steps", f"values.clip={world / 'value2'}", "distributed.precision=bf16"))
+    resumable(config_of(world, "steps", f"values.spare={world / 'value2'}", "distributed.zero_stage=0"))
 
 
 def test_files_have_the_mode_of_the_umask(world, steps):  # noqa: F811
@@ -204,3 +258,39 @@ def test_zero_state_goes_on_bit_for_bit_and_only_where_it_fits(stage):
     assert all(torch.equal(a, b) for a, b in zip(one.parts, two.parts))
     with pytest.raises(UserError, match="'0.weights': \\[5\\]"):
         zero.load_state(Parted(stage, [4, 4], 0), stage, saved)
+
+
+def test_wandb_never_stops_a_run(tmp_path, monkeypatch, capsys):
+    """No key, no network, a project that W&B refuses, errors while logging: one line each, offline where that works. One id a folder."""
+    import wandb
+
+    from rlstitch.tracker import ID, Tracker
+
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    settings = {"x_axis": "cpu_hours/total", "config": {}}
+    one = Tracker(tmp_path / "a:;,#?%b", mode="online", project="rlstitch", **settings)
+    assert one.run is not None and one.run.offline and capsys.readouterr().out.count("\n") == 1
+    one.log({"step": 1, "rewards": {"clip": 0.5}})
+    one.close()
+    kept = (tmp_path / "a:;,#?%b" / ID).read_text()
+    two = Tracker(tmp_path / "a:;,#?%b", mode="offline", project="rlstitch", **settings)
+    assert two.run.id == kept.strip() and (tmp_path / "a:;,#?%b" / ID).read_text() == kept
+
+    def unreachable(*_, **__):
+        raise wandb.errors.CommError("no such host\nat all")
+
+    two.run.finish()
+    two.run = type("Failing", (), {"log": unreachable, "finish": unreachable})()
+    two.log({"step": 1})
+    two.log({"step": 2})
+    two.close()
+    assert capsys.readouterr().out == "logging to W&B does not work (no such host); the run goes on, with metrics.jsonl as its log\n"
+    assert Tracker(tmp_path / "b", mode="offline", project="p/q:#", **settings).run is None
+    assert "Invalid project name" in capsys.readouterr().out
+    monkeypatch.setattr(wandb, "init", unreachable)
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    nowhere = Tracker(tmp_path / "b", mode="auto", project="rlstitch", **settings)
+    assert nowhere.run is None and capsys.readouterr().out.count("\n") == 2
+    nowhere.log({"step": 1}), nowhere.close()
+    assert Tracker(tmp_path / "off", mode="off", project="rlstitch", **settings).run is None and not (tmp_path / "off").exists()

@@ -1,0 +1,54 @@
+"""What a run reads beside its recipe: prompts, pictures, weights. A checkpoint keeps their hashes, so that it is not gone on with on other ones unawares."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rlstitch.files import quick_fingerprint, require, resolve, sha256
+from rlstitch.schema import RunConfig
+from rlstitch.stages import expand
+from rlstitch.stitch.model import read_card
+
+_MODEL = ("**/*.safetensors", "**/*.json", "**/*.txt")
+
+
+def hashes(config: RunConfig) -> dict[str, str]:
+    """`key = path` of every file and folder that the maths reads -> hash: prompt files and heads whole, value models by their weights, model folders by size, first
+    and last MiB of their files, pictures by name and size."""
+    parts = expand(config)
+    trained = {name for part in parts for name in part.oracle.get("weights", {})}
+    out = {f"data.prompts = {p.data.prompts}": sha256(require(p.data.prompts, "the prompt file")) for p in parts if not config.data.images}
+    out[f"evaluation.prompts = {config.evaluation.prompts}"] = sha256(require(config.evaluation.prompts, "the prompt file"))
+    out |= {f"values.{name} = {path}": read_card(path)["sha256"] for name, path in config.values.items() if name in trained}
+    nodes = {"model": config.model, "data.images": config.data.images} | {
+        f"rewards.{n}": node for n, node in config.rewards.items() if n in trained
+    }
+    for where, node in nodes.items():
+        for key, path in _paths(node, where):
+            found = resolve(path)
+            whole = sha256 if found.is_file() else _listing if where == "data.images" else lambda folder: quick_fingerprint(folder, _MODEL)
+            out[f"{key} = {path}"] = whole(found)
+    return out
+
+
+def changed(saved: dict[str, str], now: dict[str, str]) -> list[str]:
+    """Which of the files that both read are others; a path that is another one is the recipe's affair."""
+    return [f"{key} holds something else" for key, told in saved.items() if now.get(key, told) != told]
+
+
+def _paths(node: Any, where: str) -> Iterator[tuple[str, str]]:
+    """The arguments of a part that name a file or folder, by key."""
+    for key, value in node.items() if isinstance(node, dict) else ():
+        if isinstance(value, dict):
+            yield from _paths(value, f"{where}.{key}")
+        elif isinstance(value, str) and (value.startswith("shapes:") or ("/" in value and os.path.exists(os.path.expanduser(value)))):
+            yield f"{where}.{key}", value
+
+
+def _listing(folder: Path) -> str:
+    told = sorted((str(p.relative_to(folder)), p.stat().st_size) for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+    return hashlib.sha256(repr(told).encode()).hexdigest()
