@@ -279,7 +279,6 @@ class Trainer:
             checkpoint.prune(self.run, config.checkpoint.keep, self.guard.best_step)
             for stale in ("metrics.jsonl", "summary.json", "evaluation.json", tracker.ID) if source is None else ():
                 (self.run / stale).unlink(missing_ok=True)
-        if self.engine.is_main:
             write_text(self.run / "recipe.yaml", cfg.to_yaml(config))
             print(f"{self.run}: {self.geometry}" + (f"; resumed from {source.name}" if source else ""), flush=True)
         self.log = Log(
