@@ -367,7 +367,7 @@ def describe(config: RunConfig) -> str:
     """What `check=true` prints: resolved recipe, geometry, parameters and a memory estimate, from the model's configuration alone."""
     from accelerate import init_empty_weights
 
-    cut = geometry(config)
+    cut = geometry(config, _data(config, _class(config.algorithm), []))
     with init_empty_weights():
         sizes = cfg.load_class(config.model["_target_"]).parameter_counts(config.model["path"], config.lora.rank)
     width = 2 if config.model.get("dtype") in ("bfloat16", "float16") else 4

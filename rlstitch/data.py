@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -84,14 +85,20 @@ class Geometry:
     micro_batch: int
     accumulation: int
     rollout: int
+    known: int | None = None  # prompts, or pictures, that there are
 
     @property
     def samples(self) -> int:
         return self.prompts * self.images
 
     def __str__(self) -> str:
+        again = (
+            f" ({self.prompts / self.known:.3g} times through the {self.known} that there are)"
+            if self.prompts > (self.known or self.prompts)
+            else ""
+        )
         return (
-            f"{self.prompts} prompts x {self.images} image{'s' * (self.images > 1)} = {self.samples} samples an update, on {self.world} rank{'s' * (self.world > 1)}: {self.accumulation} micro-batch{'es' * (self.accumulation > 1)} of {self.micro_batch} each"
+            f"{self.prompts} prompts x {self.images} image{'s' * (self.images > 1)} = {self.samples} samples an update{again}, on {self.world} rank{'s' * (self.world > 1)}: {self.accumulation} micro-batch{'es' * (self.accumulation > 1)} of {self.micro_batch} each"
             + (f", sampled {self.rollout} at a time" if self.rollout != self.micro_batch else "")
         )
 
@@ -101,7 +108,7 @@ def resolve_geometry(
 ) -> Geometry:
     """The same global batch on any number of ranks, by accumulation; micro_batch and rollout are upper limits. Raises UserError with the nearest possible.
 
-    whole_groups: every micro-batch holds all images of its prompts, so that they can be compared there.
+    With fewer prompts than an update takes, it goes through them again, see UpdateStream. whole_groups: every micro-batch holds all images of its prompts, so that they can be compared there.
     """
     if whole_groups and images < 2:
         raise UserError(f"batch.images_per_prompt is {images}, and this algorithm compares the images of a prompt: set it to 2 or more")
@@ -110,8 +117,6 @@ def resolve_geometry(
         raise UserError(
             f"batch.micro_batch is {micro_batch}, but this algorithm needs all {images} images of a prompt in one micro-batch: set batch.micro_batch={images} or more{fewer}"
         )
-    if num_prompts is not None and prompts > num_prompts:
-        raise UserError(f"batch.prompts_per_update is {prompts} but the prompt set has {num_prompts}: lower it to {num_prompts} or fewer")
     samples = prompts * images
     unit = images if whole_groups else 1  # what is never cut
     if samples % (world * unit):
@@ -124,7 +129,7 @@ def resolve_geometry(
     share = samples // world
     micro = max(m for m in range(unit, min(micro_batch, share) + 1, unit) if share % m == 0)
     together = max(k for k in range(1, share // micro + 1) if k == 1 or (share // micro % k == 0 and k * micro <= rollout))
-    return Geometry(prompts, images, world, micro, share // micro, together * micro)
+    return Geometry(prompts, images, world, micro, share // micro, together * micro, num_prompts)
 
 
 def first_seed(seed: int, update: int) -> int:
@@ -138,34 +143,47 @@ def update_number(seeds: Tensor) -> int:
 
 
 def prompt_seeds(seeds: Tensor, group: Tensor) -> Tensor:
-    """Noise seeds that belong to prompts `group` [G] and to the update that noise seeds [B] are of, whatever micro-batch they are asked in."""
+    """Noise seeds that belong to groups `group` [G] and to the update that noise seeds [B] are of, whatever micro-batch they are asked in."""
     return update_number(seeds) * SEEDS_PER_UPDATE + group % SEEDS_PER_UPDATE
 
 
 class UpdateStream:
-    """The prompts and noise seeds of update 0, 1, ...; a function of (seed, update) alone, so that resuming needs no state but the count."""
+    """The prompts and noise seeds of update 0, 1, ...; a function of (seed, update) alone, so that resuming needs no state but the count.
+
+    A group is one draw of a prompt: its images_per_prompt pictures. A prompt that an update takes again, as it does where there are fewer prompts than
+    it needs or where an epoch ends in its midst, makes a group of its own, with noise of its own: groups are of one size, lie in one piece, and are the same
+    however an update is cut. Its number is the prompt's place in the set, and that plus N, 2 N, ... when it is drawn again.
+    """
 
     def __init__(self, prompts: PromptSet, geometry: Geometry, seed: int):
         self.prompts, self.geometry, self.seed = prompts, geometry, seed
+        self._epoch, self._order = -1, list(range(len(prompts)))
 
-    def indices(self, update: int) -> list[int]:
-        """Prompt indices [samples] of an update: epochs without replacement, images of a prompt side by side."""
+    def order(self, epoch: int) -> list[int]:
+        """Places of all prompts, shuffled; that of the last epoch asked for is kept."""
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, list(range(len(self.prompts)))
+            random.Random(self.seed * 1_000_003 + epoch).shuffle(self._order)
+        return self._order
+
+    def groups(self, update: int) -> list[int]:
+        """Numbers of an update's groups: epochs without replacement, one behind the other."""
         n, per = len(self.prompts), self.geometry.prompts
-        out: list[int] = []
+        drawn: Counter[int] = Counter()
+        out = []
         for place in range(update * per, (update + 1) * per):
-            epoch, offset = divmod(place, n)
-            if not out or offset == 0:
-                order = list(range(n))
-                random.Random(self.seed * 1_000_003 + epoch).shuffle(order)
-            out += [order[offset]] * self.geometry.images
+            prompt = self.order(place // n)[place % n]
+            out.append(prompt + n * drawn[prompt])
+            drawn[prompt] += 1
         return out
 
     def batches(self, update: int, rank: int) -> Iterator[Batch]:
-        """This rank's share of an update, as much at a time as is sampled at once."""
+        """This rank's share of an update, as much at a time as is sampled at once; images of a group side by side."""
         g = self.geometry
-        index = self.indices(update)
+        group = torch.tensor(self.groups(update)).repeat_interleave(g.images)
         seeds = torch.arange(g.samples) + first_seed(self.seed, update)
         share = g.samples // g.world
         for start in range(rank * share, (rank + 1) * share, g.rollout):
             part = slice(start, start + g.rollout)
-            yield self.prompts.batch(index[part], seeds[part])
+            batch = self.prompts.batch((group[part] % len(self.prompts)).tolist(), seeds[part])
+            yield replace(batch, group=group[part])

@@ -93,7 +93,7 @@ class Scorer:
         lost = {name: [int(g) for g in groups.unique() if not bool(column[groups == g].any())] for name, column in summed.items()}
         if any(lost.values()) and not self.told and self.engine.is_main:
             self.told = True
-            shown = "; ".join(f"{name}: {len(rows)} prompts, e.g. number {rows[0]}" for name, rows in lost.items() if rows)
+            shown = "; ".join(f"{name}: {len(rows)} groups, e.g. number {rows[0]}" for name, rows in lost.items() if rows)
             tqdm.write(
                 f"update {update}: no score for any picture of some prompts ({shown}). They take no part; this is said once, `masked` in metrics.jsonl counts on"
             )

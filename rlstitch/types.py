@@ -45,10 +45,10 @@ class Conditioning:
 
 @dataclass
 class Batch:
-    """B samples of a global batch: prompts, the group (prompt index) and the noise seed of each, the denoiser's text where it is known."""
+    """B samples of a global batch: prompts, the group and the noise seed of each, the denoiser's text where it is known."""
 
     prompts: list[str]
-    group: Tensor  # [B] long, the prompt's place in its set
+    group: Tensor  # [B] long, a draw of a prompt: the prompt's place in its set of N, plus N for each time it came before in the update
     seeds: Tensor  # [B] long, one per sample and update, the same whatever the number of ranks
     facts: list[dict[str, Any]] = field(default_factory=list)  # a row of the prompt file for judges that need more than text
     text: Conditioning | None = None

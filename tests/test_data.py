@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from rlstitch.data import PromptSet, UpdateStream, resolve_geometry
+from rlstitch.advantages import group_normalise
+from rlstitch.data import UpdateStream, prompt_seeds, resolve_geometry
+from rlstitch.prompts import PromptSet
 from rlstitch.types import UserError, noise_like
 
 
@@ -23,17 +25,36 @@ def test_geometry_gives_the_same_samples_on_any_number_of_ranks(world):
 def test_impossible_geometry_names_the_nearest():
     with pytest.raises(UserError, match="prompts_per_update=8 or 12"):
         resolve_geometry(10, 1, 4, 4)
-    with pytest.raises(UserError, match="the prompt set has 5"):
-        resolve_geometry(10, 1, 4, 1, num_prompts=5)
 
 
 def test_stream_visits_every_prompt_once_an_epoch_and_never_repeats_noise():
     prompts = PromptSet([str(i) for i in range(10)], [{}] * 10)
     stream = UpdateStream(prompts, resolve_geometry(4, 3, 99, 1), seed=0)
-    seen = [i for u in range(5) for i in stream.indices(u)[::3]]
+    seen = [g % 10 for u in range(5) for g in stream.groups(u)]
     assert sorted(seen[:10]) == list(range(10)) and sorted(seen[10:]) == list(range(10)) and seen[:10] != seen[10:]
     seeds = torch.cat([next(stream.batches(u, 0)).seeds for u in range(5)])
     assert len(seeds.unique()) == len(seeds)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_fewer_prompts_than_an_update_takes_go_round_again_with_groups_and_noise_of_their_own(world):
+    """3 prompts, 8 draws of 2 images: two whole epochs and two of the third, in groups of 2 that no cut divides."""
+    prompts = PromptSet([str(i) for i in range(3)], [{"n": i} for i in range(3)])
+    geometry = resolve_geometry(8, 2, 4, world, len(prompts), whole_groups=True)
+    assert "16 samples an update (2.67 times through the 3 that there are), on" in str(geometry)
+    assert "times" not in str(resolve_geometry(3, 2, 4, 1, 3))
+    stream = UpdateStream(prompts, geometry, seed=1)
+    for update in (0, 1):
+        batches = [b for rank in range(world) for b in stream.batches(update, rank)]
+        group, seeds = torch.cat([b.group for b in batches]), torch.cat([b.seeds for b in batches])
+        assert [int(g) % 3 for g in group] == [int(p) for b in batches for p in b.prompts] == [r["n"] for b in batches for r in b.facts]
+        assert group.unique(return_counts=True)[1].tolist() == [2] * 8 and group[::2].equal(group[1::2])
+        assert len(seeds.unique()) == 16 and len(prompt_seeds(seeds, group.unique()).unique()) == 8
+        assert sorted((group % 3).tolist()).count(0) in (4, 6) and all(len(b.group.unique()) == 2 for b in batches)
+    advantage = group_normalise(torch.arange(16.0)[:, None], group, spread="group")
+    assert advantage.flatten().tolist() == pytest.approx(
+        [-1, 1] * 8, abs=1e-3
+    )  # within a draw alone, though the prompt is drawn three times
 
 
 def test_noise_depends_on_the_seed_alone():

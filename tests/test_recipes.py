@@ -22,6 +22,12 @@ def test_every_recipe_is_of_a_kind_that_a_launcher_takes():
         ]
 
 
+def test_hardware_says_how_an_update_is_done_and_not_what_it_is_made_of():
+    said = {(p.stem, key) for p in (cfg.RECIPES / "hardware").glob("*.yaml") for key in cfg.compose(f"hardware/{p.stem}").get("batch", {})}
+    assert {key for _, key in said} == {"micro_batch", "rollout_batch"}
+    assert cfg.compose("draft_stitch_sd35")["batch"] == {"prompts_per_update": 2048, "images_per_prompt": 1, "micro_batch": 8}
+
+
 def _refused(given, script, name):
     try:
         cfg.for_launcher(given, script, name)

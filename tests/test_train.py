@@ -218,7 +218,6 @@ BAD = {
     "terminal reward before the end": (["oracle._target_=rlstitch.oracles.Terminal"], "use rlstitch.stops.End"),
     "oracle without gradient": (["oracle._target_=rlstitch.oracles.MonteCarlo"], "needs gradients"),
     "too many gradient steps": (["algorithm.grad_steps=3"], "earliest stop"),
-    "batch larger than the prompts": (["batch.prompts_per_update=99"], "the prompt set has 8"),
     "unknown weights to evaluate": (
         ["evaluation.final=[ema, best]"],
         "'evaluation.final' must list some of base, raw, ema, not ['ema', 'best']",
@@ -303,20 +302,19 @@ def test_a_run_of_another_recipe_is_not_gone_on_with(world, reference):
 
 
 def test_check_prints_and_leaves_nothing(world):
-    code, output = start(world, "name=dry", "check=true")
-    assert code == 0 and "2 micro-batches of 2" in output and "memory" in output and "prompts_per_update: 4" in output
+    code, output = start(world, "name=dry", "check=true", "batch.prompts_per_update=20")
+    assert code == 0 and "10 micro-batches of 2" in output and "memory" in output and "prompts_per_update: 20" in output
+    assert "20 samples an update (2.5 times through the 8 that there are)" in output
     assert not (world / "runs" / "dry").exists()
 
 
 def test_long_prompts_are_named_and_cut_only_on_request(world):
     (world / "long.txt").write_text("a red star\n" + "a " * 40 + "circle\n")
-    code, output = start(world, "name=long", f"data.prompts={world / 'long.txt'}", "batch.prompts_per_update=2", "updates=1")
+    code, output = start(world, "name=long", f"data.prompts={world / 'long.txt'}", "updates=1")
     assert code == 2 and "1 of 2 prompts" in output and "24 tokens" in output and "Traceback" not in output, output
     assert not (world / "runs" / "long").exists()
-    code, output = start(
-        world, "name=long", f"data.prompts={world / 'long.txt'}", "batch.prompts_per_update=2", "updates=1", "data.truncate=true"
-    )
-    assert code == 0, output
+    code, output = start(world, "name=long", f"data.prompts={world / 'long.txt'}", "updates=1", "data.truncate=true")
+    assert code == 0 and "(2 times through the 2 that there are)" in output, output
 
 
 def test_nan_is_skipped_then_given_up_with_weights_untouched(world):
