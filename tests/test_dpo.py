@@ -106,6 +106,37 @@ def test_skipped_groups_and_unknown_scores_move_nothing(backbone):
     assert none == 0 and not nothing.any()
 
 
+def test_online_pairs_on_the_bridge_are_tempered_by_its_variance(backbone):
+    """The job's own loss at a stop, by hand: each pair's margin times 1 / (1 + the target's extra variance)."""
+    from rlstitch.policy import Policy
+    from rlstitch.types import Batch, Latent, Rollout, noise_like
+
+    policy = Policy(backbone.transformer, rank=2, alpha=4, targets=backbone.lora_targets, seed=0, ema_decay=0.9)
+    for n, p in policy.named_parameters():
+        if "lora_B" in n:
+            torch.nn.init.normal_(p, std=0.3)
+    grid, prompts = schedule.sigmas(4, 3.0, "plain"), ["a red star"] * 2 + ["two blue circles"] * 2
+    algorithm = OnlineDPO(backbone, policy, None, grid, images_per_prompt=2, beta=50.0)
+    batch = Batch(prompts, torch.tensor([0, 0, 1, 1]), torch.arange(4), [{}] * 4, backbone.encode_prompts(prompts))
+    z, tau = torch.randn(4, *backbone.latent_shape, generator=torch.Generator().manual_seed(0)), float(grid[3])
+    with torch.no_grad():
+        ((loss, metrics),) = algorithm.losses(Rollout(batch, Latent(z, torch.full((4,), tau))), torch.tensor([2.0, 1.0, 3.0, 4.0]), 1)
+    margins = []
+    for seed, (best, worst) in ((0, (0, 1)), (2, (3, 2))):
+        sigma = schedule.draw_above(grid, tau, torch.tensor([seed]), 1, stream=29)[:, 0]
+        errors, noise = {}, noise_like(backbone.latent_shape, torch.tensor([seed]), stream=101)
+        for name in ("default", "reference"):
+            for row in (best, worst):
+                state, target = schedule.bridge(z[row : row + 1], tau, sigma, noise)
+                with torch.no_grad(), policy.use(name):
+                    v = backbone.velocity(state, sigma, batch.text[row : row + 1])
+                errors[name, row] = float((v - target).square().mean())
+        d = {row: errors["default", row] - errors["reference", row] for row in (best, worst)}
+        margins.append(-25.0 * (d[best] - d[worst]) / (1 + float(schedule.bridge_variance(tau, sigma))))
+    assert float(loss) == pytest.approx(sum(math.log(1 + math.exp(-m)) for m in margins) / 2, rel=1e-3)
+    assert float(metrics["margin"]) == pytest.approx(sum(margins) / 2, rel=1e-2, abs=1e-4)
+
+
 def test_both_of_a_pair_share_level_and_noise(backbone, monkeypatch):
     from contextlib import nullcontext
     from types import SimpleNamespace

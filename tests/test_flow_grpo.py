@@ -10,9 +10,11 @@ from rlstitch.algorithms.flow_grpo import FlowGRPO
 from rlstitch.policy import Policy
 from rlstitch.types import Batch, UserError
 from tests.test_nft import PIXEL
-from tests.test_schedule import marginal
+from tests.test_schedule import MEAN, STD, marginal
 from tests.test_schedule import velocity as gaussian_velocity
 from tests.test_train import rows, start, weights, world  # noqa: F401  (a fixture)
+
+NAN = float("nan")
 
 
 def test_the_sde_step_by_its_released_formula(generator):
@@ -39,6 +41,33 @@ def test_both_kernels_keep_the_marginals_of_a_gaussian():
         assert z.mean().item() == pytest.approx(m, abs=0.02), step
         if step is sampling.flow_grpo_sde:
             assert z.std().item() == pytest.approx(var**0.5, abs=0.02)
+
+
+@pytest.mark.parametrize("level", [0.3, 0.8])
+def test_cps_loses_variance_as_released_by_its_closed_form(level):
+    """On a Gaussian a step is linear, z' = slope z + offset + std eps: mean and variance by recursion. Noise that replaces x1hat's share is not x1hat's size."""
+    grid, n = schedule.sigmas(40, 1.0, "plain"), 40_000
+    kernel = sampling.stochastic(sampling.cps, noise_level=level)
+    z = sampling.sample(
+        lambda z, s: gaussian_velocity(z, s[:, None]),
+        torch.randn(n, 1, generator=torch.Generator().manual_seed(0)),
+        grid,
+        kernel=kernel,
+        generator=torch.Generator().manual_seed(1),
+    ).z
+    mean, var = 0.0, 1.0
+    for s, t in zip(grid.double().tolist(), grid.double().tolist()[1:]):
+        m, total = marginal(s)
+        gain, std = (
+            (1 - s) * STD**2 / total,
+            t * math.sin(level * math.pi / 2),
+        )  # x0hat = MEAN + gain (z - m), x1hat = (z - (1 - s) x0hat) / s
+        clean, noise = 1 - t, (t**2 - std**2) ** 0.5
+        slope = clean * gain + noise * (1 - (1 - s) * gain) / s
+        x0 = MEAN + gain * (mean - m)
+        mean, var = clean * x0 + noise * (mean - (1 - s) * x0) / s, slope**2 * var + std**2
+    assert z.mean().item() == pytest.approx(mean, abs=0.01) and z.var().item() == pytest.approx(var, rel=0.03)
+    assert mean == pytest.approx(MEAN, abs=0.02) and (var**0.5 < 0.9 * STD) is (level == 0.8)
 
 
 def test_log_probability_against_torch(generator):
@@ -136,6 +165,14 @@ def test_kl_ratio_and_guard_away_from_the_first_step_by_hand(algorithm, backbone
         torch.testing.assert_close(metrics["ratio"], ratio.mean(), rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(metrics["kl"], kl, rtol=1e-3, atol=1e-6)
         torch.testing.assert_close(loss.detach(), (-advantage * ratio).mean() + 0.5 * kl, rtol=1e-3, atol=1e-5)
+
+
+def test_advantages_are_clipped(algorithm, backbone):
+    method, _ = algorithm(clip=1.2)
+    scores = torch.tensor([[0.0], [0.0], [0.0], [4.0], [NAN]])
+    advantage, metrics = method.compare([], scores, torch.zeros(5, dtype=torch.long))
+    torch.testing.assert_close(advantage, torch.tensor([-(3**-0.5)] * 3 + [1.2, NAN]), equal_nan=True, atol=1e-3, rtol=0)
+    assert metrics["masked"] == pytest.approx(0.2)
 
 
 def test_the_last_cps_step_has_no_kl(algorithm):

@@ -8,6 +8,7 @@ import torch
 from rlstitch import losses, sampling, schedule
 from rlstitch.advantages import dead_groups, group_normalise
 from rlstitch.algorithms.nft import NFT as NFTMethod
+from rlstitch.algorithms.nft import Slot
 from rlstitch.policy import Policy
 from rlstitch.types import Batch, noise_like
 from tests.test_schedule import velocity as gaussian_velocity
@@ -133,6 +134,27 @@ def asked(backbone, moved, monkeypatch):
     policy, calls, velocity = moved[0], [], backbone.velocity
     monkeypatch.setattr(backbone, "velocity", lambda *a, **k: (calls.append(policy.active), velocity(*a, **k))[1])
     return calls
+
+
+def test_the_rollout_is_the_old_policys(backbone, moved, asked):
+    policy, batch = moved
+    z = method(policy, backbone, solver="euler").rollout(batch, 4).latent.z
+    assert set(asked) == {"old"}
+    start, grid, ends = noise_like(backbone.latent_shape, batch.seeds), schedule.sigmas(10, 3.0, "plain"), {}
+    for name in ("old", "default"):
+        with policy.use(name), torch.no_grad():
+            ends[name] = sampling.sample(backbone.bind(batch.text), start, grid, stop=4).z
+    assert torch.equal(z, ends["old"]) and (z - ends["default"]).abs().max() > 0.01
+
+
+def test_weights_and_the_loss_carry_the_clip_as_released(generator):
+    """w = (clip(A, -c, c) / c + 1) / 2, and c in front of the loss, so that c w / beta is A's own scale whatever c is."""
+    nft = method(clip=2.0, beta=0.4)
+    torch.testing.assert_close(nft.weigh(torch.tensor([-9.0, -1.0, 0.0, 1.5, 3.0])), torch.tensor([0.0, 0.25, 0.5, 0.875, 1.0]))
+    v, old, target = torch.randn(3, 3, 1, 2, 2, generator=generator)
+    sigma, w, share = torch.tensor([0.2, 0.6, 0.9]), torch.tensor([0.3, 0.5, 1.0]), torch.tensor([1.0, 0.0, 1.0])
+    by_hand = 2.0 * (share * losses.nft(v, old, target, w, 0.4, sigma)).sum() / 3
+    torch.testing.assert_close(nft.policy_loss(Slot(sigma, v, old, target, None), w, share), by_hand)
 
 
 def test_an_old_policy_that_is_a_copy_is_not_asked_again(backbone, moved, asked):

@@ -1,5 +1,7 @@
 """Steering against closed forms: a Gaussian prior with a linear and with a quadratic reward, where value, guided samples and tilted law are exact."""
 
+import math
+
 import pytest
 import torch
 
@@ -92,6 +94,83 @@ def test_fk_samples_the_tilted_law_whatever_the_potential(potential, gate):
     )
     assert z.mean().item() == pytest.approx(QUADRATIC[0], abs=0.025)
     assert z.var().item() == pytest.approx(QUADRATIC[1], rel=0.12)
+
+
+@pytest.mark.parametrize("potential, children", [("diff", 2), ("diff", 4), ("max", 2)])
+def test_weighted_proposals_keep_the_tilted_law_and_greedy_ones_do_not(potential, children):
+    n, grid, found = 12_000, schedule.sigmas(60, 1.0, "plain"), {}
+    for proposals in ("weighted", "greedy"):
+        found[proposals] = steering.fk(
+            denoiser, guess, start(n), grid, num_particles=n, num_proposals=children, proposal_steps=range(24), proposals=proposals,
+            resample_steps=(20, 40, 50), lam=1.0, potential=potential, kernel=SDE, generator=torch.Generator().manual_seed(2),
+        )  # fmt: skip
+    assert found["weighted"].mean().item() == pytest.approx(QUADRATIC[0], abs=0.025)
+    assert found["weighted"].var().item() == pytest.approx(QUADRATIC[1], rel=0.12)
+    assert abs(found["greedy"].mean().item() - QUADRATIC[0]) > 0.25
+
+
+def test_weighted_proposals_alone_and_at_the_last_step_keep_the_tilted_law():
+    """Two particles a prompt, proposals to the end; also of one child in four whose value is unknown: it never wins, and its place counts for nothing."""
+
+    def value(z, sigma):
+        return torch.where(torch.arange(len(z)) % 4 == 1, torch.nan, guess(z, sigma))
+
+    options = dict(resample_steps=(), proposals="weighted", kernel=SDE, generator=torch.Generator().manual_seed(2))
+    z = steering.fk(
+        denoiser,
+        value,
+        start(8000),
+        schedule.sigmas(20, 1.0, "plain"),
+        num_particles=8000,
+        num_proposals=8,
+        proposal_steps=[19],
+        lam=1.0,
+        **options,
+    )
+    assert z.mean().item() == pytest.approx(QUADRATIC[0], abs=0.04) and z.var().item() == pytest.approx(QUADRATIC[1], rel=0.12)
+
+
+@pytest.mark.parametrize("memoryless", [True, False])
+def test_svdd_draws_from_the_tilted_law_under_the_memoryless_kernel_alone(memoryless):
+    """By the exact value of r / T, at T = .5: a temperature turned round would tilt by a quarter of it."""
+    kernel = sampling.stochastic(sampling.flow_grpo_sde, noise_level=2**0.5) if memoryless else SDE
+    z = steering.svdd(
+        denoiser, lambda z, s: 0.5 * quadratic_value(z, s), start(4000), schedule.sigmas(60, 1.0, "plain"), num_proposals=32, temperature=0.5,
+        kernel=kernel, generator=torch.Generator().manual_seed(8),
+    )  # fmt: skip
+    if memoryless:
+        assert z.mean().item() == pytest.approx(QUADRATIC[0], abs=0.03) and z.var().item() == pytest.approx(QUADRATIC[1], rel=0.12)
+    else:
+        assert QUADRATIC[0] + 0.08 < z.mean().item() < MEAN and z.var().item() > 1.2 * QUADRATIC[1]
+
+
+def test_the_law_of_best_of_n():
+    """N draws from the prior, the one nearest to the reward's optimum: density N p(z) P(|z' - C| > |z - C|)^(N - 1)."""
+    n, z = 8, torch.linspace(MEAN - 8 * STD, MEAN + 8 * STD, 40_001, dtype=torch.float64)
+    prior, far = torch.distributions.Normal(torch.tensor(MEAN).double(), STD), (z - C).abs()
+    density = n * prior.log_prob(z).exp() * (1 - prior.cdf(C + far) + prior.cdf(C - far)) ** (n - 1)
+    mean, square = (torch.trapezoid(density * x, z).item() for x in (z, z**2))
+    best = steering.best_of_n(denoiser, guess, start(8 * 6000), schedule.sigmas(60, 1.0, "plain"), num_particles=n)
+    assert torch.trapezoid(density, z).item() == pytest.approx(1, abs=1e-6) and len(best) == 6000
+    assert best.mean().item() == pytest.approx(mean, abs=0.008) and best.var().item() == pytest.approx(square - mean**2, rel=0.1)
+
+
+def test_the_values_after_proposals_are_those_of_the_children_that_were_kept():
+    """At a lambda without mercy all particles of a prompt become its best child."""
+    asked = []
+
+    def value(z, sigma):
+        asked.append(z)
+        return guess(z, sigma)
+
+    for proposals in ("greedy", "weighted"):
+        z = steering.fk(
+            denoiser, value, start(12), schedule.sigmas(3, 1.0, "plain"), num_particles=4, num_proposals=3, proposal_steps=(2,), proposals=proposals,
+            resample_steps=(), lam=1e6, kernel=SDE, generator=torch.Generator().manual_seed(9),
+        )  # fmt: skip
+        children = asked.pop().view(3, 12)
+        best = children.gather(1, guess(children.view(-1, 1), torch.zeros(1)).view(3, 12).argmax(1, keepdim=True))
+        assert torch.equal(z.view(3, 4), best.expand(3, 4)) and not asked
 
 
 def test_fk_without_pull_is_plain_sampling_and_one_proposal_is_plain_fk():
@@ -209,6 +288,30 @@ def test_lambda_in_units_of_the_spread():
     assert run(1.0, "absolute")[1] == 2.0
 
 
+def test_one_lambda_for_all_calls_that_share_a_trace():
+    """The first call's spread is that of its particles where they are first resampled; later ones, of whatever batch, take it from the trace."""
+    grid, settings = schedule.sigmas(10, 1.0, "plain"), dict(num_particles=8, resample_steps=(3, 6), lam=2.0, lam_unit="spread", kernel=SDE)
+
+    def run(value, n, **more):
+        return steering.fk(denoiser, value, start(n), grid, generator=torch.Generator().manual_seed(7), **settings | more)
+
+    tables, trace = [], Trace()
+    run(lambda z, s: tables.append(guess(z, s)) or tables[-1], 64, trace=trace)
+    spread = tables[0].view(8, 8).std(1).mean().item()
+    assert trace.spread == pytest.approx(spread) and trace.lam == pytest.approx(2 / spread)
+    assert steering.value_spread(denoiser, guess, start(64), grid, generator=torch.Generator().manual_seed(7), **settings) == pytest.approx(
+        spread
+    )
+    run(lambda z, s: 100 * guess(z, s), 8, trace=trace)
+    assert trace.lam == pytest.approx(2 / spread)
+    with pytest.raises(ValueError, match="value_spread"):
+        run(guess, 8, num_proposals=2, proposal_steps=(1,), proposals="weighted")
+    run(guess, 8, num_proposals=2, proposal_steps=(1,), proposals="weighted", trace=trace)
+    assert trace.lam == pytest.approx(2 / spread) and math.isnan(
+        steering.value_spread(denoiser, guess, start(4), grid, **settings | {"num_particles": 1})
+    )
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -219,6 +322,7 @@ def test_lambda_in_units_of_the_spread():
         (dict(num_proposals=2, proposal_steps=(-1,)), r"\[-1\] lie beyond"),
         (dict(kernel=sampling.euler), "adds no noise"),
         (dict(ess_threshold=1.5), "1.5"),
+        (dict(proposals="best"), "'best'"),
         (dict(potential="sum"), "'sum'"),
         (dict(resampling="none"), "'none'"),
     ],

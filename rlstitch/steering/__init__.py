@@ -2,6 +2,6 @@
 
 from rlstitch.steering.best_of_n import best_of_n
 from rlstitch.steering.dps import dps
-from rlstitch.steering.fk import fk, svdd
+from rlstitch.steering.fk import fk, svdd, value_spread
 
-__all__ = ["best_of_n", "dps", "fk", "svdd"]
+__all__ = ["best_of_n", "dps", "fk", "svdd", "value_spread"]

@@ -26,6 +26,7 @@ def best_of_n(
 ) -> Tensor:
     """N rollouts a prompt, z [B N, ...] with those of a prompt side by side -> the best z0 [B, ...] of each.
 
+    A search: the law is that of the best of N draws, which is no tilted one.
     stop: score all after this many steps and finish only the best (None: score finished latents, sigma = 0). NaN never wins against a number.
     A velocity with prompts bound in must accept B N rows before the stop and B after it (`steering.model.Steered` does).
     """

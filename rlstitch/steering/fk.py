@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -37,6 +38,20 @@ def _keep(values: Tensor, m: int, temperature: float, generator: torch.Generator
     return torch.arange(len(table), device=values.device) * m + choice
 
 
+def _weighted(values: Tensor, m: int, potentials: Potentials, *, last: bool, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """Index [G N] of one child a particle among the rows of values [G N M], drawn by its potential, and the log of the children's mean weight [G, N].
+
+    E[mean weight x f(child drawn)] = E[weight x f(child)]: properly weighted (nested importance sampling), where the best child is not.
+    """
+    groups, n = potentials.spent.shape
+    potentials.select(torch.arange(n).repeat_interleave(m).expand(groups, -1))  # every child begins where its particle is
+    log_weights = potentials.step(values.view(groups, n * m), last=last)
+    kept = _keep(log_weights.flatten(), m, 1.0, generator)
+    potentials.select(kept.view(groups, n) % (n * m))
+    siblings = torch.where(torch.isnan(log_weights), -torch.inf, log_weights).view(groups, n, m)
+    return kept.to(values.device), siblings.logsumexp(2) - math.log(m)
+
+
 @torch.no_grad()
 def fk(
     velocity: Velocity,
@@ -48,6 +63,7 @@ def fk(
     num_proposals: int = 1,
     resample_steps: Collection[int],
     proposal_steps: Collection[int] = (),
+    proposals: Literal["greedy", "weighted"] = "greedy",
     lam: float,
     lam_unit: Literal["absolute", "spread"] = "absolute",
     potential: Potential = "diff",
@@ -59,29 +75,39 @@ def fk(
 ) -> Tensor:
     """N particles a prompt, z [B N, ...] with those of a prompt side by side -> z0 [B N, ...], approximately from p(z0) exp(lam V(z0, 0)).
 
-    Step k leads from sigmas[k] to sigmas[k + 1]. In `proposal_steps` every particle draws M = `num_proposals` children and keeps the one of highest value
-    (greedy: a search, no longer unbiased). After `resample_steps`, and always after the last step, particles are resampled by their potential. Values are
-    those of the **children**, scored in one batch; `value` must take M rows a particle, side by side.
-    lam_unit `spread`: lam counts standard deviations of the first values within a prompt, so that one setting serves rewards of any scale.
+    Step k leads from sigmas[k] to sigmas[k + 1]. In `proposal_steps` every particle draws M = `num_proposals` children and keeps one. After `resample_steps`,
+    and always after the last step, particles are resampled by their potential. Values are those of the **children**, scored in one batch; `value` must take
+    M rows a particle, side by side.
+    proposals: `greedy` keeps the child of highest value, as the paper does: a search, whose law is not the tilted one with however many particles. `weighted`
+    draws a child by its potential and weighs the particle by the mean of its children's: that law again, as without proposals.
+    lam_unit `spread`: lam counts standard deviations of the value within a prompt, so that one setting serves rewards of any scale. They are `trace.spread`
+    where it is known (`value_spread` measures it), else measured at the first resampling of this call and left there for the calls to come.
     ess_threshold: resample a prompt's particles only where their effective size is below this share of N; until then weights are carried, not dropped.
-    Raises ValueError for N or M below 1, steps beyond the grid and a kernel without noise (copies would never part).
+    Raises ValueError for N or M below 1, steps beyond the grid, a kernel without noise (copies would never part), weighted proposals by an unknown spread.
     """
     last, n, m = len(sigmas) - 2, num_particles, num_proposals
     if n < 1 or m < 1:
         raise ValueError(f"num_particles and num_proposals must be at least 1, not {n} and {m}")
     if len(z) % n or not len(z):
         raise ValueError(f"{len(z)} latents are no whole number of prompts with {n} particles each")
+    if proposals not in ("greedy", "weighted"):
+        raise ValueError(f"proposals must be greedy or weighted, not {proposals!r}")
+    weighted = proposals == "weighted"
     resample_at = _steps("resample_steps", resample_steps, last + 1) | {last}
-    propose_at = _steps("proposal_steps", proposal_steps, last + 1) if m > 1 else set()
+    propose_at = _steps("proposal_steps", proposal_steps, last + 1) if m > 1 and not (weighted and lam == 0) else set()
     if ess_threshold is not None and not 0 < ess_threshold <= 1:
         raise ValueError(f"ess_threshold is a share of the particles in (0, 1], not {ess_threshold}")
     levels = sigmas.tolist()
     if (n > 1 or m > 1) and is_deterministic(kernel, z, levels[0], levels[1]):
         raise ValueError("the kernel adds no noise, so resampled copies would stay identical: use a stochastic one such as linear_sde")
     trace = Trace() if trace is None else trace
-    potentials = Potentials(potential, lam, len(z) // n, n)
+    trace.lam = lam if lam_unit == "absolute" or lam == 0 else trace.in_spreads(lam)
+    if trace.lam is None and weighted and propose_at:
+        raise ValueError(
+            "weighted proposals need lam from the first of them on, before the spread is seen: give trace=Trace(spread=value_spread(...))"
+        )
+    potentials = Potentials(potential, lam if trace.lam is None else trace.lam, len(z) // n, n)
     carried = torch.zeros(len(z) // n, n, dtype=torch.float64)
-    trace.lam = lam if lam_unit == "absolute" or lam == 0 else None
     for k in range(last + 1):
         v = velocity(z, torch.full((len(z),), levels[k], device=z.device))
         children = m if k in propose_at else 1
@@ -91,16 +117,19 @@ def fk(
         if children > 1 or (k in resample_at and n > 1):
             values = value(z, torch.full((len(z),), levels[k + 1], device=z.device)).float()
             trace.queries += len(z)
-        if children > 1:
+        if children > 1 and weighted:
+            kept, mean = _weighted(values, children, potentials, last=k == last, generator=generator)
+            z, values, carried = z[kept], None, carried + mean
+        elif children > 1:
             kept = _keep(values, children, 0.0, generator)
             z, values = z[kept], values[kept]
         if k not in resample_at or n == 1 or lam == 0:
             continue
-        table = values.view(-1, n)
-        if trace.lam is None:
-            spread = float(torch.nan_to_num(table.std(1)).mean())
-            potentials.lam = trace.lam = lam / spread if spread > 0 else lam
-        carried = carried + potentials.step(table, last=k == last)
+        if values is not None:  # weighted children have been weighed
+            if trace.lam is None:
+                trace.spread = float(values.view(-1, n).std(1).nanmean())
+                potentials.lam = trace.lam = trace.in_spreads(lam)
+            carried = carried + potentials.step(values.view(-1, n), last=k == last)
         weights, bad = normalised(carried)
         trace.fallbacks += int(bad.sum())
         size = effective_size(weights)
@@ -116,6 +145,31 @@ def fk(
         rows = (torch.arange(len(ancestors))[:, None] * n + ancestors).flatten()
         z = z[rows.to(z.device)]
     return z
+
+
+def value_spread(
+    velocity: Velocity,
+    value: Value,
+    z: Tensor,
+    sigmas: Tensor,
+    *,
+    num_particles: int,
+    resample_steps: Collection[int],
+    proposal_steps: Collection[int] = (),
+    proposals: Literal["greedy", "weighted"] = "greedy",
+    **options: Any,
+) -> float:
+    """Mean standard deviation of the value among a prompt's N particles, z [B N, ...], where `fk` of these options first resamples them; NaN where N is 1.
+
+    Greedy proposals are made on the way there, weighted ones, which would have to know it, are not.
+    """
+    first, trace = min([*resample_steps, len(sigmas) - 2]), Trace()
+    also = [k for k in proposal_steps if k <= first] if proposals == "greedy" else ()
+    fk(
+        velocity, value, z, sigmas[: first + 2], num_particles=num_particles, resample_steps=(), proposal_steps=also,
+        **options | {"lam": 1.0, "lam_unit": "spread", "trace": trace},
+    )  # fmt: skip
+    return math.nan if trace.spread is None else trace.spread
 
 
 @torch.no_grad()
@@ -134,7 +188,10 @@ def svdd(
 ) -> Tensor:
     """SVDD: at every step (or those given) draw M children of each z [B, ...], keep one by value -> z0 [B, ...].
 
-    temperature 0 keeps the best (the released code); otherwise one is drawn with weight exp(V / temperature) (the paper). Raises ValueError like `fk`.
+    temperature 0 keeps the best (the released code): a search. Otherwise one is drawn with weight exp(V / temperature) (the paper), which for many children and
+    V = temperature log E[exp(r(z0) / temperature) | z] draws from p(z0) exp(r(z0) / temperature) where the kernel is memoryless, g^2 = 2 sigma / (1 - sigma):
+    `stochastic(flow_grpo_sde, noise_level=2**0.5)`. Under another, also the default one, a path remembers where it began, and the law is another.
+    Raises ValueError like `fk`.
     """
     if num_proposals < 1:
         raise ValueError(f"num_proposals must be at least 1, not {num_proposals}")

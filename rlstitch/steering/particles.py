@@ -16,12 +16,22 @@ Potential = Literal["diff", "max", "add", "rt"]
 
 @dataclass
 class Trace:
-    """What a particle run did, for reports: effective sample size at every resampling, groups that fell back to uniform weights, value queries, lambda as used."""
+    """What particle runs did, for reports: effective sample size at every resampling, groups that fell back to uniform weights, value queries, lambda as used.
+
+    spread: standard deviation of the value within a prompt, the unit of `lam_unit: spread`. One trace given to many calls keeps it, so that all have one lambda.
+    """
 
     ess: list[float] = field(default_factory=list)
     fallbacks: int = 0
     queries: int = 0
     lam: float | None = None
+    spread: float | None = None
+
+    def in_spreads(self, lam: float) -> float | None:
+        """lam spreads in absolute units, None while no spread is known; lam itself where all values are alike or unknown."""
+        if self.spread is None:
+            return None
+        return lam / self.spread if self.spread > 0 else lam
 
 
 def normalised(log_weights: Tensor) -> tuple[Tensor, Tensor]:
