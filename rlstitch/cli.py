@@ -43,7 +43,10 @@ def run_and_overrides(arguments: list[str]) -> tuple[Path, dict[str, Any]]:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what large tensors free: a CPU run otherwise asks the system for zeroed pages at every operation, a tenth of its time."""
+    """Have glibc keep what large tensors free: a CPU run otherwise asks the system for zeroed pages at every operation.
+
+    Of a small denoiser's forward and backward that is a tenth in float32 and a thirtieth in bf16 where pages are dear, and next to nothing where they are not.
+    """
     libc = ctypes.util.find_library("c")
     if sys.platform != "linux" or not libc or not hasattr(library := ctypes.CDLL(libc), "mallopt"):
         return

@@ -29,7 +29,7 @@ def linear_sde(
 ) -> tuple[Tensor, float]:
     """Mean and standard deviation of one Euler-Maruyama step of the SDE with the ODE's marginals and diffusion g: (mean [B, ...], std)."""
     h, diffusion = sigma - sigma_next, g(sigma)
-    drift = -v.float() + 0.5 * diffusion**2 * schedule.score(z, v, sigma)
+    drift = -schedule.wide(v) + 0.5 * diffusion**2 * schedule.score(z, v, sigma)
     return z + h * drift, diffusion * h**0.5
 
 
@@ -49,8 +49,8 @@ def cps(z: Tensor, v: Tensor, sigma: float, sigma_next: float, noise_level: floa
 
 
 def log_prob(z_next: Tensor, mean: Tensor, std: float) -> Tensor:
-    """Gaussian log-density of a step, its **mean** over all but the batch (Flow-GRPO's convention, float32): [B, ...] -> [B]."""
-    error = (z_next.float() - mean.float()).square() / (2 * std**2)
+    """Gaussian log-density of a step, its **mean** over all but the batch (Flow-GRPO's convention), in float32 or float64: [B, ...] -> [B]."""
+    error = (schedule.wide(z_next) - schedule.wide(mean)).square() / (2 * std**2)
     return (-error - math.log(std) - 0.5 * math.log(2 * math.pi)).flatten(1).mean(1)
 
 
@@ -64,6 +64,11 @@ def stochastic(step: Callable[..., tuple[Tensor, float]], **options) -> Kernel:
         )
 
     return kernel
+
+
+def _level(z: Tensor, sigma: float) -> Tensor:
+    """sigma [B] for every row of z, in float64 where z is."""
+    return torch.full((len(z),), sigma, device=z.device, dtype=schedule.precision(z))
 
 
 def sample(
@@ -93,9 +98,9 @@ def sample(
             z = z.detach()
             torch.clear_autocast_cache()  # torch before 2.10 would use the casts made without gradient again, and none would reach the weights
         with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
-            v = velocity(z, torch.full((len(z),), levels[k], device=z.device))
+            v = velocity(z, _level(z, levels[k]))
             z = kernel(z, v, levels[k], levels[k + 1], generator=generator)
-    return Latent(z, torch.full((len(z),), levels[stop], device=z.device))
+    return Latent(z, _level(z, levels[stop]))
 
 
 def sample_dpm2(velocity: Velocity, z: Tensor, sigmas: Tensor, *, stop: int | None = None) -> Latent:
@@ -116,7 +121,7 @@ def sample_dpm2(velocity: Velocity, z: Tensor, sigmas: Tensor, *, stop: int | No
     with torch.no_grad():
         for k in range(stop):
             s, t = levels[k], levels[k + 1]
-            v = velocity(z, torch.full((len(z),), s, device=z.device)).float()
+            v = schedule.wide(velocity(z, _level(z, s)))
             guess = schedule.posterior_mean(z, v, s)
             if previous is None or t == 0 or s == 1:
                 z = euler(z, v, s, t)
@@ -125,4 +130,4 @@ def sample_dpm2(velocity: Velocity, z: Tensor, sigmas: Tensor, *, stop: int | No
                 slope = (guess - previous) * (h / h0)
                 z = (t / s) * z - (1 - t) * math.expm1(-h) * (guess + 0.5 * slope)
             previous = guess
-    return Latent(z, torch.full((len(z),), levels[stop], device=z.device))
+    return Latent(z, _level(z, levels[stop]))

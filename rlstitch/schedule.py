@@ -1,4 +1,7 @@
-"""Sigma grids, the straight path of arXiv:2605.19804, eq. (1), and what follows from it in closed form. sigma = t: 0 clean, 1 noise."""
+"""Sigma grids, the straight path of arXiv:2605.19804, eq. (1), and what follows from it in closed form. sigma = t: 0 clean, 1 noise.
+
+What is given in float64 is computed and returned in it; grids and tables are float32, as the samplers take them.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,19 @@ import torch
 from torch import Tensor
 
 
+def precision(x: Tensor) -> torch.dtype:
+    """float64 where x is, else float32: what its noise levels are held in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in float64 where it is, anything else in float32."""
+    return x.to(precision(x))
+
+
 def _like(sigma: float | Tensor, z: Tensor) -> Tensor:
-    """sigma as a tensor that broadcasts over z [B, ...]."""
-    sigma = torch.as_tensor(sigma, dtype=torch.float32, device=z.device)
+    """sigma as a tensor that broadcasts over z [B, ...]: a number in z's precision, a tensor in its own, neither below float32."""
+    sigma = wide(sigma).to(z.device) if isinstance(sigma, Tensor) else torch.tensor(sigma, dtype=precision(z), device=z.device)
     return sigma.view(-1, *[1] * (z.ndim - 1)) if sigma.ndim else sigma
 
 
@@ -62,9 +75,9 @@ def posterior_mean(z: Tensor, v: Tensor, sigma: float | Tensor) -> Tensor:
 
 
 def score(z: Tensor, v: Tensor, sigma: float | Tensor) -> Tensor:
-    """grad log p_sigma(z) = -(z + (1 - sigma) v) / sigma, in float32; sigma > 0."""
+    """grad log p_sigma(z) = -(z + (1 - sigma) v) / sigma, in float32 or float64; sigma > 0."""
     sigma = _like(sigma, z)
-    return -(z.float() + (1 - sigma) * v.float()) / sigma
+    return -(wide(z) + (1 - sigma) * wide(v)) / sigma
 
 
 def bridge(z_tau: Tensor, tau: float | Tensor, sigma: float | Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,7 +100,8 @@ def bridge_variance(tau: float | Tensor, sigma: float | Tensor) -> Tensor:
 
     0 at tau = 0, without bound as sigma -> tau. tau < sigma, floats or [B]; in the notation of `bridge`.
     """
-    tau, sigma = torch.as_tensor(tau, dtype=torch.float32), torch.as_tensor(sigma, dtype=torch.float32)
+    both = torch.as_tensor(tau * sigma)
+    tau, sigma = _like(tau, both), _like(sigma, both)
     a = (1 - sigma) / (1 - tau)
     s = ((sigma - a * tau) * (sigma + a * tau)).sqrt()
     ds = (sigma + a * tau**2 / (1 - tau)) / s

@@ -7,7 +7,9 @@ import inspect
 import os
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +30,10 @@ from rlstitch.metrics import peak_memory_mb, to_image
 from rlstitch.oracles import Terminal, load_values
 from rlstitch.prompts import PromptSet, read_prompts
 from rlstitch.schema import SamplerConfig
+from rlstitch.steering import value_spread
 from rlstitch.steering.model import Steered
 from rlstitch.steering.particles import Trace
-from rlstitch.types import Judge, Latent, noise_like
+from rlstitch.types import Batch, Judge, Latent, noise_like
 
 
 @dataclass
@@ -38,7 +41,7 @@ class SteerConfig:
     """method: a function of rlstitch.steering. kernel: ode or sde (diffusion norm sigma^2). judges: rewards that score the finished pictures.
 
     lora: folder of a trained policy (a run's `lora/`), by default none. guided_tweedie: Tweedie's guess from the guided velocity. baseline: sample the same noise unsteered, too, and put both side by side.
-    prompts_per_batch is part of what a seed means, as the kernel's noise is drawn batch by batch.
+    prompts_per_batch is part of what a seed means, as the kernel's noise is drawn batch by batch; the lambda of `lam_unit: spread` is not.
     """
 
     name: str = ""
@@ -68,6 +71,7 @@ class SteerConfig:
     judges: list[str] = field(default_factory=list)
 
 
+MEASURED = 16  # prompts that the spread of the value is measured on
 POSITIVE = ("images_per_prompt", "prompts_per_batch", "sampler.num_steps", "sampler.shift", "diffusion")
 CHOICES = {"kernel": ("ode", "sde"), "precision": ("auto", "fp32", "bf16"), "sampler.spacing": ("plain", "diffusers")}
 
@@ -83,8 +87,8 @@ def particles_of(config: SteerConfig) -> int:
     return int(config.method.get("num_particles", 1))
 
 
-def call(config: SteerConfig, velocity, value, z: Tensor, generator: torch.Generator, trace: Trace) -> Tensor:
-    """The recipe's method with everything bound in."""
+def call(config: SteerConfig, velocity, value, z: Tensor, generator: torch.Generator, trace: Trace, *, ask: Callable | None = None) -> Any:
+    """The recipe's method with everything bound in; `ask`: another function of its arguments."""
     sampler, method = config.sampler, cfg.load_class(config.method["_target_"])
     given = {
         "velocity": velocity,
@@ -96,7 +100,12 @@ def call(config: SteerConfig, velocity, value, z: Tensor, generator: torch.Gener
         "trace": trace,
     }
     takes = inspect.signature(method).parameters
-    return method(**{k: v for k, v in given.items() if k in takes}, **{k: v for k, v in config.method.items() if k != "_target_"})
+    return (ask or method)(**{k: v for k, v in given.items() if k in takes}, **{k: v for k, v in config.method.items() if k != "_target_"})
+
+
+def in_spreads(config: SteerConfig) -> bool:
+    """Whether lambda counts standard deviations of the value within a prompt, and there are any."""
+    return config.method.get("lam_unit") == "spread" and bool(config.method.get("lam")) and particles_of(config) > 1
 
 
 def _rehearsal(config: SteerConfig, sigma_range: tuple[float, float], differentiable: bool) -> list[str]:
@@ -109,7 +118,8 @@ def _rehearsal(config: SteerConfig, sigma_range: tuple[float, float], differenti
 
     try:
         z = torch.randn(max(1, particles_of(config)), 1, 2, 2, generator=torch.Generator().manual_seed(0))
-        call(config, lambda z, sigma: 0.5 * z, value, z, torch.Generator().manual_seed(0), Trace())
+        trace = Trace(spread=1.0 if in_spreads(config) else None)
+        call(config, lambda z, sigma: 0.5 * z, value, z, torch.Generator().manual_seed(0), trace)
     except (ValueError, TypeError) as error:
         return [f"'method': {error}"]
     low, high = sigma_range
@@ -196,19 +206,42 @@ class Job:
         )
         self.autocast = lambda: autocast(device, config.precision)
 
+    def _begin(self, rows: list[int], particles: int) -> tuple[Batch, Steered, Tensor, torch.Generator]:
+        """Some pictures' prompts, their denoiser and value, the noise that they start from, and the kernel's."""
+        config, batch = self.config, self.prompts.batch(rows, torch.tensor(rows))
+        model = Steered(self.backbone, self.oracle, batch, guidance=config.sampler.guidance, guided_tweedie=config.guided_tweedie)
+        z = noise_like(self.backbone.latent_shape, _row_seeds(config.seed, rows, particles), device=self.backbone.device)
+        return batch, model, z, torch.Generator().manual_seed(config.seed * 1_000_003 + rows[0])
+
+    @cached_property
+    def spread(self) -> float | None:
+        """What lambda counts in: the value's standard deviation within a prompt, the mean over the job's first prompts, each walked by itself.
+
+        It is measured once a job, so that lambda depends on the recipe and its prompts, and not on who shares a batch. None where lambda is absolute.
+        """
+        config, n = self.config, particles_of(self.config)
+        if not in_spreads(config):
+            return None
+        found = []
+        for row in range(0, len(self.prompts), config.images_per_prompt)[:MEASURED]:
+            _, model, z, generator = self._begin([row], n)
+            with self.autocast():
+                found.append(call(config, model.velocity, model.value, z, generator, Trace(), ask=value_spread))
+        return float(torch.tensor(found).nanmean())
+
     def latents(self, rows: list[int], *, steered: bool = True, trace: Trace | None = None) -> Tensor:
         """Finished latents of some pictures; of several particles the one whose picture the guiding pixel rewards like best."""
-        config, n = self.config, particles_of(self.config) if steered else 1
-        batch = self.prompts.batch(rows, torch.tensor(rows))
-        model = Steered(self.backbone, self.oracle, batch, guidance=config.sampler.guidance, guided_tweedie=config.guided_tweedie)
-        z = noise_like(self.backbone.latent_shape, _row_seeds(config.seed, rows, n), device=self.backbone.device)
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + rows[0])
+        config = self.config
+        trace = Trace() if trace is None else trace
+        if steered:
+            trace.spread = self.spread
+        batch, model, z, generator = self._begin(rows, particles_of(config) if steered else 1)
         with self.autocast():
             if not steered:
                 grid = schedule.sigmas(config.sampler.num_steps, config.sampler.shift, config.sampler.spacing)
                 with torch.no_grad():
                     return sampling.sample(model.velocity, z, grid, kernel=kernel_of(config), generator=generator).z
-            z = call(config, model.velocity, model.value, z, generator, Trace() if trace is None else trace)
+            z = call(config, model.velocity, model.value, z, generator, trace)
             if (kept := len(z) // len(rows)) > 1:
                 final, wide = Latent(z, torch.zeros(len(z), device=z.device)), batch.interleave(kept)
                 with torch.no_grad():
@@ -293,6 +326,7 @@ class Job:
             "seconds_per_image": {k: round(v / count, 4) for k, v in seconds.items()},
             "peak_memory_mb": round(peak_memory_mb(), 1),
             "lambda": trace.lam,
+            "value_spread": self.spread,
             "mean_effective_particles": round(sum(trace.ess) / len(trace.ess), 3) if trace.ess else None,
             "uniform_fallbacks": trace.fallbacks,
             "value_queries_per_image": trace.queries / count,

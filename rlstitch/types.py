@@ -76,17 +76,18 @@ class Batch:
 
 @dataclass
 class Transition:
-    """One stochastic step as it was taken: from z at `sigma` to z_next at `sigma_next`, with its log-probability [B] and its mean under the sampling policy."""
+    """One stochastic step as it was taken: from z at `sigma` to z_next at `sigma_next`, with its log-probability [B] under the sampling policy, and its mean where that is asked for again."""
 
     z: Tensor
     z_next: Tensor
     sigma: float
     sigma_next: float
     log_prob: Tensor
-    mean: Tensor
+    mean: Tensor | None = None
 
     def rows(self, index: slice) -> Transition:
-        return Transition(self.z[index], self.z_next[index], self.sigma, self.sigma_next, self.log_prob[index], self.mean[index])
+        mean = None if self.mean is None else self.mean[index]
+        return Transition(self.z[index], self.z_next[index], self.sigma, self.sigma_next, self.log_prob[index], mean)
 
 
 @dataclass
@@ -240,8 +241,7 @@ class Algorithm(Protocol):
 
 def noise_like(shape: Sequence[int], seeds: Tensor, *, stream: int = 0, device: torch.device | str = "cpu") -> Tensor:
     """Standard normal noise [B, *shape], row i drawn from (seeds[i], stream) alone, so that neither ranks nor batch sizes change it."""
-    rows = []
-    for seed in seeds.tolist():
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + stream) % (2**63))
-        rows.append(torch.randn(*shape, generator=generator))
-    return torch.stack(rows).to(device)
+    noise, generator = torch.empty(len(seeds), *shape), torch.Generator()
+    for row, seed in zip(noise, seeds.tolist()):
+        row.normal_(generator=generator.manual_seed((seed * 1_000_003 + stream) % (2**63)))
+    return noise.to(device)

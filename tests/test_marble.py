@@ -10,7 +10,7 @@ from rlstitch.oracles import Terminal
 from rlstitch.policy import Policy
 from rlstitch.rewards.simple import Darkness
 from rlstitch.schedule import sigmas
-from rlstitch.types import Batch
+from rlstitch.types import Batch, UserError
 from tests.test_nft import PIXEL
 from tests.test_train import rows, start, weights, world  # noqa: F401  (a fixture)
 
@@ -130,7 +130,7 @@ def gradient(loss, parameters):
 def test_one_amortised_backward_is_the_sum_of_one_a_reward(made, clip):
     method, rollout, w, parameters = made(clip=clip)
     assert w.shape == (8, 3) and w.isnan().sum() == 4 and (bool((w == 1).any()) is (clip < 1))
-    a = torch.tensor([0.5, 0.2, 0.3])
+    a = torch.tensor([0.16, 1.6, 0.8])
     slot = next(method.nft.slots(rollout, 2))
     together = gradient(method.nft.policy_loss(slot, *mix(w, a)), parameters)
     apart = sum(
@@ -208,6 +208,38 @@ def test_when_a_full_solve_is_due_and_how_the_coefficients_move(made, monkeypatc
     assert method.first and not method.coefficients  # a stage with other rewards begins anew
 
 
+def test_between_full_solves_c_keeps_the_direction_that_a_loses(made):
+    """g_1 = 10 u_1, g_2 = u_2 at 120 degrees to it, g_3 = u_3 at right angles to both: a = (.4, .4, .2), c = 4 a / |g| as the mean length is 4. The solution's
+    cosine is .4 / 20^.5 / .2 = .447 with each; a's own mixture, 4 u_1 + .4 u_2 + .2 u_3, has -1.6 / 14.6^.5 with g_2."""
+    g = torch.tensor([[10.0, 0.0, 0.0], [-0.5, 0.75**0.5, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
+    gram, told = g @ g.T, {}
+    for by in ("c", "a"):
+        method, rollout, w, _ = made(mixture=by)
+        solution = method._solve(gram)
+        torch.testing.assert_close(solution, torch.tensor([0.16, 1.6, 0.8]).double(), rtol=1e-6, atol=1e-6)
+        method.end_step(0)
+        method.compare([rollout], rollout.scores, rollout.batch.group)
+        torch.testing.assert_close(method.mixture, solution if by == "c" else torch.tensor([0.4, 0.4, 0.2]).double())
+        told[by] = method._measured(gram, solution, {x: method._amortised(x) for x in "ac"})
+        assert float(told[by][f"amortised_worst_cosine/{by}"]) == float(told[by]["amortised_worst_cosine"])
+        assert float(told[by]["amortised_worst_cosine/a"]) == pytest.approx(-1.6 / 14.6**0.5)
+        assert float(told[by]["amortised_worst_cosine/c"]) == pytest.approx(0.2**0.5) == pytest.approx(float(told[by]["worst_cosine"]))
+    method, *_ = made()
+    for _ in range(2):  # averaged as a is
+        method._solve(gram)
+        method._solve(torch.diag(torch.tensor([1.0, 1.0, 0.0]).double()))
+    first, second = torch.tensor([0.16, 1.6, 0.8]), torch.tensor([0.5, 0.5, 0.0])
+    once = 0.7 * first + 0.3 * second
+    torch.testing.assert_close(torch.tensor(list(method.scaled.values())), 0.7 * (0.7 * once + 0.3 * first) + 0.3 * second)
+    old = {k: v for k, v in method.state().items() if not k.startswith("scaled")}
+    with pytest.raises(UserError, match="set algorithm.mixture=a"):
+        made()[0].load_state(old)
+    for options, state in (({"mixture": "a"}, old), ({}, method.state())):
+        other, *_ = made(**options)
+        other.load_state(state)
+        assert other.coefficients == method.coefficients and other.scaled == (method.scaled if not options else {})
+
+
 MARBLES = (
     "algorithm._target_=rlstitch.algorithms.marble.MARBLE",
     "algorithm.beta=0.5",
@@ -238,7 +270,8 @@ def test_marble_resumes_bit_for_bit(world, two, kind):  # noqa: F811
     for file in ("policy.safetensors", "algorithm.safetensors"):
         whole, halves = (load_file(world / "runs" / n / "checkpoints" / "step-000004" / file) for n in (name, f"{name}-halves"))
         assert whole.keys() == halves.keys() and all(torch.equal(whole[k], halves[k]) for k in whole)
-    assert int(whole["updates"]) == 4 and sum(float(v) for k, v in whole.items() if k != "updates") == pytest.approx(1)
+    assert int(whole["updates"]) == 4 and sum(float(v) for k, v in whole.items() if k.startswith("coefficient/")) == pytest.approx(1)
+    assert {k.split("/")[0] for k in whole} == {"updates", "coefficient", "scaled"}
     measured = [row for row in rows(world, name) if "worst_cosine" in row]
     assert [row["step"] for row in measured] == [1, 3] and all(row["worst_cosine"] >= -1e-4 for row in measured)
 

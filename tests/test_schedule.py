@@ -1,10 +1,12 @@
 """The path, posterior mean, score and bridge against a Gaussian prior, where all of them are exact."""
 
+import math
+
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from rlstitch import schedule
+from rlstitch import sampling, schedule
 
 MEAN, STD = 0.7, 0.4  # z0 ~ N(MEAN, STD^2), one dimension
 
@@ -97,3 +99,53 @@ def test_bridge_target_is_the_time_derivative(generator):
 def test_bridge_refuses_to_run_backwards():
     with pytest.raises(ValueError, match="tau"):
         schedule.bridge(torch.zeros(2, 1), 0.5, 0.5, torch.zeros(2, 1))
+
+
+@pytest.mark.parametrize("given", ["number", "scalar", "rows"])
+def test_float64_is_kept_and_less_is_float32(given):
+    """Every function of the path and every kernel against the same arithmetic on Python's floats."""
+    x, n, v, s, t, tau = 0.3, -1.7, 0.9, 0.7, 0.6, 0.1
+    a = (1 - s) / (1 - tau)
+    spread = ((s - a * tau) * (s + a * tau)) ** 0.5
+    growth = (s + a * tau**2 / (1 - tau)) / spread
+    std = t * math.sin(0.4 * math.pi)
+    exact = {
+        "interpolate": (1 - s) * x + s * n,
+        "posterior_mean": x - s * v,
+        "score": -(x + (1 - s) * v) / s,
+        "bridge": a * x + spread * n,
+        "bridge target": -x / (1 - tau) + growth * n,
+        "bridge_variance": ((tau * spread / (1 - tau) + growth * a * tau) / s) ** 2,
+        "euler": x + (t - s) * v,
+        "linear_sde": x + (s - t) * (-v - 0.5 * (3 * s**2) ** 2 * (x + (1 - s) * v) / s),
+        "cps": (1 - t) * (x - s * v) + (t**2 - std**2) ** 0.5 * (x + (1 - s) * v),
+        "log_prob": -((x - n) ** 2) / (2 * 0.3**2) - math.log(0.3) - 0.5 * math.log(2 * math.pi),
+    }
+    for dtype, error in ((torch.float64, 1e-13), (torch.float32, 1e-5)):
+        z, noise, velocity = (torch.full((2, 1, 2), value, dtype=dtype) for value in (x, n, v))
+        make = {"number": float, "scalar": lambda v: torch.tensor(v, dtype=dtype), "rows": lambda v: torch.full((2,), v, dtype=dtype)}[
+            given
+        ]  # noqa: B023
+        sigma, start = make(s), make(tau)
+        bridge, target = schedule.bridge(z, start, sigma, noise)
+        got = {
+            "interpolate": schedule.interpolate(z, noise, sigma),
+            "posterior_mean": schedule.posterior_mean(z, velocity, sigma),
+            "score": schedule.score(z, velocity, sigma),
+            "bridge": bridge,
+            "bridge target": target,
+            "bridge_variance": schedule.bridge_variance(start, sigma),
+            "euler": sampling.euler(z, velocity, s, t),
+            "linear_sde": sampling.linear_sde(z, velocity, s, t)[0],
+            "cps": sampling.cps(z, velocity, s, t, 0.8)[0],
+            "log_prob": sampling.log_prob(z, noise, 0.3),
+        }
+        for name, result in got.items():
+            assert result.dtype == (torch.float32 if (name, given) == ("bridge_variance", "number") else dtype), name
+            close = 1e-6 if result.dtype == torch.float32 else error
+            torch.testing.assert_close(result.double(), torch.full_like(result, exact[name]).double(), rtol=close, atol=close), name
+        for walk in (sampling.sample, sampling.sample_dpm2):
+            done = walk(lambda z, sigma: z * sigma[:, None, None], z, schedule.sigmas(4), stop=3)
+            assert done.z.dtype == done.sigma.dtype == dtype
+    half = torch.full((2, 1, 2), 0.5, dtype=torch.bfloat16)
+    assert schedule.score(half, half, make(s)).dtype == sampling.log_prob(half, half, 0.3).dtype == torch.float32

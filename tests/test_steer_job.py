@@ -1,5 +1,6 @@
 """launch/steer.py: what it writes, and its user's mistakes."""
 
+import inspect
 import json
 
 import pytest
@@ -60,6 +61,29 @@ def test_a_job_writes_pictures_scores_and_a_grid(tmp_path, sd3_dir, clip_dir):
 def test_every_method_runs(tmp_path, sd3_dir, clip_dir, method):
     result = steer.Job(steer.checked(given(tmp_path, sd3_dir, clip_dir, method=method), "tiny")).run()
     assert len(result["images"]) == 3 and all(-1 <= row["r"] <= 1 for row in result["images"])
+
+
+@pytest.mark.parametrize("proposals", ["greedy", "weighted"])
+def test_lambda_in_spreads_is_the_jobs_whoever_shares_a_batch(tmp_path, sd3_dir, clip_dir, proposals, monkeypatch):
+    used, fk = [], steer.cfg.load_class("rlstitch.steering.fk")
+
+    def spied(*args, **options):
+        z = fk(*args, **options)
+        used.append(options["trace"].lam)
+        return z
+
+    method = {"num_particles": 3, "num_proposals": 2, "proposal_steps": [0, 1], "proposals": proposals}
+    recipe = given(tmp_path, sd3_dir, clip_dir, images_per_prompt=2)
+    recipe["method"] |= method
+    for together in (1, 2, 6):
+        job = steer.Job(steer.checked(recipe | {"prompts_per_batch": together, "name": f"by{together}"}, "tiny"))
+        monkeypatch.setattr("rlstitch.steering.fk", spied)
+        monkeypatch.setattr(spied, "__signature__", inspect.signature(fk), raising=False)
+        saved = job.run()
+        monkeypatch.setattr("rlstitch.steering.fk", fk)
+        used.append(saved["lambda"])
+        assert saved["lambda"] == pytest.approx(2.0 / saved["value_spread"]) and saved["value_spread"] > 0
+    assert len(used) == 6 + 3 + 1 + 3 and len(set(used)) == 1
 
 
 def test_a_trained_policy_is_steered(tmp_path, sd3_dir, clip_dir):

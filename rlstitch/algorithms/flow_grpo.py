@@ -144,7 +144,8 @@ class FlowGRPO:
             if start <= k < start + self.window:
                 mean, std = self.step(z, v, levels[k], levels[k + 1])
                 z_next = mean + std * noise_like(self.backbone.latent_shape, batch.seeds, stream=501 + k, device=z.device)
-                transitions.append(Transition(z, z_next, levels[k], levels[k + 1], self.log_prob(z_next, mean, std), mean))
+                log_prob = self.log_prob(z_next, mean, std)
+                transitions.append(Transition(z, z_next, levels[k], levels[k + 1], log_prob, mean if self.guard else None))
                 z = z_next
             else:
                 z = sampling.euler(z, v, levels[k], levels[k + 1])

@@ -1,7 +1,7 @@
 """MARBLE (arXiv 2605.06507): several rewards at once on top of DiffusionNFT, along the direction that none of them speaks against.
 
 At a full solve the gradient g_k of every reward's own loss is taken, and min |sum_k a_k g_k / |g_k||^2 is solved over the simplex: at its solution every
-reward's gradient has a cosine >= 0 with the direction. Between full solves the coefficients a_k mix the rewards' weights, at NFT's price.
+reward's gradient has a cosine >= 0 with the direction. Between full solves the coefficients of the last ones mix the rewards' weights, at NFT's price.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rlstitch import advantages
 from rlstitch.algorithms.nft import NFT, Slot
 from rlstitch.distributed import mean_over_ranks, world_size
 from rlstitch.policy import Policy
-from rlstitch.types import Batch, Oracle, Rollout
+from rlstitch.types import Batch, Oracle, Rollout, UserError
 
 TINY = 1e-12  # a gradient shorter than this says nothing about its direction
 
@@ -137,11 +137,15 @@ class MARBLE:
 
     every: updates between full solves. A full solve takes the gradients on the first training time of every sample of the update, over all micro-batches and ranks,
     so that it is the same however the update is cut, and trains that time along the solution, the KL's gradient beside it. In the first update, and the
-    first with other rewards, every training time is a full solve. rho: a <- rho a + (1 - rho) a_new at every later one; the other training times use a as it was.
+    first with other rewards, every training time is a full solve.
+    mixture: what the other training times mix the rewards' losses by, averaged over the full solves (x <- rho x + (1 - rho) x_new): `c`, which holds the gradients'
+    lengths, so that the mixture is the solution's own direction as long as the gradients are as they were; or `a`, as released, which on gradients of unequal
+    lengths is another direction, and one of ten times the others' length may turn it against one of them.
     solve: `marble`; for comparison `equal` (a_k = 1 / K) and `sum` (the weighted total's advantage, as NFT), which train like NFT and measure at the same slots.
 
     Logged at full solves: `coefficient/<reward>` (a; the oracle's weights of `sum`), `cosine/<reward>` of its gradient with this training time's direction, without
-    the KL, their least as `worst_cosine`, and `amortised_worst_cosine`, the same for the direction that the coefficients of the solves before take on these samples.
+    the KL, their least as `worst_cosine`, and `amortised_worst_cosine`, the same for the direction that the mixture of the solves before takes on these samples;
+    of `marble` also `amortised_worst_cosine/a` and `/c`, whichever of them is in use.
     """
 
     needs_gradient, collects, keeps_old = NFT.needs_gradient, NFT.collects, NFT.keeps_old
@@ -166,6 +170,7 @@ class MARBLE:
         adaptive: bool = True,
         every: int = 10,
         rho: float = 0.7,
+        mixture: Literal["c", "a"] = "c",
         solve: Literal["marble", "equal", "sum"] = "marble",
     ):
         self.nft = NFT(
@@ -184,8 +189,9 @@ class MARBLE:
             adaptive=adaptive,
             per_reward=solve != "sum",
         )
-        self.every, self.rho, self.solve = every, rho, solve
-        self.coefficients: dict[str, float] = {}  # of each reward, after the last full solve
+        self.every, self.rho, self.by, self.solve = every, rho, mixture, solve
+        self.coefficients: dict[str, float] = {}  # a of each reward, averaged over the full solves so far
+        self.scaled: dict[str, float] = {}  # c of each, likewise
         self.updates = 0
         self.due = self.first = False  # has this update a full solve; is every slot of it one
         self.parts = self.seen = 0  # micro-batches of this update, and those begun
@@ -225,10 +231,10 @@ class MARBLE:
     def compare(self, rollouts: Sequence[Rollout], scores: Tensor, group_ids: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Weights w [B, K] of each reward by itself, NaN where it is not known; `sum` has the total's behind them, [B, K + 1]."""
         if set(self.coefficients) != set(self.oracle.names):
-            self.coefficients = {}
+            self.coefficients, self.scaled = {}, {}
         self.first = not self.coefficients
         self.due = self.first or self.updates % self.every == 0
-        self.parts, self.seen, self.held, self.mixture = len(rollouts), 0, {}, self._amortised()
+        self.parts, self.seen, self.held, self.mixture = len(rollouts), 0, {}, self._amortised(self.by)
         together, metrics = self.nft.compare(rollouts, scores, group_ids)
         weights = self.nft.weigh(advantages.group_normalise(scores, group_ids, spread=self.nft.spread))
         return torch.cat([weights, together[:, None]], 1) if self.solve == "sum" else weights, metrics
@@ -245,12 +251,12 @@ class MARBLE:
             loss, metrics = self.nft.regularised(slot, loss, known.to(share.dtype))
             yield loss, metrics | measured
 
-    def _amortised(self) -> Tensor:
-        """Coefficients of the columns of the weights between full solves; equal ones before the first."""
-        names = self.oracle.names
+    def _amortised(self, by: str) -> Tensor:
+        """What the columns of the weights are mixed by between full solves, `a` or `c`; equal parts before the first."""
+        names, known = self.oracle.names, {"a": self.coefficients, "c": self.scaled}[by]
         if self.solve == "sum":
             return torch.tensor([0.0] * len(names) + [1.0]).double()
-        return torch.tensor([self.coefficients.get(n, 1 / len(names)) for n in names]).double()
+        return torch.tensor([known.get(n, 1 / len(names)) for n in names]).double()
 
     def _full(self, k: int, slot: Slot, weights: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:
         """One micro-batch's part of a full solve: -> the loss to train on (None: the mixture's) and, at the last micro-batch, what was measured.
@@ -266,8 +272,9 @@ class MARBLE:
             return (self._along(None, 0.0) if self.solve == "marble" else None), {}
         values, gradients = self.held.pop(k).mean(self.parts)
         gram = gram_matrix(gradients)
+        mixtures = {by: self._amortised(by) for by in "ac"} if self.solve == "marble" else {}
         c = self._solve(gram)
-        measured = self._measured(gram, c)
+        measured = self._measured(gram, c, mixtures)
         if self.solve != "marble":
             return None, measured
         taking_part = [k for k, x in enumerate(c.tolist()) if x]  # the others may hold what is no number
@@ -282,16 +289,18 @@ class MARBLE:
             linear = torch.stack([(p * (0.0 if direction is None else g)).sum() for p, g in zip(parameters, direction or parameters)]).sum()
             return linear - linear.detach() + value
 
-    def _measured(self, gram: Tensor, c: Tensor) -> dict[str, Tensor]:
-        """What a full solve logs."""
+    def _measured(self, gram: Tensor, c: Tensor, mixtures: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What a full solve logs; `mixtures` as they were before it."""
         names, device = self.oracle.names, self.nft.backbone.device
-        angle, between = (cosines(gram, x)[: len(names)] for x in (c, self.mixture))
+        angle = cosines(gram, c)[: len(names)]
         measured = {f"coefficient/{n}": torch.tensor(a) for n, a in self.coefficients.items()}
         measured |= {f"cosine/{n}": x for n, x in zip(names, angle) if not x.isnan()}
         if not bool(angle.isnan().all()):
             measured["worst_cosine"] = angle[~angle.isnan()].min()
             if not self.first or self.solve != "marble":
-                measured["amortised_worst_cosine"] = between[~between.isnan()].min()
+                for name, mixture in {"": self.mixture, **{f"/{by}": m for by, m in mixtures.items()}}.items():
+                    between = cosines(gram, mixture)[: len(names)]
+                    measured[f"amortised_worst_cosine{name}"] = between[~between.isnan()].min()
         return {key: value.float().to(device) for key, value in measured.items()}
 
     def _solve(self, gram: Tensor) -> Tensor:
@@ -299,15 +308,18 @@ class MARBLE:
         names = self.oracle.names
         if self.solve == "sum":
             self.coefficients = dict(zip(names, map(float, self.oracle.weights)))
-            return self._amortised()
-        before = self.coefficients or dict.fromkeys(names, 1 / len(names))
+            return self._amortised("a")
         a, c = balance(gram)
         if self.solve == "equal" or not bool(a.any()):
-            self.coefficients = before
-            return self._amortised()
-        keep = self.rho if self.coefficients else 0.0
-        self.coefficients = {n: keep * before[n] + (1 - keep) * float(x) for n, x in zip(names, a)}
+            equal = dict.fromkeys(names, 1 / len(names))
+            self.coefficients, self.scaled = self.coefficients or equal, self.scaled or equal
+            return self._amortised(self.by)
+        self.coefficients, self.scaled = self._averaged(self.coefficients, a), self._averaged(self.scaled, c)
         return c
+
+    def _averaged(self, before: dict[str, float], new: Tensor) -> dict[str, float]:
+        keep = self.rho if before else 0.0
+        return {n: keep * before.get(n, 0.0) + (1 - keep) * float(x) for n, x in zip(self.oracle.names, new)}
 
     def _gradient(self, loss: Tensor, retain: bool) -> list[Tensor]:
         """d loss / d policy; retain: the slot's graph stays, for another reward's gradient or the slot's own backward."""
@@ -320,11 +332,18 @@ class MARBLE:
         self.updates += 1
 
     def state(self) -> dict[str, Tensor]:
-        """Count of updates and coefficient of each reward."""
-        coefficients = {f"coefficient/{n}": torch.tensor(a, dtype=torch.float64) for n, a in self.coefficients.items()}
-        return {"updates": torch.tensor(self.updates)} | coefficients
+        """Count of updates, a and c of each reward."""
+        kept = {"coefficient": self.coefficients, "scaled": self.scaled}
+        numbers = {f"{kind}/{n}": torch.tensor(x, dtype=torch.float64) for kind, known in kept.items() for n, x in known.items()}
+        return {"updates": torch.tensor(self.updates)} | numbers
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Raises KeyError where the state is of another algorithm."""
+        """Raises KeyError where the state is of another algorithm, UserError where it is of before there was a mixture by c, which it would need."""
         self.updates = int(tensors["updates"])
-        self.coefficients = {key.removeprefix("coefficient/"): float(a) for key, a in tensors.items() if key != "updates"}
+        self.coefficients, self.scaled = (
+            {key.removeprefix(kind): float(x) for key, x in tensors.items() if key.startswith(kind)} for kind in ("coefficient/", "scaled/")
+        )
+        if self.coefficients and not self.scaled and (self.by, self.solve) == ("c", "marble"):
+            raise UserError(
+                "this checkpoint knows MARBLE's coefficients a alone, and not c, by which algorithm.mixture=c mixes: set algorithm.mixture=a"
+            )

@@ -1,4 +1,7 @@
-"""Joint attention for CPUs: for short sequences two matrix products beat the fused kernel, whose backward is several times slower there."""
+"""Joint attention for CPUs: in half precision two matrix products beat the fused kernel on short sequences, whose backward is several times slower there.
+
+A denoiser of the miniature, forward and backward, takes 1.45 times as long in bf16 by the fused kernel, and .98 as long in float32, in less memory.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,8 @@ LONGEST = 512  # tokens; beyond it the attention matrix costs more than it saves
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k' / sqrt(d)) v on [B, heads, L, d]."""
-    if q.shape[-2] > LONGEST:
+    """softmax(q k' / sqrt(d)) v on [B, heads, L, d]. The kernel is chosen by precision and length alone, so that rollout and training do the same."""
+    if q.shape[-2] > LONGEST or v.dtype == torch.float32:
         return F.scaled_dot_product_attention(q, k, v)
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     return logits.softmax(-1).to(v.dtype) @ v
