@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlstitch import config as cfg
+from rlstitch.files import read_tensors, write_tensors
 from rlstitch.prompts import PromptSet, read_prompts
 from rlstitch.schema import DataConfig
 from rlstitch.types import Batch, UserError
@@ -42,7 +45,7 @@ def read_data(config: DataConfig, learns_from: str = "prompts") -> PromptSet:
 def encode(backbone: Any, prompts: PromptSet, *, truncate: bool = False, engine: Any = None) -> PromptSet:
     """Encode a prompt set and its pictures once. Prompts that the encoders would cut are refused by name unless `truncate` allows it.
 
-    With a cache of text on disk, the ranks of `engine` share the work, and the set holds nothing but the prompts.
+    The ranks of `engine` share the pictures and, with a cache on disk, the text; the set then holds nothing but the prompts.
     """
     cut = backbone.too_long(prompts.prompts)
     if cut and not truncate:
@@ -59,20 +62,47 @@ def encode(backbone: Any, prompts: PromptSet, *, truncate: bool = False, engine:
             engine.barrier()
         prompts.lookup = backbone.encode_prompts
     if prompts.pictures is not None:
-        prompts.clean, prompts.pictures = encode_pictures(backbone, prompts.pictures), None
+        prompts.clean, prompts.pictures = encode_pictures(backbone, prompts.pictures, engine=engine), None
     return prompts
 
 
 @torch.no_grad()
-def encode_pictures(backbone: Any, pictures: Tensor, *, batch_size: int = 64) -> Tensor:
-    """Clean latents [N, (2,) C, H, W], on the CPU, of uint8 pictures [N, (2,) 3, H, W]. Raises UserError where they have another size than the model's."""
-    flat = pictures.flatten(0, -4)
-    latents = torch.cat([backbone.encode(part.to(backbone.device).float() / 255).cpu() for part in flat.split(batch_size)])
-    if latents.shape[1:] != backbone.latent_shape:
+def encode_pictures(backbone: Any, pictures: Tensor, *, batch_size: int = 4, engine: Any = None) -> Tensor:
+    """Clean latents [N, (2,) C, H, W], on the CPU, of uint8 pictures [N, (2,) 3, H, W]. Raises UserError where they have another size than the model's.
+
+    Each batch of the set is encoded by one rank of `engine`, which gives it to the others, and never again where the backbone has a cache on disk. How the set is
+    cut depends on neither, so that the latents are the same bits on any number of ranks.
+    """
+    if pictures.shape[-2:] != (backbone.image_size, backbone.image_size):
         raise UserError(
             f"'data.images' gives pictures of {pictures.shape[-1]} x {pictures.shape[-2]}, the model takes {backbone.image_size} x {backbone.image_size}: resize them, or set model.image_size"
         )
-    return latents.unflatten(0, pictures.shape[:-3])
+    rank, world = (0, 1) if engine is None else (engine.rank, engine.world)
+    parts, folder, latents = pictures.flatten(0, -4).split(batch_size), _pictures_folder(backbone), []
+    for first in range(0, len(parts), world):
+        round = parts[first : first + world]
+        own = torch.zeros(batch_size, *backbone.latent_shape, device=backbone.device)
+        if rank < len(round):
+            own[: len(round[rank])] = _encoded(backbone, round[rank], folder)
+        every = own if engine is None else engine.gather(own)
+        latents += [z[: len(part)].cpu() for z, part in zip(every.split(batch_size), round)]
+    return torch.cat(latents).unflatten(0, pictures.shape[:-3])
+
+
+def _pictures_folder(backbone: Any) -> Path | None:
+    """Where latents of pictures are kept, by the weights that made them; None without a cache."""
+    return None if getattr(backbone, "cache", None) is None else backbone.cache / f"pictures-{backbone.picture_fingerprint()}"
+
+
+def _encoded(backbone: Any, pictures: Tensor, folder: Path | None) -> Tensor:
+    """Latents of one batch of uint8 pictures, from the cache where they are there."""
+    file = None if folder is None else folder / f"{hashlib.sha256(pictures.contiguous().numpy().tobytes()).hexdigest()[:32]}.safetensors"
+    if file is not None and file.exists():
+        return read_tensors(file)["latents"].to(backbone.device)
+    latents = backbone.encode(pictures.to(backbone.device).float() / 255)
+    if file is not None:
+        write_tensors(file, {"latents": latents.cpu()})
+    return latents
 
 
 @dataclass

@@ -1,12 +1,15 @@
 """Update streams and the geometry of a global batch."""
 
+import threading
+
 import pytest
 import torch
 
 from rlstitch.advantages import group_normalise
-from rlstitch.data import UpdateStream, prompt_seeds, resolve_geometry
+from rlstitch.data import UpdateStream, encode_pictures, prompt_seeds, resolve_geometry
 from rlstitch.prompts import PromptSet
 from rlstitch.types import UserError, noise_like
+from tests import pictures
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 16])
@@ -89,3 +92,47 @@ def test_a_disk_that_is_full_says_so_and_leaves_the_old_file(tmp_path, monkeypat
     with pytest.raises(OSError, match="No space left"):
         files.write_tensors(path, {"x": torch.zeros(2)})
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"] and files.read_tensors(path)["x"].tolist() == [1, 1]
+
+
+class Rank:
+    """One of several ranks in a thread of its own; `gather` waits for the others as the job's does."""
+
+    def __init__(self, rank, world, table, barrier):
+        self.rank, self.world, self.table, self.barrier = rank, world, table, barrier
+
+    def gather(self, tensor):
+        self.table[self.rank] = tensor
+        self.barrier.wait(30)
+        every = torch.cat(self.table)
+        self.barrier.wait(30)
+        return every
+
+
+def test_ranks_share_the_pictures_and_a_cache_keeps_them(backbone, sd3_dir, tmp_path, monkeypatch):
+    """The same bits on one rank and on two, each of which encodes its half; a second start encodes nothing, and other weights do not take what it kept."""
+    shown, _ = pictures.tiny_pairs(9)  # batches of 4 4 4 4 2
+    seen, plain = [], type(backbone).encode
+    monkeypatch.setattr(
+        type(backbone), "encode", lambda self, x: (seen.append((threading.current_thread().name, len(x))), plain(self, x))[1]
+    )
+    alone = encode_pictures(backbone, shown)
+    assert alone.shape == (9, 2, *backbone.latent_shape) and [n for _, n in seen] == [4, 4, 4, 4, 2]
+
+    def on(world, cache=None):
+        seen.clear()
+        backbone.cache, table, barrier, out = cache, [None] * world, threading.Barrier(world), [None] * world
+
+        def work(rank):
+            out[rank] = encode_pictures(backbone, shown, engine=Rank(rank, world, table, barrier))
+
+        threads = [threading.Thread(target=work, args=(rank,), name=str(rank)) for rank in range(world)]
+        [t.start() for t in threads], [t.join() for t in threads]
+        assert all(torch.equal(z, alone) for z in out)
+        return [sum(n for name, n in seen if name == str(rank)) for rank in range(world)]
+
+    assert on(2) == [10, 8] and on(3) == [8, 6, 4]
+    assert on(2, tmp_path) == [10, 8] and on(1, tmp_path) == [0]
+    (kept,) = tmp_path.iterdir()
+    assert len(list(kept.iterdir())) == 5
+    monkeypatch.setattr(backbone, "picture_fingerprint", lambda: "other")
+    assert on(1, tmp_path) == [18]

@@ -100,7 +100,7 @@ class SD3Backbone:
     """An SD3 pipeline directory. `transformer` and `vae` are loaded at once and frozen; text encoders only while prompts are encoded.
 
     path: directory or `shapes:NAME`; dtype: of the frozen weights; max_sequence_length: T5 tokens (zeros where there is no T5; 0 adds none);
-    image_size: side in pixels (default: the transformer's own); cache: folder of encoded prompts, None for none.
+    image_size: side in pixels (default: the transformer's own); cache: folder of encoded prompts and pictures, None for none.
     """
 
     def __init__(
@@ -196,6 +196,11 @@ class SD3Backbone:
     def text_fingerprint(self) -> str:
         prints = quick_fingerprint(self.path, ("text_encoder*/*.safetensors", "text_encoder*/config.json", "tokenizer*/*"))
         return hashlib.sha256(f"{prints}:{self.max_sequence_length}:{self.dtype}".encode()).hexdigest()[:20]
+
+    def picture_fingerprint(self) -> str:
+        """Of everything that latents of pictures depend on beside the pictures."""
+        prints = quick_fingerprint(self.path, ("vae/*.safetensors", "vae/config.json"))
+        return hashlib.sha256(f"{prints}:{self.image_size}:{self.dtype}:{self.device.type}".encode()).hexdigest()[:20]
 
     def encode_prompts(self, prompts: Sequence[str], *, batch_size: int = 64) -> Conditioning:
         """Text of N prompts, from the cache where it is there. The encoders are loaded once for all that are missing and freed again."""
