@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from rlstitch import sampling, schedule
 from rlstitch.asking import ask, has_gradient
@@ -34,6 +35,17 @@ class _Mixed:
         """Weighted sum of the columns: [B, K] -> [B]. A reward of weight 0 is only looked at, and may fail."""
         weights = torch.tensor(self.weights, dtype=scores.dtype, device=scores.device)
         return torch.where(weights == 0, 0.0, scores) @ weights
+
+
+def recomputed(oracle: Oracle, latent: Latent, batch: Batch) -> Tensor:
+    """An oracle's scores [B, K] with gradient, asked row by row, each row's graph (decoder, reward, prefix, tail) made again in the backward pass and freed with it.
+
+    Scores and gradients are those of `oracle(latent, batch)`; what is held at once is one row's, not the batch's. Autocast is as it was; which adapter is in use is not
+    remembered, so that gradients must be taken under the same one.
+    """
+    one = lambda z, sigma, row: oracle(Latent(z, sigma), row)  # noqa: E731
+    rows = (slice(k, k + 1) for k in range(len(latent.z)))
+    return torch.cat([checkpoint(one, latent.z[r], latent.sigma[r], batch[r], use_reentrant=False) for r in rows])
 
 
 class Terminal(_Mixed):

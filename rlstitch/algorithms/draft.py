@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlstitch import losses, sampling, schedule
 from rlstitch.data import update_number
+from rlstitch.oracles import recomputed
 from rlstitch.policy import REFERENCE, Policy
 from rlstitch.types import Batch, Latent, Oracle, Rollout, UserError, noise_like
 
@@ -134,7 +135,8 @@ class Draft:
                 batch.text[torch.arange(b).repeat(copies)],
             )
         )
-        return self.oracle(rollout.latent, wide).view(copies, b, -1).mean(0)
+        scores = recomputed(self.oracle, rollout.latent, wide) if self.backbone.checkpointing else self.oracle(rollout.latent, wide)
+        return scores.view(copies, b, -1).mean(0)
 
     def losses(self, rollout: Rollout) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """One loss; samples without a score add nothing to it but the regulariser."""

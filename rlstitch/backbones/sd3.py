@@ -135,6 +135,7 @@ class SD3Backbone:
         self._text_folder: Path | None = None
 
     lora_targets = LORA_TARGETS
+    checkpointing = False  # of activations
     parts = ("transformer", "vae")  # folders of the directory that are loaded at once
 
     @staticmethod
@@ -274,6 +275,7 @@ class SD3Backbone:
 
     def checkpoint_activations(self, on: bool = True) -> None:
         """Hold no more of a forward with gradient than what enters each block, and run a block again in the backward pass: a third more time, a fraction of the memory."""
+        self.checkpointing = on
         self.transformer.enable_gradient_checkpointing() if on else self.transformer.disable_gradient_checkpointing()
 
     def _forward(self, z: Tensor, sigma: Tensor, text: Conditioning) -> Tensor:
