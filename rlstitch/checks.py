@@ -7,11 +7,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rlstitch import checkpoint, inputs, lock, schedule, stages
+from rlstitch import checkpoint, inputs, lock, schedule, scheduler, stages
 from rlstitch import config as cfg
 from rlstitch.data import DIMENSIONS, Geometry, PromptSet, read_prompts, resolve_geometry
 from rlstitch.distributed import world_size
-from rlstitch.files import require, vae_fingerprint
+from rlstitch.files import require, same_vae
 from rlstitch.oracles import Tweedie, values_used
 from rlstitch.policy import SETS
 from rlstitch.schema import RunConfig
@@ -79,11 +79,13 @@ def _faults(config: RunConfig) -> list[str]:
         faults.append(
             "'refresh' measures value models against their rewards, and this oracle has none: use rlstitch.oracles.Stitched, or refresh.fraction=0"
         )
-    if not any(
+    shift = scheduler.of_recipe("sampler.shift", config.sampler.shift, config.model, faults)
+    scheduler.of_recipe("evaluation.shift", config.evaluation.shift, config.model, faults)
+    if shift is not None and not any(
         f.startswith(("'oracle", "unknown key 'oracle", "'stop", "unknown key 'stop", "'sampler", "'algorithm", "unknown key 'algorithm"))
         for f in faults
     ):
-        _pairings(config, cards, faults)
+        _pairings(config, shift, cards, faults)
     return faults + (_comparisons(config, method) if method is not None and method.needs_oracle else [])
 
 
@@ -188,7 +190,7 @@ def value_cards(config: Any, faults: list[str]) -> dict[str, dict[str, Any]]:
         if name not in config.rewards:
             faults.append(f"value model '{name}' needs its pixel reward: add '{name}' under 'rewards'")
         try:
-            if vae_fingerprint(config.model.get("path", "")) != card["vae_sha256"]:
+            if not same_vae(card, config.model.get("path", "")):
                 faults.append(
                     f"'values.{name}': {config.values[name]} reads latents of another autoencoder than model {config.model['path']}: stitch one for this model with launch/stitch.py"
                 )
@@ -215,7 +217,7 @@ def model_faults(model: dict[str, Any]) -> list[str]:
         faults.append(
             f"'model.path': {model['path']} is no pipeline directory of diffusers, it has no {' and no '.join(f'{p}/config.json' for p in lacking)}: load the model once with diffusers (from_pretrained, or from_single_file for a single .safetensors) and write it with save_pretrained"
         )
-    return faults
+    return faults or cfg.own_faults("model", model)
 
 
 def reward_faults(where: str, node: Any) -> list[str]:
@@ -225,7 +227,7 @@ def reward_faults(where: str, node: Any) -> list[str]:
         for key in ("path", "head"):
             if isinstance(node.get(key), str):
                 attempt(faults, f"{where}.{key}", require, node[key], "the reward's file")
-    return faults
+    return faults or cfg.own_faults(where, node)
 
 
 def judge_faults(where: str, names: list[str], rewards: dict[str, Any], prompts: PromptSet | None) -> list[str]:
@@ -266,14 +268,14 @@ def unknown_rewards(where: str, names: list[str], rewards: dict[str, Any]) -> li
     ]
 
 
-def _pairings(config: RunConfig, cards: dict[str, dict[str, Any]], faults: list[str]) -> None:
+def _pairings(config: RunConfig, shift: schedule.Shift, cards: dict[str, dict[str, Any]], faults: list[str]) -> None:
     """Oracle against stop, oracle against algorithm, algorithm against stop."""
     steps = config.sampler.num_steps
     algorithm = cfg.load_class(config.algorithm["_target_"])
     if not algorithm.needs_oracle:
         faults += algorithm.faults({k: v for k, v in config.algorithm.items() if k != "_target_"}, End().steps(steps))
         return
-    grid = schedule.sigmas(steps, config.sampler.shift, config.sampler.spacing).tolist()
+    grid = schedule.sigmas(steps, shift, config.sampler.spacing).tolist()
     stops = cfg.build(config.stop).steps(steps)
     if not len(stops) or stops.start < 1 or stops.stop - 1 > steps:
         faults.append(f"'stop' halts after {stops.start}..{stops.stop - 1} steps, but the grid has {steps}: keep it within 1..{steps}")
@@ -348,7 +350,10 @@ def goals(config: RunConfig) -> list[str]:
         if part.oracle:
             weights = " + ".join(f"{reward} x{weight:g}" for reward, weight in part.oracle["weights"].items())
             stop, steps, s = cfg.build(part.stop).steps(part.sampler.num_steps), part.sampler.num_steps, part.sampler
-            grid = [f"{v:.2f}".removeprefix("0") if v else "0" for v in schedule.sigmas(steps, s.shift, s.spacing).tolist()]
+            grid = [
+                f"{v:.2f}".removeprefix("0") if v else "0"
+                for v in schedule.sigmas(steps, scheduler.of_recipe("sampler.shift", s.shift, part.model, []), s.spacing).tolist()
+            ]
             low, high = stop.start, stop.stop - 1
             after, sigma = (f"{low}..{high}", f"{grid[low]} to {grid[high]}") if high > low else (f"{low}", grid[low])
             line = f"trains on {weights}; stops after {after} of {steps} steps, sigma {sigma}"

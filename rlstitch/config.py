@@ -314,6 +314,16 @@ def check_part(where: str, node: dict[str, Any], *, extra: tuple[str, ...] = ())
     return faults + [f"'{where}.{name}' is missing: {node['_target_']} needs it" for name in missing]
 
 
+def own_faults(where: str, node: dict[str, Any]) -> list[str]:
+    """What the class that a sound node names finds wrong with it: `faults(options) -> [(key, why)]`, where it has that."""
+    if check_part(where, node) or (read := getattr(load_class(node["_target_"]), "faults", None)) is None:
+        return []
+    try:
+        return [f"'{where}.{key}': {why}" for key, why in read({k: v for k, v in node.items() if k != "_target_"})]
+    except UserError as error:
+        return [f"'{where}.path': {error}"]
+
+
 def build(node: dict[str, Any], **injected: Any) -> Any:
     """Build a `_target_` node; of `injected` it gets what its signature asks for."""
     cls = load_class(node["_target_"])

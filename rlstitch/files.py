@@ -10,11 +10,12 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -22,6 +23,9 @@ from rlstitch.types import UserError
 
 SHAPES = Path(__file__).parent / "shapes" / "weights"
 GROWN, GROWN_WEIGHTS = "grown.json", "blocks.safetensors"
+STEMS = ("diffusion_pytorch_model", "model")  # of diffusers, of transformers
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}  # names of an older diffusers
 
 
 def resolve(path: str | Path) -> Path:
@@ -146,17 +150,130 @@ def quick_fingerprint(folder: Path, patterns: tuple[str, ...]) -> str:
     return digest.hexdigest()
 
 
-def vae_fingerprint(model: str | Path) -> str:
-    """Hash of a pipeline directory's autoencoder weights, read without loading it: latents are comparable only where it agrees."""
-    return weights_fingerprint(model, "vae")
+def weight_files(folder: Path, what: str, variant: str | None = None) -> tuple[str | None, list[Path]]:
+    """(variant, safetensors files) of one part's folder: whole or in shards with an index. A `variant` such as fp16 is taken where it is there, else the plain
+    files, and without either the only variant that there is. Raises UserError where there are none, where shards are missing, and where several would do."""
+    for chosen in dict.fromkeys((variant, None)):
+        if files := _files(folder, what, chosen):
+            return chosen, files
+    variants = sorted({v for p in folder.glob("*.safetensors*") if (v := _variant_of(p.name)) and _files(folder, what, v)})
+    if len(variants) == 1:
+        return variants[0], _files(folder, what, variants[0])
+    if variants:
+        raise UserError(
+            f"{what} in {folder} has weights in several variants ({', '.join(variants)}) and none without: name one with variant"
+        )
+    pickled = sorted(p.name for p in folder.glob("*") if p.suffix in PICKLES)
+    raise UserError(
+        f"{what} in {folder} has no weights in safetensors"
+        + (
+            f", only {', '.join(pickled[:3])}, which can run code and is not read here: where you trust it, load the folder once with the library that wrote it and "
+            "write it anew, model.save_pretrained(folder, safe_serialization=True)"
+            if pickled
+            else f" ({' or '.join(f'{stem}.safetensors' for stem in STEMS)}): download it whole"
+        )
+    )
+
+
+def _files(folder: Path, what: str, variant: str | None) -> list[Path]:
+    """The files of exactly this variant; none where it is not there."""
+    dot = f".{variant}" if variant else ""
+    for stem in STEMS:
+        if (whole := folder / f"{stem}{dot}.safetensors").is_file():
+            return [whole]
+        if (index := folder / f"{stem}.safetensors.index{dot}.json").is_file():
+            names = sorted(set(read_json(index, f"the index of {what}", weight_map=dict)["weight_map"].values()))
+            if lacking := [n for n in names if Path(n).name != n or not (folder / n).is_file()]:
+                raise UserError(f"{what} in {folder} lacks {', '.join(lacking[:5])}, which {index.name} names: download it whole")
+            return [folder / name for name in names]
+    return []
+
+
+def _variant_of(name: str) -> str | None:
+    """`fp16` of model.fp16.safetensors and of model.safetensors.index.fp16.json."""
+    for stem in STEMS:
+        for start, end in ((f"{stem}.", ".safetensors"), (f"{stem}.safetensors.index.", ".json")):
+            if name.startswith(start) and name.endswith(end) and len(name) > len(start) + len(end):
+                return name[len(start) : -len(end)]
+    return None
+
+
+def names_in(files: list[Path]) -> set[str]:
+    """Names of the tensors in safetensors files, from their headers."""
+    names: set[str] = set()
+    for file in files:
+        with _opened(file) as tensors:
+            names |= set(tensors.keys())
+    return names
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, "pt")
+    except SafetensorError as error:
+        raise UserError(f"{file} cannot be read as safetensors ({error}): restore it or download it again") from error
 
 
 def weights_fingerprint(model: str | Path, part: str) -> str:
-    """Hash of all weights of one part of a pipeline directory. UserError where it has none in safetensors."""
-    files = sorted((require(model, "the model directory") / part).glob("*.safetensors"))
-    if not files:
-        raise UserError(f"model '{model}' has no {part}/*.safetensors")
-    return hashlib.sha256("".join(sha256(f) for f in files).encode()).hexdigest()
+    """Hash of the weight files of one part of a pipeline directory. UserError where it has none in safetensors."""
+    return _files_hash(_stamps(require(model, "the model directory") / part, f"the {part}"))
+
+
+def vae_fingerprint(model: str | Path) -> str:
+    """What names a pipeline directory's autoencoder, read without loading it: the first of `vae_fingerprints`."""
+    return vae_fingerprints(model)[0]
+
+
+def vae_fingerprints(model: str | Path) -> tuple[str, str]:
+    """Hashes of an autoencoder's tensors and of its scale and shift; the tensors rounded to bfloat16, and to float16 first. Two directories hold the same one where they share either: whole or in shards,
+    saved anew, in float32, or cast to bfloat16 or to float16. (A cast to bfloat16 beside a cast to float16, the original gone, share none.)"""
+    folder = require(model, "the model directory") / "vae"
+    config = read_json(require(folder / "config.json", "the vae's config"), "the vae's config")
+    return _tensor_hashes(_stamps(folder, "the vae"), f"{config.get('scaling_factor')} {config.get('shift_factor')}")
+
+
+def vae_names(model: str | Path) -> dict[str, str]:
+    """What a card keeps of the autoencoder that its value was made for."""
+    first, second = vae_fingerprints(model)
+    return {"vae_sha256": first, "vae_half_sha256": second}
+
+
+def same_vae(card: dict[str, Any], model: str | Path) -> bool:
+    """Whether a model's autoencoder is the one that a card was written for; cards of old hash its files."""
+    wanted = {card["vae_sha256"], card.get("vae_half_sha256")}
+    return bool(wanted & set(vae_fingerprints(model))) or weights_fingerprint(model, "vae") in wanted
+
+
+def _stamps(folder: Path, what: str) -> tuple[tuple[Path, int, int], ...]:
+    """(file, size, time) of a part's weights: what its hashes are remembered by."""
+    return tuple((f, f.stat().st_size, f.stat().st_mtime_ns) for f in weight_files(folder, what)[1])
+
+
+@lru_cache
+def _files_hash(stamps: tuple[tuple[Path, int, int], ...]) -> str:
+    return hashlib.sha256("".join(sha256(file) for file, *_ in stamps).encode()).hexdigest()
+
+
+@lru_cache
+def _tensor_hashes(stamps: tuple[tuple[Path, int, int], ...], factors: str) -> tuple[str, str]:
+    """One tensor at a time, by name, whatever file it lies in."""
+    where, digests = {}, (hashlib.sha256(factors.encode()), hashlib.sha256(factors.encode()))
+    for file, *_ in stamps:
+        where |= dict.fromkeys(names_in([file]), file)
+    now = {name: _current(name) for name in where}
+    for name in sorted(where, key=now.__getitem__):
+        with _opened(where[name]) as tensors:
+            value = tensors.get_tensor(name).float()
+        for digest, rounded in zip(digests, (value, value.half().float())):
+            digest.update(f"{now[name]}{list(value.shape)}".encode())
+            digest.update(rounded.to(torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return digests[0].hexdigest(), digests[1].hexdigest()
+
+
+def _current(name: str) -> str:
+    for old, new in OLD_ATTENTION.items():
+        name = name.replace(old, new)
+    return name
 
 
 def read_tensors(path: Path, expected_sha256: str | None = None) -> dict[str, Tensor]:
@@ -165,7 +282,7 @@ def read_tensors(path: Path, expected_sha256: str | None = None) -> dict[str, Te
         raise UserError(
             f"{path} is not the file that was saved: sha256 {found[:16]}... instead of {expected_sha256[:16]}.... Restore it or make it again."
         )
-    if path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".pkl"):
+    if path.suffix in PICKLES:
         raise UserError(
             f"{path} is a pickle, which can run code and is not read here: convert it where you trust it, with safetensors.torch.save_file(torch.load('{path.name}', weights_only=True), '{path.stem}.safetensors')"
         )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from rlstitch import sampling, schedule
+from rlstitch import sampling, schedule, scheduler
 from rlstitch.asking import ask, has_gradient
 from rlstitch.config import load_class
 from rlstitch.distributed import autocast
@@ -92,7 +92,7 @@ class Tweedie(_Mixed):
 class MonteCarlo(_Mixed):
     """Mean r over n completed rollouts from the latent, by a stochastic kernel: the reference that every value is compared with. No gradient.
 
-    precision: fp32, bf16 or auto, of the denoiser's passes alone; None is the caller's.
+    shift: a number, or auto for the model's own. precision: fp32, bf16 or auto, of the denoiser's passes alone; None is the caller's.
     """
 
     sigma_range = (0.0, 1.0)
@@ -106,14 +106,14 @@ class MonteCarlo(_Mixed):
         *,
         rollouts: int = 4,
         num_steps: int = 10,
-        shift: float = 3.0,
+        shift: float | str = scheduler.AUTO,
         precision: str | None = None,
         seed: int = 0,
     ):
         super().__init__(weights)
         self.precision = precision
         self.backbone, self.rewards, self.rollouts = backbone, {name: rewards[name] for name in weights}, rollouts
-        self.grid, self.seed = schedule.sigmas(num_steps, shift, "plain"), seed
+        self.grid, self.seed = schedule.sigmas(num_steps, scheduler.resolve("oracle.shift", shift, backbone), "plain"), seed
 
     def __call__(self, latent: Latent, batch: Batch) -> Tensor:
         return self.each(latent, batch).mean(0)

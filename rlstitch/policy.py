@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from rlstitch.files import replacing
+from rlstitch.files import write_tensors
 from rlstitch.types import UserError
 
 CURRENT, EMA, OLD, REFERENCE = "default", "ema", "old", "reference"
@@ -147,15 +148,15 @@ class Policy:
                     p.copy_(value)
 
     def export(self, folder: Path, name: str = EMA) -> None:
-        """Write `pytorch_lora_weights.safetensors` that stock diffusers loads with pipe.load_lora_weights(folder)."""
+        """Write `pytorch_lora_weights.safetensors`, which stock diffusers loads with pipe.load_lora_weights(folder).
+
+        alpha / rank is folded into B, so that the file means the same to readers that know alpha from its header, from a state dict, or not at all (alpha = rank).
+        """
         with self.gathered():
             layers = get_peft_model_state_dict(self.transformer, adapter_name=name)
             settings = self.transformer.peft_config[name]
-            metadata = {"r": settings.r, "lora_alpha": settings.lora_alpha, "target_modules": sorted(settings.target_modules)}
-            with replacing(folder / "pytorch_lora_weights.safetensors") as file:
-                StableDiffusion3Pipeline.save_lora_weights(
-                    file.parent,
-                    weight_name=file.name,
-                    transformer_lora_layers={k: v.detach().float().contiguous() for k, v in layers.items()},
-                    transformer_lora_adapter_metadata=metadata,
-                )
+            scale = settings.lora_alpha / settings.r
+            tensors = {f"transformer.{k}": v.detach().float() * (scale if ".lora_B." in k else 1.0) for k, v in layers.items()}
+        header = {"r": settings.r, "lora_alpha": settings.r, "target_modules": sorted(settings.target_modules)}
+        told = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps({f"transformer.{k}": v for k, v in header.items()}, sort_keys=True)}
+        write_tensors(Path(folder) / LORA_WEIGHT_NAME_SAFE, tensors, metadata=told)

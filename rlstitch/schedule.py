@@ -5,6 +5,7 @@ What is given in float64 is computed and returned in it; grids and tables are fl
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -27,37 +28,63 @@ def _like(sigma: float | Tensor, z: Tensor) -> Tensor:
     return sigma.view(-1, *[1] * (z.ndim - 1)) if sigma.ndim else sigma
 
 
+@dataclass(frozen=True)
+class Shift:
+    """How noise levels are shifted: by `factor`, and the last one above 0 is then brought to `terminal`, where there is one, the rest stretched with it.
+
+    dynamic: the factor was made for one picture size, and diffusers does not apply it to the ends of its table as well, see `sigmas`.
+    """
+
+    factor: float = 1.0
+    dynamic: bool = False
+    terminal: float | None = None
+
+    def __str__(self) -> str:
+        at_size = " at this size" if self.dynamic else ""
+        return f"{self.factor:.4g}{at_size}" + ("" if self.terminal is None else f", ending at sigma {self.terminal:g}")
+
+
+def shift_of(shift: float | Shift) -> Shift:
+    """A plain number is a factor that does not depend on the picture."""
+    return shift if isinstance(shift, Shift) else Shift(float(shift))
+
+
 def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
     """The timestep shift of SD3: s -> shift s / (1 + (shift - 1) s)."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def sigmas(num_steps: int, shift: float = 1.0, spacing: Literal["diffusers", "plain"] = "diffusers") -> Tensor:
+def sigmas(num_steps: int, shift: float | Shift = 1.0, spacing: Literal["diffusers", "plain"] = "diffusers") -> Tensor:
     """Sampling grid [num_steps + 1], float32, falling from 1 to 0.
 
-    `plain` shifts 1 - k/N. `diffusers` is FlowMatchEulerDiscreteScheduler's: the shift is applied to 1/1000 .. 1 at construction and again to N
-    equally spaced points between its ends, so that the last non-zero sigma hardly depends on N (0.0089 for shift 3). Raises ValueError on bad arguments.
+    `plain` shifts 1 - k/N. `diffusers` is FlowMatchEulerDiscreteScheduler's: a static shift is applied to 1/1000 .. 1 at construction and again to N
+    equally spaced points between its ends, so that the last non-zero sigma hardly depends on N (0.0089 for shift 3); a dynamic one to the points alone.
+    Raises ValueError on bad arguments.
     """
+    law = shift_of(shift)
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, not {num_steps}")
-    if shift <= 0:
-        raise ValueError(f"shift must be positive, not {shift}")
+    if not law.factor > 0:
+        raise ValueError(f"shift must be positive, not {law.factor}")
     if spacing == "plain":
-        grid = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+        grid = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)[:-1]
     elif spacing == "diffusers":
-        lowest = shift_sigma(torch.tensor(1 / 1000, dtype=torch.float64), shift)
-        grid = torch.cat([torch.linspace(1, float(lowest), num_steps, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)])
+        lowest = shift_sigma(torch.tensor(1 / 1000, dtype=torch.float64), 1.0 if law.dynamic else law.factor)
+        grid = torch.linspace(1, float(lowest), num_steps, dtype=torch.float64)
     else:
         raise ValueError(f"spacing must be 'diffusers' or 'plain', not {spacing!r}")
-    return shift_sigma(grid, shift).float()
+    grid = shift_sigma(grid, law.factor)
+    if law.terminal is not None and num_steps > 1:  # a single level is 1 and stays there
+        grid = 1 - (1 - grid) * (1 - law.terminal) / (1 - grid[-1])
+    return torch.cat([grid, grid.new_zeros(1)]).float()
 
 
-def training_table(shift: float) -> Tensor:
+def training_table(shift: float | Shift) -> Tensor:
     """The 1000 sigmas that SD3 is trained on, float32 and falling: i/1000 shifted once, where the sampling grid `diffusers` is shifted twice."""
-    return shift_sigma(torch.arange(1000, 0, -1, dtype=torch.float64) / 1000, shift).float()
+    return shift_sigma(torch.arange(1000, 0, -1, dtype=torch.float64) / 1000, shift_of(shift).factor).float()
 
 
-def training_sigma(t: Tensor, shift: float) -> Tensor:
+def training_sigma(t: Tensor, shift: float | Shift) -> Tensor:
     """Entry floor((1 - t) 1000) of the training table for t [B] in [0, 1], float32; t = 0 takes the last one, which is above 0."""
     index = ((1 - t.double()) * 1000).floor().clamp(0, 999).long()
     return training_table(shift).to(t.device)[index]

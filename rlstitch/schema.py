@@ -8,8 +8,10 @@ from typing import Any
 
 @dataclass
 class SamplerConfig:
+    """shift: of the noise levels, `auto` for what the scheduler of the model's directory says at the run's picture size, or a number."""
+
     num_steps: int = 10
-    shift: float = 3.0
+    shift: Any = "auto"
     spacing: str = "plain"
     guidance: float = 1.0
     activation_checkpointing: bool = False
@@ -72,7 +74,7 @@ class EvaluationConfig:
     every: int = 0
     every_prompts: int = 64
     num_steps: int = 40
-    shift: float = 3.0
+    shift: Any = "auto"
     spacing: str = "diffusers"
     guidance: float = 1.0
     batch_size: int = 64
@@ -175,7 +177,6 @@ CHOICES = {
 POSITIVE = (
     "updates",
     "sampler.num_steps",
-    "sampler.shift",
     "batch.prompts_per_update",
     "batch.images_per_prompt",
     "batch.micro_batch",

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rlstitch import config as cfg
-from rlstitch import sampling, schedule
+from rlstitch import sampling, schedule, scheduler
 from rlstitch.asking import ask
 from rlstitch.checks import answered, attempt, judge_faults, part_faults, unknown_rewards, value_cards, without_gradient
 from rlstitch.data import encode
@@ -72,7 +72,7 @@ class SteerConfig:
 
 
 MEASURED = 16  # prompts that the spread of the value is measured on
-POSITIVE = ("images_per_prompt", "prompts_per_batch", "sampler.num_steps", "sampler.shift", "diffusion")
+POSITIVE = ("images_per_prompt", "prompts_per_batch", "sampler.num_steps", "diffusion")
 CHOICES = {"kernel": ("ode", "sde"), "precision": ("auto", "fp32", "bf16"), "sampler.spacing": ("plain", "diffusers")}
 
 
@@ -87,14 +87,16 @@ def particles_of(config: SteerConfig) -> int:
     return int(config.method.get("num_particles", 1))
 
 
-def call(config: SteerConfig, velocity, value, z: Tensor, generator: torch.Generator, trace: Trace, *, ask: Callable | None = None) -> Any:
+def call(
+    config: SteerConfig, grid: Tensor, velocity, value, z: Tensor, generator: torch.Generator, trace: Trace, *, ask: Callable | None = None
+) -> Any:
     """The recipe's method with everything bound in; `ask`: another function of its arguments."""
-    sampler, method = config.sampler, cfg.load_class(config.method["_target_"])
+    method = cfg.load_class(config.method["_target_"])
     given = {
         "velocity": velocity,
         "value": value,
         "z": z,
-        "sigmas": schedule.sigmas(sampler.num_steps, sampler.shift, sampler.spacing),
+        "sigmas": grid,
         "kernel": kernel_of(config),
         "generator": generator,
         "trace": trace,
@@ -108,7 +110,7 @@ def in_spreads(config: SteerConfig) -> bool:
     return config.method.get("lam_unit") == "spread" and bool(config.method.get("lam")) and particles_of(config) > 1
 
 
-def _rehearsal(config: SteerConfig, sigma_range: tuple[float, float], differentiable: bool) -> list[str]:
+def _rehearsal(config: SteerConfig, grid: Tensor, sigma_range: tuple[float, float], differentiable: bool) -> list[str]:
     """Faults of method and oracle together, found by running the method on a toy latent and watching what it asks."""
     asked: dict[float, bool] = {}
 
@@ -119,7 +121,7 @@ def _rehearsal(config: SteerConfig, sigma_range: tuple[float, float], differenti
     try:
         z = torch.randn(max(1, particles_of(config)), 1, 2, 2, generator=torch.Generator().manual_seed(0))
         trace = Trace(spread=1.0 if in_spreads(config) else None)
-        call(config, lambda z, sigma: 0.5 * z, value, z, torch.Generator().manual_seed(0), trace)
+        call(config, grid, lambda z, sigma: 0.5 * z, value, z, torch.Generator().manual_seed(0), trace)
     except (ValueError, TypeError) as error:
         return [f"'method': {error}"]
     low, high = sigma_range
@@ -157,6 +159,7 @@ def checked(given: dict[str, Any], name: str) -> SteerConfig:
         faults += [f"'lora': {config.lora} is no folder"] if not resolve(config.lora).is_dir() else []
     prompts = attempt(faults, "prompts", read_prompts, config.prompts, config.column)
     faults += part_faults(config) + judge_faults("judges", config.judges, config.rewards, prompts)
+    shift, sampler = scheduler.of_recipe("sampler.shift", config.sampler.shift, config.model, faults), config.sampler
     parts = cfg.check_part("oracle", config.oracle, extra=("weights",)) + cfg.check_part("method", config.method)
     if not parts:
         weights = config.oracle.get("weights") or {}
@@ -165,7 +168,8 @@ def checked(given: dict[str, Any], name: str) -> SteerConfig:
         faults += [] if cards else unknown_rewards("oracle.weights", list(weights), config.rewards)
         blind = not cards and bool(without_gradient(weights, config.rewards))
         if not faults:
-            faults += _rehearsal(config, answered(oracle, cards), not blind and getattr(oracle, "differentiable", True) is not False)
+            grid = schedule.sigmas(sampler.num_steps, shift, sampler.spacing)
+            faults += _rehearsal(config, grid, answered(oracle, cards), not blind and getattr(oracle, "differentiable", True) is not False)
     if faults := faults + parts:
         raise cfg.report(list(dict.fromkeys(faults)), name)
     config.name = config.name or cfg.short_name(name)
@@ -204,6 +208,8 @@ class Job:
         self.prompts = encode(
             self.backbone, PromptSet([prompts.prompts[i] for i in rows], [prompts.rows[i] for i in rows]), truncate=config.truncate
         )
+        shift = scheduler.resolve("sampler.shift", config.sampler.shift, self.backbone)
+        self.grid = schedule.sigmas(config.sampler.num_steps, shift, config.sampler.spacing)
         self.autocast = lambda: autocast(device, config.precision)
 
     def _begin(self, rows: list[int], particles: int) -> tuple[Batch, Steered, Tensor, torch.Generator]:
@@ -226,7 +232,7 @@ class Job:
         for row in range(0, len(self.prompts), config.images_per_prompt)[:MEASURED]:
             _, model, z, generator = self._begin([row], n)
             with self.autocast():
-                found.append(call(config, model.velocity, model.value, z, generator, Trace(), ask=value_spread))
+                found.append(call(config, self.grid, model.velocity, model.value, z, generator, Trace(), ask=value_spread))
         return float(torch.tensor(found).nanmean())
 
     def latents(self, rows: list[int], *, steered: bool = True, trace: Trace | None = None) -> Tensor:
@@ -238,10 +244,9 @@ class Job:
         batch, model, z, generator = self._begin(rows, particles_of(config) if steered else 1)
         with self.autocast():
             if not steered:
-                grid = schedule.sigmas(config.sampler.num_steps, config.sampler.shift, config.sampler.spacing)
                 with torch.no_grad():
-                    return sampling.sample(model.velocity, z, grid, kernel=kernel_of(config), generator=generator).z
-            z = call(config, model.velocity, model.value, z, generator, trace)
+                    return sampling.sample(model.velocity, z, self.grid, kernel=kernel_of(config), generator=generator).z
+            z = call(config, self.grid, model.velocity, model.value, z, generator, trace)
             if (kept := len(z) // len(rows)) > 1:
                 final, wide = Latent(z, torch.zeros(len(z), device=z.device)), batch.interleave(kept)
                 with torch.no_grad():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from rlstitch import checkpoint, inputs, lock, report, schedule, stages, tracker
+from rlstitch import checkpoint, inputs, lock, report, schedule, scheduler, stages, tracker
 from rlstitch import config as cfg
 from rlstitch.checks import geometry
 from rlstitch.data import UpdateStream, encode, read_data, read_prompts
@@ -94,7 +94,8 @@ class Trainer:
             for name, end, part, stop in zip(stages.names(config), ends, parts, stops)
         ]
         self.backbone.checkpoint_activations(config.sampler.activation_checkpointing)
-        self.grid = schedule.sigmas(config.sampler.num_steps, config.sampler.shift, config.sampler.spacing)
+        shift = scheduler.resolve("sampler.shift", config.sampler.shift, self.backbone)
+        self.grid = schedule.sigmas(config.sampler.num_steps, shift, config.sampler.spacing)
         self.algorithm = cfg.build(
             config.algorithm,
             backbone=self.backbone,
@@ -102,7 +103,7 @@ class Trainer:
             oracle=self.stages[0].oracle,
             grid=self.grid,
             guidance=config.sampler.guidance,
-            shift=config.sampler.shift,
+            shift=shift,
             images_per_prompt=config.batch.images_per_prompt,
         )
         self.refresher = (
@@ -316,7 +317,7 @@ class Trainer:
                 adapter,
                 self.held_out,
                 {n: self.rewards[n] for n in e.rewards},
-                schedule.sigmas(e.num_steps, e.shift, e.spacing),
+                schedule.sigmas(e.num_steps, scheduler.resolve("evaluation.shift", e.shift, self.backbone), e.spacing),
                 self.engine,
                 guidance=e.guidance,
                 batch_size=e.batch_size,

@@ -118,7 +118,7 @@ class Rollout:
 class Backbone(Protocol):
     """A denoiser with its autoencoder and text encoders; what an adapter for another architecture has to give. It never loops over time.
 
-    parts: folders that its directory must hold. transformer: the module that LoRA is added to, on the linears named `lora_targets`. latent_shape (C, H, W), image_size in pixels, width of a block's tokens.
+    parts: folders that its directory must hold. transformer: the module that LoRA is added to, on the linears named `lora_targets`. latent_shape (C, H, W), image_size in pixels, image_tokens of a picture in the transformer, width of a block's tokens.
     too_long: (prompt, tokens, limit) of prompts that the encoders would cut. cache: folder of encoded text, None for none; `remember` fills it; latents of pictures are kept there by `picture_fingerprint`. A prefix's activations have `block`, `size`, `grid`, `rows` and `join` (backbones.sd3.Activations).
     """
 
@@ -130,12 +130,15 @@ class Backbone(Protocol):
     width: int
     latent_shape: tuple[int, int, int]
     image_size: int
+    image_tokens: int
     device: torch.device
     dtype: torch.dtype
     cache: Any
     checkpointing: bool
     null: Conditioning  # of the empty prompt
 
+    @staticmethod
+    def count_image_tokens(path: str, image_size: int | None = None) -> int: ...
     @staticmethod
     def parameter_counts(path: str, rank: int) -> dict[str, int]: ...
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning: ...
@@ -183,6 +186,7 @@ class StitchableReward(Reward, Protocol):
     width: int
     grid: int
     device: torch.device
+    dtype: torch.dtype
     head: Any
 
     def patches(self, images: Tensor) -> Tensor: ...  # [B, N, W], no [CLS], no positions

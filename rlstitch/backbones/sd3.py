@@ -8,19 +8,21 @@ from __future__ import annotations
 import copy
 import gc
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
+from rlstitch.backbones import directory
 from rlstitch.backbones.attention import PlainJointAttention
-from rlstitch.files import hash_tensors, quick_fingerprint, read_tensors, require, write_tensors
+from rlstitch.files import hash_tensors, quick_fingerprint, read_json, read_tensors, require, write_tensors
 from rlstitch.types import Conditioning, UserError
+from rlstitch.weights import load_strictly
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
@@ -99,21 +101,24 @@ class Prefix(nn.Module):
 class SD3Backbone:
     """An SD3 pipeline directory. `transformer` and `vae` are loaded at once and frozen; text encoders only while prompts are encoded.
 
-    path: directory or `shapes:NAME`; dtype: of the frozen weights; max_sequence_length: T5 tokens (zeros where there is no T5; 0 adds none);
-    image_size: side in pixels (default: the transformer's own); cache: folder of encoded prompts and pictures, None for none.
+    path: directory or `shapes:NAME`; dtype: of the frozen weights; variant: of the weight files, e.g. fp16 (default: the plain ones, or the only one there is);
+    max_sequence_length: T5 tokens (zeros where there is no T5; 0 adds none); image_size: side in pixels (default: the transformer's own); cache: folder of encoded
+    prompts and pictures, None for none.
     """
 
     def __init__(
         self,
         path: str,
         *,
-        dtype: str = "float32",
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        variant: str | None = None,
         max_sequence_length: int = 256,
         image_size: int | None = None,
         device: str = "cpu",
         cache: str | None = None,
     ):
         self.path, self.device, self.dtype = require(path, "the model directory"), torch.device(device), getattr(torch, dtype)
+        self.variant = variant
         for part in self.parts:
             require(self.path / part, f"the {part} of model '{path}'")
         self.transformer = self._load(SD3Transformer2DModel, "transformer")
@@ -131,12 +136,22 @@ class SD3Backbone:
             )
         self.image_size = side
         self.latent_shape = (self.transformer.config.in_channels, side // self.scale_factor, side // self.scale_factor)
+        self.image_tokens = self.count_image_tokens(path, image_size)
         self._null: Conditioning | None = None
         self._text_folder: Path | None = None
 
     lora_targets = LORA_TARGETS
     checkpointing = False  # of activations
-    parts = ("transformer", "vae")  # folders of the directory that are loaded at once
+    parts, faults = directory.PARTS, staticmethod(directory.faults)
+
+    @staticmethod
+    def count_image_tokens(path: str, image_size: int | None = None) -> int:
+        """Patches of a picture, which a scheduler may shift by: from the configurations alone."""
+        folder = require(path, "the model directory")
+        transformer = read_json(folder / "transformer" / "config.json", "the transformer's config", patch_size=int, sample_size=int)
+        vae = read_json(folder / "vae" / "config.json", "the vae's config", block_out_channels=list)
+        side = transformer["sample_size"] if image_size is None else image_size // 2 ** (len(vae["block_out_channels"]) - 1)
+        return (side // transformer["patch_size"]) ** 2
 
     @staticmethod
     def parameter_counts(path: str, rank: int) -> dict[str, int]:
@@ -152,11 +167,12 @@ class SD3Backbone:
         }
 
     def _load(self, cls, part: str):
-        try:
-            model = cls.from_pretrained(self.path / part, dtype=self.dtype)
-        except Exception as error:  # diffusers raises many kinds for a missing or damaged file
-            raise UserError(f"the {part} of {self.path} cannot be loaded: {error}") from error
-        return model.to(self.device).requires_grad_(False).eval()
+        return (
+            load_strictly(cls, self.path / part, f"the {part}", variant=self.variant, dtype=self.dtype)
+            .to(self.device)
+            .requires_grad_(False)
+            .eval()
+        )
 
     def load_lora(self, folder: str | Path) -> None:
         """Put a trained LoRA on the frozen transformer: the `lora/` of a run, or any folder that diffusers wrote. Prefixes made before stay without it.
@@ -252,9 +268,11 @@ class SD3Backbone:
         return [(p, n, limit) for p, n in zip(prompts, lengths) if n > limit]
 
     def _text_pipeline(self) -> StableDiffusion3Pipeline:
-        index = json.loads(require(self.path / "model_index.json", "the pipeline's index").read_text())
-        without = {name: None for name in ("text_encoder_3", "tokenizer_3") if index.get(name, [None])[0] is None}
-        pipeline = StableDiffusion3Pipeline.from_pretrained(self.path, transformer=None, vae=None, dtype=self.dtype, **without)
+        index = read_json(self.path / "model_index.json", "the pipeline's index")
+        parts = {name: self._load(cls, name) if index.get(name, [None])[0] is not None else None for name, cls in directory.ENCODERS.items()}
+        if parts["text_encoder_3"] is None:
+            parts["tokenizer_3"] = None
+        pipeline = StableDiffusion3Pipeline.from_pretrained(self.path, transformer=None, vae=None, local_files_only=True, **parts)
         pipeline.transformer = self.transformer  # for its joint_attention_dim, where there is no T5
         return pipeline.to(self.device)
 

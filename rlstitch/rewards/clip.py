@@ -1,43 +1,29 @@
 """The CLIP family over transformers' `CLIPModel`: CLIP score, HPSv2, DFN-CLIP, PickScore, and heads on the image embedding (aesthetic).
 
-Preprocessing is torch and differentiable: antialiased bicubic, the processor's own mean and standard deviation.
+Preprocessing is torch and differentiable, as the model's own file says it (rewards.preprocessing).
 """
 
 from __future__ import annotations
 
 import copy
-import json
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPTokenizer, CLIPVisionConfig
 
-from rlstitch.files import hash_tensors, read_tensors, require
+from rlstitch.files import hash_tensors, read_json, read_tensors, require, weight_files
+from rlstitch.rewards import preprocessing
+from rlstitch.rewards.preprocessing import Resize
 from rlstitch.types import Batch, UserError
+from rlstitch.weights import load_strictly
 
-Resize = Literal["shortest_crop", "squash", "longest_pad"]
 
-
-def preprocess(images: Tensor, size: int, mean: Tensor, std: Tensor, resize: Resize = "shortest_crop") -> Tensor:
-    """Images [B, 3, H, W] in [0, 1] -> normalised [B, 3, size, size]. `shortest_crop` is CLIP's, `squash` DFN's, `longest_pad` HPSv2's (zeros before normalisation)."""
-    h, w = images.shape[-2:]
-    if (h, w) != (size, size):
-        if resize == "squash":
-            target = (size, size)
-        else:
-            scale = size / (min(h, w) if resize == "shortest_crop" else max(h, w))
-            target = (max(1, round(h * scale)), max(1, round(w * scale)))
-        images = F.interpolate(images, target, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-        h, w = target
-        if resize == "shortest_crop":
-            top, left = (h - size) // 2, (w - size) // 2
-            images = images[..., top : top + size, left : left + size]
-        elif resize == "longest_pad":
-            left, top = (size - w) // 2, (size - h) // 2
-            images = F.pad(images, (left, size - w - left, top, size - h - top))
-    return (images - mean) / std
+def preprocess(images: Tensor, size: int, mean: Tensor, std: Tensor, resize: str = "shortest_crop") -> Tensor:
+    """Images [B, 3, H, W] in [0, 1] -> normalised [B, 3, size, size], by one of the words of `preprocessing.stated`."""
+    return preprocessing.stated(resize, size, mean=tuple(mean.flatten().tolist()), std=tuple(std.flatten().tolist()))(images)
 
 
 class VisionTail(nn.Module):
@@ -74,24 +60,45 @@ class VisionTail(nn.Module):
 _ACTIVATIONS = {"none": nn.Identity, "gelu": nn.GELU, "relu": nn.ReLU}
 
 
-def load_head(path: str, activation: str) -> nn.Sequential:
-    """An MLP from safetensors with `<n>.weight` and `<n>.bias` (or `layers.<n>.*`), dropout left out, `activation` between the layers."""
+def load_head(path: str, activation: str, width: int) -> nn.Sequential:
+    """An MLP of an embedding [B, width] to a score [B, 1], from safetensors with `<n>.weight` and `<n>.bias` (or `layers.<n>.*`), dropout left out, `activation`
+    between the layers. Raises UserError where a tensor is missing, has another name or does not fit the one before it."""
     if activation not in _ACTIVATIONS:
         raise UserError(f"head_activation must be one of {', '.join(_ACTIVATIONS)}, not '{activation}'")
     tensors = {k.removeprefix("layers."): v for k, v in read_tensors(require(path, "the reward's head")).items()}
+    places = sorted({int(n) for k in tensors if (n := k.split(".")[0]).isdigit()})
+    wanted = {f"{n}.{part}" for n in places for part in ("weight", "bias")}
+    if not places or wanted != set(tensors):
+        raise UserError(
+            f"the reward's head {path} is no list of linear layers: {', '.join(sorted(wanted ^ set(tensors))[:5]) or 'nothing'} is missing or has another name"
+        )
     modules: list[nn.Module] = []
-    for place in sorted({int(k.split(".")[0]) for k in tensors}):
-        weight = tensors[f"{place}.weight"]
-        linear = nn.Linear(weight.shape[1], weight.shape[0])
-        linear.load_state_dict({"weight": weight.float(), "bias": tensors[f"{place}.bias"].float()})
+    for place in places:
+        weight, bias = tensors[f"{place}.weight"], tensors[f"{place}.bias"]
+        if weight.ndim != 2 or weight.shape[1] != width or bias.shape != weight.shape[:1]:
+            raise UserError(
+                f"the reward's head {path}: {place}.weight is {list(weight.shape)} with a bias of {list(bias.shape)}, and takes {width} channels"
+            )
+        width = weight.shape[0]
+        linear = nn.Linear(weight.shape[1], width)
+        linear.load_state_dict({"weight": weight.float(), "bias": bias.float()})
         modules += [linear, _ACTIVATIONS[activation]()]
+    if width != 1:
+        raise UserError(f"the reward's head {path} ends in {width} channels, and a score is one")
     return nn.Sequential(*modules[:-1])
 
 
-class ClipReward:
-    """Cosine between image and prompt embeddings, or a head on the image embedding. path: a CLIPModel directory with tokenizer and preprocessor_config.json, or `shapes:NAME`.
+def _vision(folder: Path) -> dict[str, Any]:
+    """The vision tower's configuration; what its file leaves out is transformers' own."""
+    said = read_json(require(folder / "config.json", "the reward model's config"), "the reward model's config")
+    return CLIPVisionConfig(**(said.get("vision_config") or {})).to_dict()
 
-    scale multiplies the cosine (PickScore: exp(logit_scale), given as "logit"); resize: how other sizes are brought to the tower's;
+
+class ClipReward:
+    """Cosine between image and prompt embeddings, or a head on the image embedding. path: a CLIPModel directory with tokenizer and preprocessor_config.json (or processor_config.json), or `shapes:NAME`.
+
+    scale multiplies the cosine (PickScore: exp(logit_scale), given as "logit"); resize: how other sizes are brought to the tower's, `auto` as the file says;
+    variant: of the weight file, e.g. fp16 (default: the plain one, or the only one there is);
     head: an MLP on the unit embedding in place of the cosine (the aesthetic predictor); the prompt then does not matter.
     """
 
@@ -101,39 +108,55 @@ class ClipReward:
         self,
         path: str,
         *,
-        resize: Resize = "shortest_crop",
+        resize: Resize = "auto",
         scale: float | str = 1.0,
         head: str | None = None,
         head_activation: str = "none",
         device: str = "cpu",
-        dtype: str = "float32",
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        variant: str | None = None,
     ):
         folder = require(path, "the reward model")
-        self.path, self.device, self.resize = str(path), torch.device(device), resize
+        self.path, self.device, self.dtype = str(path), torch.device(device), getattr(torch, dtype)
+        # On a CPU the fused kernel's backward is several times slower than plain attention at these lengths.
+        kernel = "eager" if self.device.type == "cpu" else "sdpa"
+        model = load_strictly(CLIPModel, folder, "the reward model", variant=variant, dtype=torch.float32, attn_implementation=kernel)
+        temperature = float(model.logit_scale.detach().exp())  # before the cast: in bf16 100 would become 99
+        self.model = model.to(self.device, self.dtype).requires_grad_(False).eval()
         try:
-            # On a CPU the fused kernel's backward is several times slower than plain attention at these lengths.
-            kernel = "eager" if self.device.type == "cpu" else "sdpa"
-            model = CLIPModel.from_pretrained(folder, dtype=torch.float32, attn_implementation=kernel)
-            temperature = float(model.logit_scale.detach().exp())  # before the cast: in bf16 100 would become 99
-            self.model = model.to(self.device, getattr(torch, dtype)).requires_grad_(False).eval()
-            self.tokenizer = CLIPTokenizer.from_pretrained(folder)
+            self.tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # transformers raises many kinds for a missing or damaged file
-            raise UserError(f"the reward model '{path}' cannot be loaded: {error}") from error
-        settings = json.loads(require(folder / "preprocessor_config.json", "the reward's preprocessing").read_text())
-        self.mean = torch.tensor(settings["image_mean"], device=self.device).view(3, 1, 1)
-        self.std = torch.tensor(settings["image_std"], device=self.device).view(3, 1, 1)
+            raise UserError(f"the tokenizer of the reward model '{path}' cannot be loaded: {error}") from error
         self.size = self.model.config.vision_config.image_size
+        self.preprocessing = preprocessing.read(folder, self.size, resize)
         self.num_blocks = len(self.model.vision_model.encoder.layers)
         self.width, self.grid = self.model.config.vision_config.hidden_size, self.size // self.model.config.vision_config.patch_size
         self.offset = 0.0
         if scale == "surrogate":
-            line = json.loads(require(folder / "surrogate.json", "the surrogate's scale").read_text())
+            line = read_json(
+                require(folder / "surrogate.json", "the surrogate's scale"), "the surrogate's scale", scale=float, offset=float
+            )
             self.scale, self.offset = line["scale"], line["offset"]
         else:
             self.scale = temperature if scale == "logit" else float(scale)
-        self.head = None if head is None else load_head(head, head_activation).to(self.device).requires_grad_(False).eval()
+        wide = self.model.config.projection_dim
+        self.head = None if head is None else load_head(head, head_activation, wide).to(self.device).requires_grad_(False).eval()
         self._whole = VisionTail(self.model, 1)
         self._texts: dict[str, Tensor] = {}
+
+    @staticmethod
+    def faults(options: dict[str, Any]) -> list[tuple[str, str]]:
+        """(key, why) of what keeps a recipe's reward from loading, from its small files alone."""
+        folder, out = require(options["path"], "the reward model"), []
+        for read in (
+            lambda: weight_files(folder, "the reward model", options.get("variant")),
+            lambda: preprocessing.read(folder, _vision(folder)["image_size"], options.get("resize", "auto")),
+        ):
+            try:
+                read()
+            except UserError as error:
+                out.append(("path", str(error)))
+        return out
 
     # ---------------------------------------------------------------------------------------- scoring
 
@@ -172,7 +195,7 @@ class ClipReward:
 
     def patches(self, images: Tensor) -> Tensor:
         """What the patch embedding produces [B, N, W]: images after preprocessing, no [CLS], no positions."""
-        pixels = preprocess(images.to(self.device), self.size, self.mean, self.std, self.resize)
+        pixels = self.preprocessing(images.to(self.device))
         weight = self.model.vision_model.embeddings.patch_embedding
         return weight(pixels.to(weight.weight.dtype)).flatten(2).transpose(1, 2)
 

@@ -16,6 +16,7 @@ import torch
 from omegaconf import OmegaConf
 
 from rlstitch import config as cfg
+from rlstitch import scheduler
 from rlstitch.checks import attempt, part_faults, unknown_rewards
 from rlstitch.data import encode, read_prompts
 from rlstitch.distributed import resolve_precision
@@ -41,6 +42,7 @@ class CalibrationConfig:
     rollouts: int = 16
     extra: int = 4
     num_steps: int = 20
+    shift: Any = "auto"
     precision: str = "auto"
 
 
@@ -77,6 +79,7 @@ def checked(given: dict[str, Any], name: str) -> CompareConfig:
     faults += [f"'rivals' knows {', '.join(RIVALS)}, not {r!r}" for r in config.rivals if r not in RIVALS]
     if config.calibration.precision not in ("auto", "fp32", "bf16"):
         faults.append(f"'calibration.precision' must be one of auto, fp32, bf16, not {config.calibration.precision!r}")
+    scheduler.of_recipe("calibration.shift", config.calibration.shift, config.model, faults)
     attempt(faults, "calibration.prompts", read_prompts, config.calibration.prompts, config.calibration.column)
     faults += [f"'sigmas' must lie in (0, 1), not {s:g}" for s in config.sigmas if not 0 < s < 1]
     for where, nodes in (("held_out", {"": config.held_out}), ("pairs", config.pairs), ("graded", config.graded)):
@@ -143,6 +146,7 @@ class Comparison:
             rollouts=c.rollouts + c.extra,
             sigmas=self.config.sigmas,
             num_steps=c.num_steps,
+            shift=c.shift,
             precision=c.precision,
         )
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from rlstitch import sampling, schedule
+from rlstitch import sampling, schedule, scheduler
 from rlstitch.distributed import autocast, resolve_precision
 from rlstitch.files import cache_folder, read_tensors, weights_fingerprint, write_tensors
 from rlstitch.prompts import PromptSet, read_prompts
@@ -22,14 +22,14 @@ from rlstitch.types import UserError, noise_like
 
 @dataclass
 class GenerateConfig:
-    """`count` pictures of the model on `prompts` in turn, by the ODE; the batches take the guidances in turn. truncate: cut prompts that the encoder would cut, or refuse them."""
+    """`count` pictures of the model on `prompts` in turn, by the ODE; the batches take the guidances in turn. truncate: cut prompts that the encoder would cut, or refuse them. shift: a number, or auto for the model's own."""
 
     count: int = 0
     prompts: str = "shapes:train.jsonl"
     column: str = ""
     guidance: list[float] = field(default_factory=lambda: [1.0, 3.0])
     num_steps: int = 20
-    shift: float = 3.0
+    shift: Any = scheduler.AUTO
     batch_size: int = 64
     precision: str = "auto"
     truncate: bool = False
@@ -44,7 +44,7 @@ def faults(where: str, config: GenerateConfig) -> list[str]:
         except UserError as error:
             return [f"'{where}.prompts': {error}", *faults(where, dataclasses.replace(config, count=0))]
     out = [f"'{where}.count' must not be negative, not {config.count}"] if config.count < 0 else []
-    out += [f"'{where}.{k}' must be positive, not {v}" for k in ("num_steps", "shift", "batch_size") if (v := getattr(config, k)) <= 0]
+    out += [f"'{where}.{k}' must be positive, not {v}" for k in ("num_steps", "batch_size") if (v := getattr(config, k)) <= 0]
     if config.precision not in ("auto", "fp32", "bf16"):
         out.append(f"'{where}.precision' must be one of auto, fp32, bf16, not {config.precision!r}")
     if not config.guidance:
@@ -57,11 +57,13 @@ def generate(backbone: Any, prompts: PromptSet, config: GenerateConfig, label: s
     """Finished latents [N, C, H, W] of encoded prompts, the prompt index of each, and the seconds it took. Kept in the cache by what made them: the same are not made twice."""
     index = [k % len(prompts) for k in range(config.count)]
     device_type = backbone.device.type
+    shift = scheduler.resolve("generate.shift", config.shift, backbone)
     told = dataclasses.asdict(config) | {
         "precision": resolve_precision(device_type, config.precision),
         "prompts": prompts.prompts,
         "text": backbone.text_fingerprint(),
         "model": weights_fingerprint(backbone.path, "transformer"),
+        "shift": shift.factor if shift == schedule.Shift(shift.factor) else dataclasses.asdict(shift),
         "shape": list(backbone.latent_shape),
         "dtype": str(backbone.dtype),
     }
@@ -73,7 +75,7 @@ def generate(backbone: Any, prompts: PromptSet, config: GenerateConfig, label: s
         except UserError as error:
             print(f"{error} They are made anew.", flush=True)
     started = time.perf_counter()
-    grid, out, batch_size = schedule.sigmas(config.num_steps, config.shift, "plain"), [], config.batch_size
+    grid, out, batch_size = schedule.sigmas(config.num_steps, shift, "plain"), [], config.batch_size
     for start in tqdm(range(0, config.count, batch_size), desc=label, unit="batch", leave=False):
         rows = index[start : start + batch_size]
         guidance = config.guidance[start // batch_size % len(config.guidance)]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rlstitch import sampling, schedule
+from rlstitch import sampling, schedule, scheduler
 from rlstitch.distributed import autocast
 from rlstitch.oracles import MonteCarlo
 from rlstitch.stitch.model import StitchedValueModel
@@ -155,12 +155,12 @@ def references(
     rollouts: int,
     sigmas: Sequence[float] = SIGMAS,
     num_steps: int = 20,
-    shift: float = 3.0,
+    shift: float | str = scheduler.AUTO,
     precision: str = "auto",
     seed: int = 0,
 ) -> dict[str, Reference]:
     """Walk the policy from noise to each level (so that the latents are its own, not noised data) and finish every latent `rollouts` times, for all rewards at once."""
-    grid = schedule.sigmas(num_steps, shift, "plain")
+    grid = schedule.sigmas(num_steps, scheduler.resolve("shift", shift, backbone), "plain")
     start = torch.randn(len(batch), *backbone.latent_shape, generator=torch.Generator().manual_seed(seed)).to(backbone.device)
     out = {}
     for level in sigmas:

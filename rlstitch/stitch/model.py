@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rlstitch.files import read_tensors, require, sha256, vae_fingerprint, write_json, write_tensors
+from rlstitch.files import read_tensors, require, same_vae, sha256, vae_fingerprint, write_json, write_tensors
 from rlstitch.types import Batch, Conditioning, Latent, UserError
 
 CARD, WEIGHTS = "value.json", "value.safetensors"
@@ -214,14 +214,29 @@ class StitchedValueModel(nn.Module):
                 raise kind(
                     f"value model '{path}' was stitched from another {what} (hash {wanted[:12]}..., this one has {found[:12]}...): stitch it again with launch/stitch.py"
                 )
-        trained = {k: v.float() for k, v in tensors.items() if k.startswith(("stitch.", "tail."))}
+        trained = {k: v.float() for k, v in tensors.items() if k not in ("null_tokens", "null_pooled")}
+        wanted = {k for k in model.state_dict() if k.startswith(("stitch.", "tail."))}
+        if odd := sorted(wanted ^ set(trained)):
+            raise UserError(
+                f"value model '{path}' is not whole: {len(odd)} weights are missing or are not its own ({', '.join(odd[:5])}): restore it or stitch it again"
+            )
         try:
-            _, unexpected = model.load_state_dict(trained, strict=False)
+            model.load_state_dict(trained, strict=False)
         except RuntimeError as error:
             raise UserError(f"value model '{path}' does not fit its reward model: {error}") from error
-        if unexpected:
-            raise UserError(f"value model '{path}' holds weights that nothing takes: {', '.join(unexpected[:5])}")
-        return model.to(backbone.device).requires_grad_(False).eval()
+        return model.to(backbone.device).freeze()
+
+    def freeze(self) -> StitchedValueModel:
+        """As it is asked: nothing trains, and stitch and tail are in the reward's precision, so that they need no casting (a float32 tail costs twice a bfloat16 one)."""
+        for part in (self.stitch, self.tail):
+            part.to(self.reward.dtype)
+        return self.requires_grad_(False).eval()
+
+    def thaw(self) -> StitchedValueModel:
+        """As it is distilled: stitch and tail train, in float32."""
+        for part in (self.stitch, self.tail):
+            part.float().requires_grad_(True)
+        return self.train()
 
 
 def read_card(path: str | Path) -> dict[str, Any]:
@@ -231,9 +246,9 @@ def read_card(path: str | Path) -> dict[str, Any]:
 
 def check_vae(card: dict[str, Any], backbone_path: str | Path, path: str | Path) -> None:
     """Latents of different autoencoders are not comparable: refuse."""
-    if (found := vae_fingerprint(backbone_path)) != card["vae_sha256"]:
+    if not same_vae(card, backbone_path):
         raise UserError(
-            f"value model '{path}' reads latents of another autoencoder (vae hash {card['vae_sha256'][:12]}..., model '{backbone_path}' has {found[:12]}...): stitch one for this model"
+            f"value model '{path}' reads latents of another autoencoder (vae hash {card['vae_sha256'][:12]}..., model '{backbone_path}' has {vae_fingerprint(backbone_path)[:12]}...): stitch one for this model"
         )
 
 

@@ -14,10 +14,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rlstitch import config as cfg
+from rlstitch import scheduler
 from rlstitch.checks import model_faults, reward_faults
 from rlstitch.data import encode, read_prompts
 from rlstitch.distributed import resolve_precision
-from rlstitch.files import vae_fingerprint
+from rlstitch.files import vae_names
 from rlstitch.stitch import measure
 from rlstitch.stitch.baselines import noisy_clip, vae_stitch
 from rlstitch.stitch.distill import DistillConfig, distill, latents_of, targets_of
@@ -81,6 +82,8 @@ def checked(given: dict[str, Any], name: str) -> StitchRecipe:
     if recipe.blocks not in ("best", "cheapest") and not recipe.blocks.isdigit():
         faults.append(f"'blocks' must be best, cheapest or a number, not {recipe.blocks!r}")
     faults += generate_faults("generate", recipe.generate)
+    if recipe.generate.count:
+        scheduler.of_recipe("generate.shift", recipe.generate.shift, recipe.model, faults)
     d = recipe.distill
     faults += [
         f"'distill.{k}' must be positive, not {v}" for k, v in (("steps", d.steps), ("batch_size", d.batch_size), ("lr", d.lr)) if v <= 0
@@ -209,7 +212,7 @@ def run(recipe: StitchRecipe) -> StitchedValueModel:
         "name": recipe.name,
         "backbone": recipe.model,
         "reward": recipe.reward,
-        "vae_sha256": vae_fingerprint(recipe.model["path"]),
+        **vae_names(recipe.model["path"]),
         "distill": dataclasses.asdict(recipe.distill),
         **made,
     }

@@ -89,14 +89,11 @@ class Refresher:
             DistillConfig(**model.card.get("distill", {})), steps=self.config.steps, lr=self.config.lr, batch_size=min(self.config.batch_size, len(latents)), warmup=1, decay=False,
             uniform_share=0.3, seed=self.count,
         )  # fmt: skip
-        for part in (model.stitch, model.tail):
-            part.requires_grad_(True)
-        distill(model, latents, targets, tokens, config)
-        for part in (model.stitch, model.tail):
-            part.requires_grad_(False)
+        distill(model.thaw(), latents, targets, tokens, config)
         if self.engine.world > 1:
             for p in (*model.stitch.parameters(), *model.tail.parameters()):
                 dist.broadcast(p.data, 0)
+        model.freeze()
         self.error[name] = 0.0  # what was measured is about the model as it was
         self.seen = 0
 

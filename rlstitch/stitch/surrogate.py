@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from rlstitch import config as cfg
+from rlstitch import scheduler
 from rlstitch.asking import ask
 from rlstitch.checks import attempt, part_faults
 from rlstitch.data import PromptSet, encode, read_prompts
@@ -68,6 +69,7 @@ def checked(given: dict[str, Any], name: str) -> SurrogateConfig:
         if getattr(config, key) <= 0:
             faults.append(f"'{key}' must be positive, not {getattr(config, key)}")
     faults += cfg.check_part("start", config.start) + generate_faults("generate", config.generate)
+    scheduler.of_recipe("generate.shift", config.generate.shift, config.model, faults)
     if config.generate.count < 1:
         faults.append(
             f"'generate.count' must be positive, not {config.generate.count}: the surrogate learns from the model's pictures alone"
