@@ -22,6 +22,9 @@ DONE = "complete.json"
 _NAME = re.compile(r"step-(\d+)")
 _WRITING = re.compile(r"\.writing-[0-9a-f]{16}")
 _OURS = re.compile(r"(complete\.json|(policy|values|algorithm|optimiser(-\d+)?|rng-\d+)\.safetensors)(\.\d+\.tmp)?")
+_HALF = re.compile(
+    r"(recipe\.yaml|(metrics|summary|evaluation)\.jsonl?|report\.html|wandb-id|[\w-]+\.png|pytorch_lora_weights\.safetensors)\.\d+\.tmp"
+)
 _SEAL = "seal"
 _KEYS = {"step": int, "world": int, "zero_stage": int, "policy_updates": int, "sha256": dict}
 
@@ -121,6 +124,9 @@ def discard(folder: Path) -> None:
 
 def tidy(run: Path) -> None:
     """Remove what a killed process was writing."""
+    for file in (f for folder in (run, run / "samples", run / "lora") for f in folder.glob("*.tmp")):
+        if _HALF.fullmatch(file.name):
+            file.unlink()
     for folder in (run / "checkpoints").glob(".writing-*"):
         if _WRITING.fullmatch(folder.name):
             discard(folder)

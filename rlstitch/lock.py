@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from rlstitch.types import UserError
 
@@ -28,19 +28,18 @@ def refuse_if_held(folder: Path) -> None:
 @contextmanager
 def held(folder: Path, by_main: Callable[[Callable[[], str]], str]) -> Iterator[None]:
     """Hold the folder's lock. `by_main` runs a function on the main rank and brings its UserError to all; raises that where another process has the lock."""
-    files: list[IO[str]] = []
+    files: list[IO[bytes]] = []
 
     def take() -> str:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            files.append((folder / LOCK).open("a+"))
+            files.append((folder / LOCK).open("ab+", buffering=0))
+            _flock(files[0], fcntl.LOCK_EX, folder, patience=1.0)
+            files[0].truncate(0)
+            holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": datetime.now().astimezone().isoformat(" ", "seconds")}
+            files[0].write(f"{json.dumps(holder)}\n".encode())
         except OSError as error:
             raise UserError(f"the run folder {folder} cannot be written ({error}): choose another with out=FOLDER or name=NAME") from error
-        _flock(files[0], fcntl.LOCK_EX, folder, patience=1.0)
-        files[0].truncate(0)
-        holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": datetime.now().astimezone().isoformat(" ", "seconds")}
-        files[0].write(json.dumps(holder) + "\n")
-        files[0].flush()
         return ""
 
     try:
@@ -51,7 +50,7 @@ def held(folder: Path, by_main: Callable[[Callable[[], str]], str]) -> Iterator[
             file.close()
 
 
-def _flock(file: IO[str], kind: int, folder: Path, patience: float = 0.0) -> None:
+def _flock(file: IO[Any], kind: int, folder: Path, patience: float = 0.0) -> None:
     """Lock at once, or within `patience` seconds: one who only looks has the lock for a moment, too."""
     until = time.monotonic() + patience
     while True:
@@ -68,7 +67,7 @@ def _flock(file: IO[str], kind: int, folder: Path, patience: float = 0.0) -> Non
             return None
 
 
-def _holder(file: IO[str]) -> str:
+def _holder(file: IO[Any]) -> str:
     file.seek(0)
     try:
         told = json.loads(file.read())
