@@ -1,12 +1,15 @@
 """Accelerate and DeepSpeed behind one small engine: backward, step, gather. Started by plain `torchrun`, or by nothing at all.
 
-zero_stage 0 trains without DeepSpeed: the LoRA gradients, a few megabytes, are averaged over ranks in one all-reduce. Stages 1 to 3 are DeepSpeed's.
+zero_stage 0 trains without DeepSpeed; stages 1 to 3 are DeepSpeed's partitions of optimiser, gradients and weights. At every stage gradients add up on each rank,
+and are averaged over ranks, looked at and clipped once an update, here: LoRA's are megabytes, so that this costs next to nothing and is the same everywhere.
 """
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.distributed as dist
@@ -59,6 +62,19 @@ def average_gradients(parameters: list[nn.Parameter], world: int) -> None:
         p.grad = mean
 
 
+@contextmanager
+def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Whole parameters on every rank, also under ZeRO-3, where it is a collective and what is written into them is rank 0's."""
+    partitioned = [p for p in parameters if hasattr(p, "ds_id")]
+    if not partitioned:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0):
+        yield
+
+
 class Engine:
     """One rank's view of the run. Loss is averaged over ranks and micro-batches; a step with NaN or Inf leaves the weights untouched."""
 
@@ -91,8 +107,7 @@ class Engine:
                         "reduce_bucket_size": 50_000_000,
                         "stage3_param_persistence_threshold": 0,
                     },
-                    "gradient_accumulation_steps": accumulation,
-                    "gradient_clipping": clip_norm,
+                    "gradient_accumulation_steps": 1,
                     "train_micro_batch_size_per_gpu": micro_batch,
                     "zero_allow_untested_optimizer": True,
                     "zero_force_ds_cpu_optimizer": False,
@@ -116,8 +131,8 @@ class Engine:
             )
         self.rank, self.world, self.device = self.accelerator.process_index, world, self.accelerator.device
         self.is_main = self.rank == 0
-        self._bad = False
-        self._micro = 0
+        self._spoiled = torch.zeros(1, device=self.device)
+        self._adding = ExitStack()
 
     def prepare(self, module: nn.Module, optimiser: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
         self.parameters, self.module = parameters, module
@@ -139,54 +154,50 @@ class Engine:
     # ------------------------------------------------------------------------------------------------ training
 
     def backward(self, loss: Tensor) -> None:
-        """Backward of one micro-batch's mean loss. A loss that is not finite on any rank spoils the whole update."""
-        finite = torch.isfinite(loss.detach()).float()
-        if self.world > 1:
-            dist.all_reduce(finite, op=dist.ReduceOp.MIN)
-        if not bool(finite):
-            self._bad = True
-        self._micro += 1
-        if self.zero_stage:
-            if self._bad:  # the engine must still see every micro-batch, on all ranks alike
-                loss = sum((p * 0.0).sum() for p in self.parameters)
-            self.deepspeed.backward(loss)
-            if self._micro < self.accumulation:
-                self.deepspeed.step()
-        elif not self._bad:
-            self.accelerator.backward(loss / self.accumulation)
+        """Backward of one micro-batch's mean loss; gradients add up on this rank until `step`. A loss that is not finite spoils the whole update."""
+        self._spoiled += ~torch.isfinite(loss.detach())  # looked at once, in `step`
+        loss = loss / self.accumulation
+        if not self.zero_stage:
+            self.accelerator.backward(loss)
+            return
+        # DeepSpeed's own accumulation counts calls of its forward, which nobody makes: the denoiser is called by itself
+        if not self.deepspeed.inside_no_sync_ctxt:
+            self._adding.enter_context(self.deepspeed.coalesce_grad_reduction())
+        self.deepspeed.backward(loss)
 
     def step(self) -> float | None:
-        """One optimiser step; -> the gradient norm before clipping, or None where the update was skipped and the weights are as before."""
-        self._micro = 0
-        return self._deepspeed_step() if self.zero_stage else self._plain_step()
-
-    def _plain_step(self) -> float | None:
-        norm = None
-        if not self._bad:
-            if self.world > 1:
-                average_gradients(self.parameters, self.world)
+        """One optimiser step along the mean over micro-batches and ranks; -> the gradient's norm before clipping, or None where the update was skipped for what is
+        not finite, with weights and moments as they were."""
+        gradients = self._gradients()
+        *means, spoiled = mean_over_ranks([*gradients, self._spoiled], self.world)
+        for gradient, mean in zip(gradients, means):
+            gradient.copy_(mean)
+        norm = math.nan
+        if not bool(spoiled):
             if self.precision == "fp16":
                 self.accelerator.unscale_gradients(self.optimiser)
-            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
-            if self.precision == "fp16" or torch.isfinite(norm):
+            norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm))
+            if math.isfinite(norm) and self.zero_stage:
+                self._adding.close()  # hands the gradients over
+                self.deepspeed.step()
+            elif math.isfinite(norm) or self.precision == "fp16":  # whose scaler leaves the step out itself, and lowers its scale
                 self.optimiser.step()
-            norm = float(norm) if torch.isfinite(norm) else None
-        self._bad = False
-        self.optimiser.zero_grad(set_to_none=True)
-        return norm
+        self.forget()
+        return norm if math.isfinite(norm) else None
 
-    def _deepspeed_step(self) -> float | None:
-        bad, self._bad = self._bad, False
-        if bad:  # gradients of the spoiled micro-batches are zero, and so is the step
-            rates = [group["lr"] for group in self.optimiser.param_groups]
-            self.set_lr(0.0)
-        self.deepspeed.step()
-        if bad:
-            for group, lr in zip(self.optimiser.param_groups, rates):
-                group["lr"] = lr
-            return None
-        norm = float(self.deepspeed.get_global_grad_norm())  # a step that DeepSpeed itself left out has inf or -1 here
-        return norm if 0 <= norm < float("inf") else None
+    def forget(self) -> None:
+        """Drop the gradients of an update that is not finished."""
+        self._spoiled = torch.zeros_like(self._spoiled)
+        for p in self.parameters:
+            p.grad = None
+
+    def _gradients(self) -> list[Tensor]:
+        """What has added up for each parameter; zeros where nothing has."""
+        missing = [p for p in self.parameters if p.grad is None]
+        with gathered(missing):
+            for p in missing:
+                p.grad = torch.zeros_like(p)
+        return [p.grad for p in self.parameters]
 
     # ------------------------------------------------------------------------------------------------ collectives
 

@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from rlstitch.distributed import gathered
 from rlstitch.files import write_tensors
 from rlstitch.types import UserError
 
@@ -109,13 +110,7 @@ class Policy:
     @contextmanager
     def gathered(self) -> Iterator[None]:
         """Whole parameters on every rank, also under ZeRO-3."""
-        partitioned = [p for params in self._sets.values() for p in params if hasattr(p, "ds_id")]
-        if not partitioned:
-            yield
-            return
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0):
+        with gathered([p for params in self._sets.values() for p in params]):
             yield
 
     def state_dict(self) -> dict[str, Tensor]:

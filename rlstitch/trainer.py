@@ -142,6 +142,7 @@ class Trainer:
                 try:
                     row = self._update()
                 except NoScore:  # nothing of this update has been learned from
+                    self.engine.forget()
                     if self.step:
                         self._checkpoint()
                     raise
