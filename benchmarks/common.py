@@ -13,7 +13,7 @@ from typing import Any
 from rlstitch.cli import keep_freed_memory
 from rlstitch.config import hardware
 from rlstitch.files import write_json, write_text
-from rlstitch.metrics import interleaved, peak_megabytes
+from rlstitch.metrics import TRAINING, interleaved, peak_megabytes
 
 __all__ = ["RESULTS", "arguments", "interleaved", "peak_megabytes", "save", "spread", "table", "train", "training_hours"]
 
@@ -49,7 +49,7 @@ def train(recipe: str, name: str, out: Path, *overrides: str) -> dict:
 
 def training_hours(hours: dict[str, float]) -> float:
     """Device-hours by phase, of a summary or of a row of the log, added up without evaluation and without the one-off cost of the value models."""
-    return sum(hours[k] for k in ("rollout", "oracle", "update", "refresh"))
+    return sum(hours.get(k, 0.0) for k in TRAINING)
 
 
 def spread(values: list[float], digits: int = 3) -> str:

@@ -71,15 +71,23 @@ def main(run: Callable[[list[str]], None]) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch|diffusers|deepspeed")
     import torch.distributed as dist
 
+    from rlstitch import watch
     from rlstitch.interrupt import Interrupted
 
     try:
         run(sys.argv[1:])
+        watch.leave()
     except UserError as error:
+        watch.leave(str(error))
         rank, together = os.environ.get("RANK", "0"), not (dist.is_available() and dist.is_initialized())
         if rank == "0" or not together:  # before the ranks have joined they all find the same fault, and one message will do
             print(f"rlstitch{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except Interrupted as stop:
+        watch.leave()
         print("rlstitch: stopped on a signal; a checkpoint was written, the same command resumes", file=sys.stderr, flush=True)
         sys.exit(stop.code)
+    except Exception as error:
+        watch.end_if_lost(error)
+        watch.leave(f"{type(error).__name__}: {error}")
+        raise

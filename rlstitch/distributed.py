@@ -6,10 +6,12 @@ and are averaged over ranks, looked at and clipped once an update, here: LoRA's 
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -18,7 +20,7 @@ from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from rlstitch import zero
+from rlstitch import watch, zero
 from rlstitch.types import UserError
 
 
@@ -76,28 +78,27 @@ def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 
 class Engine:
-    """One rank's view of the run. Loss is averaged over ranks and micro-batches; a step with NaN or Inf leaves the weights untouched."""
+    """One rank's view of the run. Loss is averaged over ranks and micro-batches; a step with NaN or Inf leaves the weights untouched.
 
-    def __init__(self, *, zero_stage: int, precision: str, accumulation: int, micro_batch: int, clip_norm: float):
+    timeout: minutes that a rank is waited for. `where`: what this rank is at, as the others are told where it is lost.
+    """
+
+    def __init__(self, *, zero_stage: int, precision: str, accumulation: int, micro_batch: int, clip_norm: float, timeout: float = 30.0):
         cuda = torch.cuda.is_available()
         precision = resolve_precision("cuda" if cuda else "cpu", precision)
         self.zero_stage, self.precision, self.accumulation, self.clip_norm = zero_stage, precision, accumulation, clip_norm
         world = world_size()
         launched = "WORLD_SIZE" in os.environ or bool(zero_stage)
-        handlers = [InitProcessGroupKwargs(backend="gloo")] if launched and not cuda else []
+        limit = timedelta(minutes=timeout)
+        handlers = [InitProcessGroupKwargs(backend="nccl" if cuda else "gloo", timeout=limit)] if launched else []
         plugin = None
         if zero_stage:
             os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
             if not cuda:
                 os.environ["DS_ACCELERATOR"] = "cpu"
-            for key, value in {
-                "RANK": "0",
-                "LOCAL_RANK": "0",
-                "WORLD_SIZE": "1",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": "29511",
-            }.items():
-                os.environ.setdefault(key, value)
+            if "WORLD_SIZE" not in os.environ:  # a group of one, with no port that another job may have
+                os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+                dist.init_process_group("nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
             plugin = DeepSpeedPlugin(
                 hf_ds_config={
                     "zero_optimization": {
@@ -131,6 +132,9 @@ class Engine:
             )
         self.rank, self.world, self.device = self.accelerator.process_index, world, self.accelerator.device
         self.is_main = self.rank == 0
+        self.where: Callable[[], str] = lambda: "starting"
+        if world > 1:
+            watch.start(self.rank, world, limit.total_seconds(), lambda: self.where())
         self._spoiled = torch.zeros(1, device=self.device)
         self._adding = ExitStack()
 
@@ -140,6 +144,7 @@ class Engine:
         if self.zero_stage:
             self.deepspeed, _ = self.accelerator.prepare(module, optimiser)
             self.optimiser = self.deepspeed.optimizer
+            atexit.register(self.forget)  # else an update that a fault cut short is handed over at exit, to ranks that are gone
         elif self.precision == "fp16":
             self.optimiser = self.accelerator.prepare(optimiser)
 

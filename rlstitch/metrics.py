@@ -19,28 +19,63 @@ from torch.profiler import ProfilerActivity, profile
 from rlstitch.files import replacing, write_text
 from rlstitch.tracker import Tracker
 
-PHASES = ("rollout", "oracle", "update", "refresh", "eval")
+TRAINING = ("rollout", "oracle", "update", "refresh", "wait", "checkpoint")
+PHASES = ("setup", *TRAINING, "eval")
 
 
 class Clock:
-    """Device-hours by phase, summed over ranks that work in step; it goes on from a checkpoint."""
+    """Device-hours by phase: all the wall time from its making on, times the ranks, each of which holds a device that long. It goes on from a checkpoint.
 
-    def __init__(self, world: int, hours: dict[str, float] | None = None, stitching: float = 0.0):
+    A phase within another one counts by itself. `setup` is what comes before `begin`; what lies in no phase after it is `wait`: for other ranks above all. One
+    device a rank is counted; a second one that a reward has for itself is not, nor is work that a kill undid.
+    """
+
+    def __init__(self, world: int):
         self.world, self.unit = world, "gpu_hours" if torch.cuda.is_available() else "cpu_hours"
-        self.hours = {phase: 0.0 for phase in PHASES} | (hours or {})
-        self.stitching = stitching  # the one-off cost of the value models in use, shown as an offset
+        self.stitching = 0.0  # the one-off cost of the value models in use, shown as an offset
+        self._hours = dict.fromkeys(PHASES, 0.0)
+        self._open, self._since = ["setup"], time.perf_counter()
+
+    def begin(self, before: dict[str, float]) -> None:
+        """The run starts, or goes on after so many hours by phase."""
+        for name, hours in before.items():
+            self._hours[name] += hours
+        self._turn()
+        self._open = ["wait"]
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.hours[name] += (time.perf_counter() - started) * self.world / 3600
+        self._turn()
+        self._open.append(name)
+        try:
+            yield
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+        finally:
+            self._turn()
+            self._open.pop()
+
+    def _turn(self) -> None:
+        now = time.perf_counter()
+        self._hours[self._open[-1]] += (now - self._since) * self.world / 3600
+        self._since = now
 
     @property
-    def training(self) -> float:
-        return sum(self.hours[p] for p in ("rollout", "oracle", "update", "refresh"))
+    def now(self) -> str:
+        """The phase that is under way."""
+        return self._open[-1]
+
+    @property
+    def hours(self) -> dict[str, float]:
+        """By phase, until now."""
+        self._turn()
+        return dict(self._hours)
+
+    @property
+    def row(self) -> dict[str, float]:
+        """`hours`, and `total`: training and the one-off cost of the value models, not evaluation."""
+        hours = self.hours
+        return {"total": sum(hours[p] for p in TRAINING) + self.stitching, **hours}
 
 
 class Log:

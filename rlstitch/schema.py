@@ -49,18 +49,24 @@ class LoraSettings:
 
 @dataclass
 class OptimiserConfig:
+    """AdamW. eps: where gradients lie below it, as Flow-GRPO's do at 1e-8, steps are shorter than lr."""
+
     lr: float = 5e-5
     weight_decay: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.999
+    eps: float = 1e-8
     clip_norm: float = 1.0
     warmup: int = 0
 
 
 @dataclass
 class DistributedConfig:
+    """timeout: minutes that the ranks wait for one of them before they give up."""
+
     zero_stage: int = 0
     precision: str = "fp32"
+    timeout: float = 30.0
 
 
 @dataclass
@@ -182,6 +188,8 @@ POSITIVE = (
     "batch.micro_batch",
     "lora.rank",
     "optimiser.lr",
+    "optimiser.eps",
+    "distributed.timeout",
     "optimiser.clip_norm",
     "max_bad_steps",
     "evaluation.num_steps",

@@ -15,7 +15,7 @@ from rlstitch import checkpoint, inputs, lock, report, schedule, scheduler, stag
 from rlstitch import config as cfg
 from rlstitch.checks import geometry
 from rlstitch.data import UpdateStream, encode, read_data, read_prompts
-from rlstitch.distributed import Engine
+from rlstitch.distributed import Engine, world_size
 from rlstitch.evaluate import Evaluation, evaluate
 from rlstitch.files import write_json, write_text
 from rlstitch.guard import Guard, probe
@@ -35,7 +35,7 @@ class Trainer:
     """Builds the parts of a checked config once: backbone, rewards, value models, policy, oracle, algorithm, engine."""
 
     def __init__(self, config: RunConfig):
-        self.config = config
+        self.config, self.clock, self.step, self.bad = config, Clock(world_size()), 0, 0
         if config.threads:
             torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
@@ -53,7 +53,9 @@ class Trainer:
             accumulation=self.geometry.accumulation * self.slots,
             micro_batch=self.geometry.micro_batch,
             clip_norm=config.optimiser.clip_norm,
+            timeout=config.distributed.timeout,
         )
+        self.engine.where = lambda: f"{self.clock.now} of update {self.step + 1}"
         device = str(self.engine.device)
         self.backbone = cfg.build(config.model, device=device)
         self.rewards = {name: cfg.build(node, device=device) for name, node in config.rewards.items()}
@@ -62,7 +64,7 @@ class Trainer:
             self.values |= load_values(
                 part.oracle, config.values, self.backbone, self.rewards, share=config.distributed.zero_stage < 3, known=self.values
             )
-        stitching = sum(model.card.get("device_hours", 0.0) for model in self.values.values())
+        self.clock.stitching = sum(model.card.get("device_hours", 0.0) for model in self.values.values())
         cut = config.data.truncate
         for encoded in prompts.values():
             encode(self.backbone, encoded, truncate=cut, engine=self.engine)
@@ -80,7 +82,7 @@ class Trainer:
             old=method.keeps_old,
         )
         o = config.optimiser
-        optimiser = torch.optim.AdamW(self.policy.parameters(), lr=o.lr, betas=(o.beta1, o.beta2), weight_decay=o.weight_decay)
+        optimiser = torch.optim.AdamW(self.policy.parameters(), lr=o.lr, betas=(o.beta1, o.beta2), weight_decay=o.weight_decay, eps=o.eps)
         self.engine.prepare(self.backbone.transformer, optimiser, self.policy.parameters())
         ends = [sum(p.updates for p in parts[: k + 1]) for k in range(len(parts))]
         self.stages = [
@@ -113,9 +115,7 @@ class Trainer:
         )
         trained = {name for stage in self.stages if stage.oracle for name in stage.oracle.names}
         self.guard = Guard(config.guard, [n for n in config.evaluation.rewards if n not in trained])
-        self.clock = Clock(self.engine.world, stitching=stitching)
         self.scorer = Scorer(self.engine, self.clock)
-        self.step, self.bad = 0, 0
 
     # ------------------------------------------------------------------------------------------------ the loop
 
@@ -136,8 +136,10 @@ class Trainer:
             unit="update",
         )
         with noted(caught):
-            if self.step == 0:
-                self._evaluate_now()
+            every = self.config.evaluation.every
+            if every and self.step == 0:
+                with self.clock.phase("eval"):
+                    self._evaluate_now()
             while self.step < self.config.updates and not self.guard.verdict():
                 try:
                     row = self._update()
@@ -149,9 +151,9 @@ class Trainer:
                 bar.update()
                 shown = "reward" if "reward" in row else "loss"
                 bar.set_postfix_str("skipped" if row["skipped"] else f"{shown} {row[shown]:.4f}")
-                every = self.config.evaluation.every
                 if every and (self.step % every == 0 or self.step == self.config.updates):
-                    self._evaluate_now()
+                    with self.clock.phase("eval"):
+                        self._evaluate_now()
                 stopping = self.engine.any(bool(caught))
                 due = self.step % self.config.checkpoint.every == 0 or self.step in (self.config.updates, self.guard.best_step)
                 if stopping or due or self.guard.verdict():
@@ -163,7 +165,8 @@ class Trainer:
         bar.close()
         if (why := self.guard.verdict()) and self.engine.is_main:
             tqdm.write(f"stopped after update {self.step}: {why}")
-        return self._finish()
+        with self.clock.phase("eval"):
+            return self._finish()
 
     def _update(self) -> dict[str, Any]:
         """One optimiser step on one global batch, all of whose groups share one stop."""
@@ -259,8 +262,8 @@ class Trainer:
             )
 
     def _hours(self) -> dict[str, Any]:
-        """Device-hours so far, by phase; `total` counts training and the one-off cost of the value models, not evaluation."""
-        return {self.clock.unit: {"total": self.clock.training + self.clock.stitching, **self.clock.hours}}
+        """Device-hours so far, by phase."""
+        return {self.clock.unit: self.clock.row}
 
     # ------------------------------------------------------------------------------------------------ around it
 
@@ -269,11 +272,10 @@ class Trainer:
         config = self.config
         self.inputs = inputs.hashes(config) if self.engine.is_main else {}
         chosen = self.engine.by_main(self._choose)
-        source = Path(chosen) if chosen else None
+        source, hours = Path(chosen) if chosen else None, {}
         if source is not None:
             progress = checkpoint.load(source, self.engine, self.policy, self.refresher, self.algorithm)
-            self.step = progress["step"]
-            self.clock.hours.update(progress["hours"])
+            self.step, hours = progress["step"], progress["hours"]
             self.guard.load_state(progress["guard"])
         if self.engine.is_main:  # an abandoned future would be what `resume=auto` takes next
             for later in (f for f in checkpoint.folders(self.run) if source is None or checkpoint.number(f) > self.step):
@@ -293,6 +295,7 @@ class Trainer:
             config=dataclasses.asdict(config),
         )
         self.engine.barrier()
+        self.clock.begin(hours)
 
     def _choose(self) -> str:
         """The checkpoint to go on from; empty where the run begins anew."""
@@ -307,7 +310,8 @@ class Trainer:
         progress = {"hours": self.clock.hours, "guard": self.guard.state(), "inputs": self.inputs}
         keep = self.config.checkpoint.keep
         also = {"refresher": self.refresher, "algorithm": self.algorithm, "spare": self.guard.best_step, "due": due}
-        checkpoint.save(self.run, self.step, self.engine, self.policy, progress, keep=keep, **also)
+        with self.clock.phase("checkpoint"):
+            checkpoint.save(self.run, self.step, self.engine, self.policy, progress, keep=keep, **also)
 
     def evaluate(self, adapter: str, limit: int, label: str) -> Evaluation:
         e = self.config.evaluation
@@ -344,11 +348,9 @@ class Trainer:
     def _evaluate_now(self) -> None:
         """A small evaluation of the raw weights on the way, with a grid and the guard's measurements."""
         e, stage = self.config.evaluation, stages.at(self.stages, self.step)
-        if not e.every:
-            return
         result = self.evaluate(CURRENT, e.every_prompts, f"evaluation at {self.step}")
         if self.config.guard.prompts:
-            with self.clock.phase("eval"), self.policy.use(CURRENT):
+            with self.policy.use(CURRENT):
                 result.means |= probe(
                     self.backbone, stage.oracle, self.rewards, stage.stop, self.grid, self.held_out, self.engine, self.config.guard,
                     guidance=self.config.sampler.guidance, seed=e.seed,
@@ -363,7 +365,7 @@ class Trainer:
         n = min(self.config.evaluation.grid, len(result.images))
         path = self.run / "samples" / f"{name}.png"
         draw_grid(result.images[:n], result.captions(self.held_out.prompts[:n]), path)
-        self.log.image("samples", path, self.clock.training + self.clock.stitching)
+        self.log.image("samples", path, self.clock.row["total"])
         return path
 
     def _finish(self) -> dict[str, Any]:

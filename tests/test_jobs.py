@@ -2,12 +2,13 @@
 
 import json
 import math
+import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlstitch import cli
+from rlstitch import cli, metrics
 from rlstitch.checks import checked
 from rlstitch.trainer import Trainer
 from rlstitch.types import UserError
@@ -42,6 +43,32 @@ def test_a_staged_run_changes_its_oracle_and_resumes_in_the_right_stage(world): 
         folder.rmdir()
     assert train(world, "staged-halves", STAGES, "checkpoint.every=1")["steps"] == 4
     same(world, "staged", "staged-halves", 4)
+
+
+def test_device_hours_are_all_the_time_that_a_run_holds_its_machines(world, monkeypatch):  # noqa: F811
+    """Also what it waits for other ranks, here .2 s a gather; none of it is training that another method would not be charged with."""
+    from rlstitch.distributed import Engine
+
+    true, waited = Engine.gather, []
+
+    def slow(engine, tensor):
+        waited.append(0.2)
+        time.sleep(0.2)
+        return true(engine, tensor)
+
+    monkeypatch.setattr(Engine, "gather", slow)
+    recipe, given = cli.recipe_and_overrides(
+        [f"recipe={world / 'recipe.yaml'}", "name=held", "updates=4", "checkpoint.every=1", "evaluation.final=[raw]", "evaluation.every=2"]
+    )
+    checked_ = checked(given, recipe)
+    started = time.perf_counter()
+    hours = Trainer(checked_).train()["device_hours"]
+    wall = time.perf_counter() - started
+    spent = {k: 3600 * v for k, v in hours.items() if k != "stitching"}
+    assert sum(spent.values()) == pytest.approx(wall, rel=0.02)
+    assert min(spent["setup"], spent["checkpoint"], spent["eval"]) > 0 and 0.5 * sum(waited) < spent["wait"] < sum(waited) + 0.5
+    last = [r for r in metrics.read(world / "runs" / "held") if "loss" in r][-1]["cpu_hours"]
+    assert last["total"] == pytest.approx(hours["stitching"] + sum(last[k] for k in metrics.TRAINING)) and last["wait"] > 0
 
 
 GUARDED = ("evaluation.every=1", "evaluation.every_prompts=4", "guard.prompts=2", "guard.judge=clip", "guard.patience=2")
