@@ -5,33 +5,41 @@ All give uint8 [N, 3, H, W] (pairs [N, 2, 3, H, W], the better first) and the N 
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from rlstitch.files import require
+from rlstitch.prompts import COLUMNS, no_text, read_table, read_text
 from rlstitch.types import UserError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+LISTINGS = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
-def images_from_folder(path: str, size: int, *, captions: bool | None = None, skip_unreadable: bool = False) -> tuple[Tensor, list[str]]:
+def images_from_folder(
+    path: str, size: int, *, captions: bool | None = None, column: str = "", skip_unreadable: bool = False
+) -> tuple[Tensor, list[str]]:
     """Every picture under a folder, short side to `size` and cropped.
 
-    Its prompt is its line in `metadata.jsonl` (keys file_name and text or prompt) or the text file of the same name beside it. captions: True wants a
-    prompt for every picture, False reads none, None takes them where every picture has one, and none where none has. Raises UserError for pictures
-    that cannot be read (all counted, some named) unless skip_unreadable, and for pictures without a prompt where others have one.
+    Its prompt is its row in a `metadata.jsonl`, `.csv` or `.parquet` in its folder or one above it (`file_name`, a path from there, and prompt, text or caption,
+    or `column`), else the text file of the same name beside it. captions: True wants a prompt for every picture, False reads none, None takes them where
+    every picture has one, and none where none has. Raises UserError for pictures that cannot be read (all counted, some named) unless skip_unreadable, for
+    pictures without a prompt where others have one, and for rows and texts that fit no picture.
     """
     root = require(path, "the image folder")
-    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES)
+    if not root.is_dir():
+        raise UserError(f"the image folder '{path}' is no folder")
+    below = (p for p in root.rglob("*") if not any(part.startswith(".") for part in p.relative_to(root).parts))
+    files = sorted(p for p in below if p.suffix.lower() in SUFFIXES and not p.is_dir())
     if not files:
-        raise UserError(f"no picture under {path}")
-    told = {} if captions is False else _captions(root, files)
+        raise UserError(f"no picture under {path}: {', '.join(SUFFIXES)} are read")
+    told = {} if captions is False else _captions(root, files, column)
     silent = [file for file in files if file not in told]
     if silent and (told or captions):
         raise UserError(
@@ -41,18 +49,20 @@ def images_from_folder(path: str, size: int, *, captions: bool | None = None, sk
     return torch.stack(list(good.values())), [told.get(file, "") for file in good]
 
 
-def pairs_from_file(path: str, size: int, *, skip_unreadable: bool = False) -> tuple[Tensor, list[str]]:
-    """Preference pairs of a .jsonl file: `prompt`, `chosen` and `rejected` a line, the last two as paths from where the file lies."""
-    file = require(path, "the file of pairs")
-    rows = _rows(file, ("prompt", "chosen", "rejected"))
-    if not rows:
+def pairs_from_file(path: str, size: int, *, column: str = "", skip_unreadable: bool = False) -> tuple[Tensor, list[str]]:
+    """Preference pairs, one a row of a file that `prompts.read_table` reads: the prompt, `chosen` and `rejected`, these two as paths from where the file lies."""
+    table = read_table(path, "the file of pairs")
+    if not table.rows:
         raise UserError(f"{path} holds no pair")
-    sides = [(file.parent / row["chosen"], file.parent / row["rejected"]) for row in rows]
+    prompts = table.texts(table.prompt_column(column))
+    folder = require(path, "the file of pairs").parent
+    chosen, rejected = (table.texts(table.find(name) or name) for name in ("chosen", "rejected"))
+    sides = [(folder / better, folder / worse) for better, worse in zip(chosen, rejected)]
     good = _read_all(list(dict.fromkeys(f for side in sides for f in side)), size, str(path), skip_unreadable)
     kept = [k for k, side in enumerate(sides) if all(f in good for f in side)]
     if not kept:
         raise UserError(f"{path}: no pair has two pictures that can be read")
-    return torch.stack([torch.stack([good[f] for f in sides[k]]) for k in kept]), [rows[k]["prompt"] for k in kept]
+    return torch.stack([torch.stack([good[f] for f in sides[k]]) for k in kept]), [prompts[k] for k in kept]
 
 
 def _some(names: Iterable[str], shown: int = 8) -> str:
@@ -60,58 +70,98 @@ def _some(names: Iterable[str], shown: int = 8) -> str:
     return ", ".join(names[:shown]) + ("..." if len(names) > shown else "")
 
 
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text: byte 0x{error.object[error.start]:02x} at {error.start}. Save it as UTF-8.") from error
+def _captions(root: Path, files: list[Path], column: str) -> dict[Path, str]:
+    """Prompts by picture, of those that have one. Raises UserError with every row and text that cannot be one."""
+    told: dict[Path, str] = {}
+    bad: list[str] = []
+    for folder in sorted({root, *(p for file in files for p in file.parents if root in p.parents)}):
+        listings = [folder / name for name in LISTINGS if (folder / name).exists()]
+        if len(listings) > 1:
+            raise UserError(f"{folder} has {' and '.join(f.name for f in listings)}: keep the one that holds")
+        for listing in listings:
+            _listed(listing, set(files), column, told, bad)
+    for file in files:
+        beside = file.with_suffix(".txt")
+        if not told.get(file) and (beside.exists() or beside.is_symlink()):
+            try:
+                if text := read_text(beside, "the caption").strip():
+                    told[file] = text
+            except UserError as error:
+                bad.append(str(error))
+    if bad:
+        raise UserError(f"{len(bad)} captions under {root} cannot be used: {'; '.join(bad[:4])}{'...' if len(bad) > 4 else ''}")
+    return {file: text for file, text in told.items() if text}
 
 
-def _rows(file: Path, keys: tuple[str, ...]) -> list[dict[str, str]]:
-    """Lines of a .jsonl file, each with non-empty strings under `keys`."""
-    rows = []
-    for number, line in enumerate(_text(file).splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{file}, line {number}: not JSON ({error})") from error
-        lacking = [k for k in keys if not isinstance(row, dict) or not isinstance(row.get(k), str) or not row[k].strip()]
-        if lacking:
-            raise UserError(f"{file}, line {number}: needs a non-empty string under {' and '.join(repr(k) for k in lacking)}")
-        rows.append(row)
-    return rows
+def _listed(listing: Path, files: set[Path], column: str, told: dict[Path, str], bad: list[str]) -> None:
+    """Add a listing's prompts to `told`, '' where a row has none, and to `bad` what is wrong with it."""
+    table = read_table(listing, "the listing of pictures")
+    names = table.texts(table.find("file_name") or "file_name") if table.rows else []
+    columns = [c for c in map(table.find, [column] if column else COLUMNS) if c is not None]
+    if column and not columns:
+        table.prompt_column(column)
+    for place, row, name in zip(table.places, table.rows, names):
+        inside, where = Path(os.path.normpath(name)), f"{listing.name}, {place}: {name}"
+        file = listing.parent / inside
+        given = next((value for c in columns if (value := row.get(c)) not in (None, "")), "")
+        if inside.is_absolute() or inside.parts[:1] == ("..",):
+            bad.append(f"{where} lies outside {listing.parent}")
+        elif file not in files:
+            bad.append(f"{where} is no picture under {listing.parent}" if file.exists() else f"{where} is not there")
+        elif file in told:
+            bad.append(f"{where} is named twice")
+        elif given and (why := no_text(given)):
+            bad.append(f"{where} has {why} for a caption")
+        else:
+            told[file] = given and given.strip()
 
 
-def _captions(root: Path, files: list[Path]) -> dict[Path, str]:
-    """Prompts by picture, of those that have one."""
-    listing = root / "metadata.jsonl"
-    if listing.exists():
-        rows = _rows(listing, ("file_name",))
-        texts = {root / row["file_name"]: row.get("text") or row.get("prompt") or "" for row in rows}
-    else:
-        texts = {f: _text(f.with_suffix(".txt")).strip() for f in files if f.with_suffix(".txt").exists()}
-    return {file: text for file, text in texts.items() if text}
+def _rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
+    """The first frame in RGB as it is to be seen, and what had to be done for that. 16-bit numbers are scaled, 32-bit ones read as 0..65535, floats as 0..1."""
+    notes = ["animated, its first frame"] if getattr(image, "n_frames", 1) > 1 else []
+    if image.getexif().get(0x0112, 1) != 1:  # orientation
+        notes.append("turned as its EXIF says")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        top, values = (1.0 if image.mode == "F" else 65535.0), np.asarray(image).astype(np.float64)
+        if not (values.min() >= 0 and values.max() <= top):
+            raise ValueError(f"{values.min():g} to {values.max():g}, where 0 to {top:g} is read: save it with 8 or 16 bits")
+        image = Image.fromarray((values * (255 / top)).round().astype(np.uint8))
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        if image.getextrema()[3][0] < 255:
+            notes.append("with transparency, put on white")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB"), notes
 
 
 def _read_all(files: list[Path], size: int, where: str, skip_unreadable: bool) -> dict[Path, Tensor]:
-    """Pictures [3, size, size] uint8 by file; those that cannot be read are an error, or left out if told so."""
+    """Pictures [3, size, size] uint8 by file; those that cannot be read are an error, or left out if told so. What was changed in them is said once."""
     good: dict[Path, Tensor] = {}
-    bad = []
+    bad: list[str] = []
+    noted: dict[str, list[str]] = {}
     for file in files:
+        if not file.is_file():  # opening a pipe would wait for ever
+            bad.append(f"{file.name} ({'no regular file' if file.exists() else 'FileNotFoundError'})")
+            continue
         try:
             with Image.open(file) as image:
-                fitted = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (size, size), Image.Resampling.LANCZOS)
-            good[file] = torch.from_numpy(np.array(fitted)).permute(2, 0, 1)
-        except (UnidentifiedImageError, OSError) as error:
-            bad.append(f"{file.name} ({type(error).__name__})")
+                picture, notes = _rgb(image)
+                fitted = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
+        except Exception as error:  # Pillow raises many kinds for a damaged file, and one for a picture that is too large to be meant
+            bad.append(f"{file.name} ({type(error).__name__}{'' if isinstance(error, OSError) else f': {error}'})")
+            continue
+        good[file] = torch.from_numpy(np.array(fitted)).permute(2, 0, 1)
+        for note in notes:
+            noted.setdefault(note, []).append(file.name)
     if bad and not skip_unreadable:
         raise UserError(
             f"{len(bad)} of {len(files)} pictures under {where} cannot be read: {_some(bad)}. Mend or remove them, or set skip_unreadable: true"
         )
-    if bad:
-        print(f"left out {len(bad)} unreadable pictures of {len(files)}: {_some(bad)}", flush=True)
+    lines = [f"left out {len(bad)} unreadable pictures of {len(files)}: {_some(bad)}"] if bad else []
+    lines += [f"{len(names)} of {len(files)} pictures under {where} {note}: {_some(names)}" for note, names in noted.items()]
+    if lines and os.environ.get("RANK", "0") == "0":
+        print("\n".join(lines), flush=True)
     if not good:
         raise UserError(f"none of the {len(files)} pictures under {where} can be read")
     return good

@@ -125,30 +125,39 @@ def no_text(value: Any) -> str:
 
 def read_table(path: str | Path, what: str) -> Table:
     """All rows of a file of FORMATS, by its name's ending in any case; a name without an ending is a .txt. UserError where that is not what it holds."""
-    file = require(path, what)
-    if not file.is_file():
-        raise UserError(f"{what} '{path}' is {'a folder' if file.is_dir() else 'no regular file'}: name a file ({', '.join(FORMATS)})")
-    if (size := file.stat().st_size) > MAX_FILE_BYTES:
-        raise UserError(f"{path} has {size >> 20} MiB; {what} may have {MAX_FILE_BYTES >> 20}. Is it the right file?")
+    file, raw = _raw(path, what)
     suffix = file.suffix.lower() or ".txt"
-    try:
-        raw = file.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    if suffix != ".parquet":
-        for sign, kind, remedy in SIGNS:
-            if raw[: len(sign)].lower() == sign.lower():
-                raise UserError(f"{path} is {kind}: {remedy}")
+    content = file if suffix == ".parquet" else _text(path, raw)
     if suffix not in FORMATS:
         raise UserError(
             f"{path}: a file named {suffix} is not read; name it by what it holds, {', '.join(FORMATS)} (.txt: a prompt a line)"
         )
-    numbered = list(FORMATS[suffix](file if suffix == ".parquet" else _text(path, raw), str(path)))
+    numbered = list(FORMATS[suffix](content, str(path)))
     rows = [row for _, row in numbered]
     return Table(str(path), list(dict.fromkeys(c for row in rows for c in row)), rows, [place for place, _ in numbered])
 
 
+def read_text(path: str | Path, what: str) -> str:
+    """A whole file as text. UserError where it is none."""
+    return _text(path, _raw(path, what)[1])
+
+
+def _raw(path: str | Path, what: str) -> tuple[Path, bytes]:
+    file = require(path, what)
+    if not file.is_file():
+        raise UserError(f"{what} '{path}' is {'a folder' if file.is_dir() else 'no regular file'}: name a file of text")
+    if (size := file.stat().st_size) > MAX_FILE_BYTES:
+        raise UserError(f"{path} has {size >> 20} MiB; {what} may have {MAX_FILE_BYTES >> 20}. Is it the right file?")
+    try:
+        return file, file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+
+
 def _text(path: str | Path, raw: bytes) -> str:
+    for sign, kind, remedy in SIGNS:
+        if raw[: len(sign)].lower() == sign.lower():
+            raise UserError(f"{path} is {kind}: {remedy}")
     try:
         text = raw.decode("utf-8").replace(BOM, "")
     except UnicodeDecodeError as error:

@@ -1,6 +1,7 @@
 """A user's pictures: captions, pairs, and what is wrong with a folder."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -48,7 +49,7 @@ def test_missing_captions_are_named(folder):
     with pytest.raises(UserError, match=r"2 of 3 pictures .* have no prompt: b.png, more/c.png"):
         images_from_folder(str(folder), 8)
     (folder / "b.txt").write_bytes(b"gr\xffn")
-    with pytest.raises(UserError, match="b.txt is not UTF-8 text: byte 0xff at 2"):
+    with pytest.raises(UserError, match="1 captions .*.*b.txt is not UTF-8 text: byte 0xff in line 1"):
         images_from_folder(str(folder), 8)
 
 
@@ -64,6 +65,115 @@ def test_unreadable_pictures_are_counted_and_named(folder, capsys):
     (folder / "none").mkdir()
     with pytest.raises(UserError, match="no picture under"):
         images_from_folder(str(folder / "none"), 8)
+
+
+def seen(folder, image, name="x.png", **how):
+    """The middle of a picture as it is read."""
+    (folder / "own").mkdir(exist_ok=True, parents=True)
+    image.save(folder / "own" / name, **how)
+    return images_from_folder(str(folder / "own"), 8)[0][0, :, 4, 4].tolist()
+
+
+def test_every_kind_of_number_is_read_on_its_scale(tmp_path, capsys):
+    for dtype, value, name, expected in (
+        (np.uint16, 65535 // 4, "x.png", 64),  # I;16
+        (np.uint16, 257 * 200, "x.tif", 200),
+        (np.int32, 257 * 100, "x.tif", 100),  # I
+        (np.float32, 0.5, "x.tif", 128),  # F
+        (np.uint8, 77, "x.png", 77),  # L
+    ):
+        assert seen(tmp_path / name, Image.fromarray(np.full((12, 20), value, dtype)), name) == [expected] * 3, dtype
+    for dtype, value in ((np.int32, -1), (np.int32, 70_000), (np.float32, 255.0), (np.float32, np.nan)):
+        with pytest.raises(UserError, match=r"1 of 1 pictures .* x.tif \(ValueError: .* where 0 to"):
+            seen(tmp_path / "x.tif", Image.fromarray(np.full((12, 20), value, dtype)), "x.tif")
+    red = Image.new("RGB", (20, 12), (255, 0, 0))
+    for image, name in ((red.convert("P"), "p.png"), (red.convert("CMYK"), "c.tif"), (Image.new("1", (20, 12), 1), "b.png")):
+        got = seen(tmp_path / name, image, name)
+        assert got == ([255] * 3 if name == "b.png" else [255, 0, 0]), (name, got)
+    assert "transparency" not in capsys.readouterr().out
+
+
+def test_hidden_colours_do_not_come_through_and_frames_and_turns_are_told(tmp_path, capsys):
+    clear = Image.new("RGBA", (20, 12), (255, 0, 0, 0))
+    assert seen(tmp_path, clear) == [255] * 3
+    half = Image.new("LA", (20, 12), (0, 128))
+    assert seen(tmp_path, half)[0] == pytest.approx(127, abs=1)
+    palette = Image.new("P", (20, 12), 3)
+    palette.putpalette([9] * 768)
+    assert seen(tmp_path, palette, transparency=3) == [255] * 3
+    assert capsys.readouterr().out.count("1 of 1 pictures under") == 3
+    assert seen(tmp_path / "opaque", Image.new("RGBA", (20, 12), (255, 0, 0, 255))) == [255, 0, 0]
+    assert capsys.readouterr().out == ""
+    frames = [Image.new("RGB", (20, 12), c) for c in ("red", "blue")]
+    for name in ("x.gif", "x.webp"):
+        assert seen(tmp_path / name, frames[0], name, save_all=True, append_images=frames[1:], lossless=True) == [255, 0, 0]
+        assert f"animated, its first frame: {name}" in capsys.readouterr().out
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    half_red = Image.new("RGB", (8, 8))
+    half_red.paste((255, 0, 0), (0, 0, 8, 4))
+    (tmp_path / "turn").mkdir()
+    half_red.save(tmp_path / "turn" / "x.png", exif=exif)
+    assert images_from_folder(str(tmp_path / "turn"), 8)[0][0, 0, :, 4].tolist() == [0] * 4 + [255] * 4
+    assert "turned as its EXIF says: x.png" in capsys.readouterr().out
+
+
+def test_nothing_in_a_folder_blocks_or_ends_the_reading(folder, monkeypatch, capsys):
+    from PIL import PngImagePlugin
+
+    text = PngImagePlugin.PngInfo()
+    text.add_text("a", "x" * (PngImagePlugin.MAX_TEXT_CHUNK + 1), zip=True)
+    Image.new("RGB", (20, 12)).save(folder / "text.png", pnginfo=text)
+    Image.effect_noise((64, 64), 99).save(folder / "cut.png")
+    (folder / "cut.png").write_bytes((folder / "cut.png").read_bytes()[:600])
+    Image.new("1", (200, 100)).save(folder / "vast.png")
+    os.mkfifo(folder / "pipe.png")
+    (folder / "loop.png").symlink_to(folder / "loop.png")
+    (folder / "gone.jpg").symlink_to(folder / "nowhere.jpg")
+    (folder / "folder.png").mkdir()
+    (folder / "._a.png").write_bytes(b"of another system")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 9000)
+    with pytest.raises(UserError, match="6 of 9 pictures") as error:
+        images_from_folder(str(folder), 8)
+    for told in ("text.png (ValueError", "cut.png (OSError", "vast.png (DecompressionBombError", "pipe.png (no regular file)"):
+        assert told in str(error.value)
+    assert len(images_from_folder(str(folder), 8, skip_unreadable=True)[0]) == 3
+    assert "left out 6 unreadable pictures of 9" in capsys.readouterr().out
+    with pytest.raises(UserError, match="is no folder"):
+        images_from_folder(str(folder / "a.png"), 8)
+
+
+def test_listings_as_the_imagefolder_convention_has_them(folder):
+    (folder / "metadata.csv").write_text("file_name,Caption,n\na.png,fire,1\n./b.png,,2\n")
+    (folder / "b.txt").write_text("grass")
+    (folder / "more" / "metadata.jsonl").write_text('{"file_name": "c.png", "prompt": "sky"}')
+    assert images_from_folder(str(folder), 8)[1] == ["fire", "grass", "sky"]
+    (folder / "more" / "metadata.jsonl").write_text('{"file_name": "c.png", "alt": "sea", "prompt": "sky"}')
+    with pytest.raises(UserError, match="no column 'alt'"):
+        images_from_folder(str(folder), 8, column="alt")
+    (folder / "metadata.csv").write_text("file_name,alt\na.png,fire\nb.png,grass")
+    assert images_from_folder(str(folder), 8, column="alt")[1] == ["fire", "grass", "sea"]
+    (folder / "metadata.csv").unlink()
+    rows = [{"file_name": name, "text": text} for name, text in (
+        ("a.png", 5), ("b.png", "x"), ("b.png", "y"), ("more/c.png", "twice"), ("gone.png", "x"), ("../x.png", "x"), (str(folder / "a.png"), "x"),
+        ("b.txt", "x"),
+    )]  # fmt: skip
+    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
+    (folder / "a.txt").mkdir()
+    with pytest.raises(UserError, match="captions under .* cannot be used") as error:
+        images_from_folder(str(folder), 8)
+    said = str(error.value)
+    for told in (
+        "8 captions",
+        "line 1: a.png has 5 (int) for a caption",
+        "line 3: b.png is named twice",
+        "line 5: gone.png is not there",
+        "line 6: ../x.png lies outside",
+    ):
+        assert told in said, said
+    (folder / "metadata.csv").write_text("")
+    with pytest.raises(UserError, match="metadata.jsonl and metadata.csv: keep the one"):
+        images_from_folder(str(folder), 8)
 
 
 def test_pairs(folder):
@@ -83,6 +193,8 @@ def test_pairs(folder):
     file.write_text('{"prompt": "warm", "chosen": "a.png"}\n')
     with pytest.raises(UserError, match="pairs.jsonl, line 1: needs a non-empty string under 'rejected'"):
         pairs_from_file(str(file), 8)
+    (folder / "pairs.csv").write_text("Prompt,chosen,rejected\nwarm,a.png,more/c.png\n")
+    assert pairs_from_file(str(folder / "pairs.csv"), 8)[1] == ["warm"]
     file.write_text("\n")
     with pytest.raises(UserError, match="holds no pair"):
         pairs_from_file(str(file), 8)
