@@ -29,17 +29,34 @@ def read_data(config: DataConfig, learns_from: str = "prompts") -> PromptSet:
     """What an algorithm learns from: the prompt file, or the pictures of `data.images` with their prompts. Raises UserError where the pictures are of another kind."""
     if learns_from == "prompts":
         return read_prompts(config.prompts, config.column)
-    pictures, prompts = cfg.build(config.images)
-    dimensions, shape, example = DIMENSIONS[learns_from]
-    if pictures.ndim != dimensions:
-        raise UserError(
-            f"'data.images': {config.images['_target_']} gives {list(pictures.shape)}, but this algorithm learns from {learns_from} {shape}: use one that does, such as rlstitch.shapes.images.{example}"
-        )
+    pictures, prompts = build_pictures("data.images", config.images, learns_from)
     if not any(p.strip() for p in prompts):
         raise UserError(
             f"'data.images': {config.images['_target_']} gives {len(prompts)} pictures without a prompt, and the model would unlearn its own: give captions (metadata.jsonl, or a .txt beside each picture)"
         )
-    return PromptSet(list(prompts), [{"prompt": p} for p in prompts], pictures=pictures)
+    return PromptSet(prompts, [{"prompt": p} for p in prompts], pictures=pictures)
+
+
+def build_pictures(where: str, node: dict[str, Any], kind: str = "images") -> tuple[Tensor, list[str]]:
+    """Pictures uint8 in the shape that `kind` has in DIMENSIONS, and a prompt each ('' for none), of the part at `where`. Raises UserError where it gives anything else."""
+    made, said = cfg.build(node), f"'{where}': {node['_target_']} gives"
+    dimensions, shape, example = DIMENSIONS[kind]
+    if not isinstance(made, tuple | list) or len(made) != 2 or not isinstance(made[0], Tensor) or not isinstance(made[1], tuple | list):
+        raise UserError(f"{said} {type(made).__name__}, not pictures (a tensor, uint8 {shape}) and a list of prompts")
+    pictures, prompts = made[0], list(made[1])
+    if pictures.ndim != dimensions or pictures.shape[-3] != 3 or (kind == "pairs" and pictures.shape[1] != 2):
+        raise UserError(
+            f"{said} {list(pictures.shape)}, but {kind} {shape} are wanted: use one that gives them, such as rlstitch.shapes.images.{example}"
+        )
+    if pictures.dtype != torch.uint8:
+        raise UserError(
+            f"{said} {str(pictures.dtype).removeprefix('torch.')}, not uint8 from 0 to 255: of floats in [0, 1], (255 * pictures).round().to(torch.uint8)"
+        )
+    if not len(pictures) or len(pictures) != len(prompts):
+        raise UserError(f"{said} {len(pictures)} {kind} and {len(prompts)} prompts: as many of both, and at least one")
+    if odd := [k for k, p in enumerate(prompts) if not isinstance(p, str)]:
+        raise UserError(f"{said} {len(odd)} prompts that are no text, e.g. number {odd[0]}: {prompts[odd[0]]!r:.60}")
+    return pictures, prompts
 
 
 def encode(backbone: Any, prompts: PromptSet, *, truncate: bool = False, engine: Any = None) -> PromptSet:

@@ -198,3 +198,25 @@ def test_pairs(folder):
     file.write_text("\n")
     with pytest.raises(UserError, match="holds no pair"):
         pairs_from_file(str(file), 8)
+
+
+@pytest.mark.parametrize(
+    ("what", "kind", "message"),
+    [
+        ((torch.zeros(8, 3, 4, 4, dtype=torch.uint8), ["x"] * 7), "images", "8 images and 7 prompts"),
+        ((torch.zeros(0, 3, 4, 4, dtype=torch.uint8), []), "images", "0 images and 0 prompts"),
+        ((torch.rand(2, 3, 4, 4), ["x"] * 2), "images", "float32, not uint8 from 0 to 255: of floats"),
+        ((torch.zeros(2, 3, 4, 4, dtype=torch.long), ["x"] * 2), "images", "int64, not uint8"),
+        ((torch.zeros(2, 4, 4, 3, dtype=torch.uint8), ["x"] * 2), "images", r"\[2, 4, 4, 3\], but images \[N, 3, H, W\]"),
+        ((torch.zeros(2, 3, 4, dtype=torch.uint8), ["x"] * 2), "images", r"\[2, 3, 4\], but images"),
+        ((torch.zeros(2, 3, 3, 4, 4, dtype=torch.uint8), ["x"] * 2), "pairs", r"\[2, 3, 3, 4, 4\], but pairs"),
+        ((torch.zeros(2, 3, 4, 4, dtype=torch.uint8), ["x", 5]), "images", "1 prompts that are no text, e.g. number 1: 5"),
+        ((np.zeros((2, 3, 4, 4), np.uint8), ["x"] * 2), "images", "gives tuple, not pictures"),
+        ((torch.zeros(2, 3, 4, 4, dtype=torch.uint8), "xy"), "images", "gives tuple, not pictures"),
+        ((torch.zeros(2, 3, 4, 4, dtype=torch.uint8),), "images", "gives Tensor, not pictures"),
+    ],
+)
+def test_pictures_of_a_part_are_looked_at_before_they_are_learned_from(monkeypatch, what, kind, message):
+    monkeypatch.setattr("rlstitch.data.cfg.build", lambda node: what if len(what) > 1 else what[0])
+    with pytest.raises(UserError, match=f"'data.images': mine.pictures .*{message}"):
+        read_data(DataConfig(images={"_target_": "mine.pictures"}), kind)

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from rlstitch import config as cfg
 from rlstitch import scheduler
 from rlstitch.checks import attempt, part_faults, unknown_rewards
-from rlstitch.data import encode, read_prompts
+from rlstitch.data import build_pictures, encode, read_prompts
 from rlstitch.distributed import resolve_precision
 from rlstitch.files import write_json, write_text
 from rlstitch.metrics import interleaved, peak_megabytes
@@ -111,7 +111,7 @@ class Comparison:
             torch.set_num_threads(config.threads)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.backbone = cfg.build(config.model, device=self.device)
-        self.held, self.captions = cfg.build(config.held_out)
+        self.held, self.captions = build_pictures("held_out", config.held_out)
         self.latents = latents_of(self.backbone, self.held)
         self.text = self.backbone.encode_prompts(self.captions)
         c = config.calibration

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from rlstitch import config as cfg
 from rlstitch import scheduler
 from rlstitch.checks import model_faults, reward_faults
-from rlstitch.data import encode, read_prompts
+from rlstitch.data import build_pictures, encode, read_prompts
 from rlstitch.distributed import resolve_precision
 from rlstitch.files import vae_names
 from rlstitch.stitch import measure
@@ -191,7 +191,7 @@ def run(recipe: StitchRecipe) -> StitchedValueModel:
     backbone, reward = cfg.build(recipe.model, device=device), cfg.build(recipe.reward, device=device)
     if recipe.kind == "stitch" and recipe.max_reward_block > reward.num_blocks:
         raise UserError(f"'max_reward_block' is {recipe.max_reward_block}, but the reward has {reward.num_blocks} blocks")
-    images, _ = cfg.build(recipe.images)
+    images, _ = build_pictures("images", recipe.images)
     started = time.perf_counter()
     latents = latents_of(backbone, images)
     made, kept = {}, 0.0
@@ -226,7 +226,7 @@ def run(recipe: StitchRecipe) -> StitchedValueModel:
 
     seconds = distill(model, latents, targets, tokens, recipe.distill, progress=progress)
     bar.close()
-    held, prompts = cfg.build(recipe.held_out)
+    held, prompts = build_pictures("held_out", recipe.held_out)
     with torch.no_grad():
         held_latents, held_targets = latents_of(backbone, held), targets_of(reward, held)[0]
     model.card |= {
