@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rlstitch import config as cfg
-from rlstitch.files import read_tensors, write_tensors
+from rlstitch.cache import keep, kept
 from rlstitch.prompts import PromptSet, read_prompts
 from rlstitch.schema import DataConfig
 from rlstitch.types import Batch, UserError
@@ -114,11 +114,11 @@ def _pictures_folder(backbone: Any) -> Path | None:
 def _encoded(backbone: Any, pictures: Tensor, folder: Path | None) -> Tensor:
     """Latents of one batch of uint8 pictures, from the cache where they are there."""
     file = None if folder is None else folder / f"{hashlib.sha256(pictures.contiguous().numpy().tobytes()).hexdigest()[:32]}.safetensors"
-    if file is not None and file.exists():
-        return read_tensors(file)["latents"].to(backbone.device)
+    if file is not None and (found := kept(file)) is not None:
+        return found["latents"].to(backbone.device)
     latents = backbone.encode(pictures.to(backbone.device).float() / 255)
     if file is not None:
-        write_tensors(file, {"latents": latents.cpu()})
+        keep(file, {"latents": latents.cpu()})
     return latents
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import math
@@ -10,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from rlstitch.types import UserError
 
 SHAPES = Path(__file__).parent / "shapes" / "weights"
 GROWN, GROWN_WEIGHTS = "grown.json", "blocks.safetensors"
+MADE = "made.json"  # what is in a folder of the cache
 STEMS = ("diffusion_pytorch_model", "model")  # of diffusers, of transformers
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}  # names of an older diffusers
@@ -43,21 +45,30 @@ def cache_folder() -> Path:
 def assembled(folder: Path) -> Path:
     """The whole pipeline directory of a model that is stored as the blocks by which it outgrew another one beside it; made once, kept in the cache.
 
-    GROWN names the base, the depth, and where the base's blocks stand now. Raises UserError where either file is not the one that was trained.
+    GROWN names the base, the depth, and where the base's blocks stand now. A folder in the cache that is not what was put together is put together anew. Raises
+    UserError where either file is not the one that was trained.
     """
     told = read_json(folder / GROWN, "the grown model", base=str, sha256=str, base_sha256=str, kept=list, layers=int)
     if Path(told["base"]).name != told["base"]:
         raise UserError(f"the grown model {folder / GROWN}: 'base' must be the name of a folder beside it, not {told['base']!r}")
     whole = cache_folder() / f"{folder.name}-{told['sha256'][:12]}-{told['base_sha256'][:12]}"
-    if whole.exists():
+    if _intact(whole):
         return whole
+    whole.parent.mkdir(parents=True, exist_ok=True)
+    with (whole.parent / ".lock").open("w") as alone:
+        fcntl.flock(alone, fcntl.LOCK_EX)
+        if not _intact(whole):
+            _assemble(folder, told, whole)
+    return whole
+
+
+def _assemble(folder: Path, told: dict[str, Any], whole: Path) -> None:
     base, inside = folder.parent / told["base"], Path("transformer") / "diffusion_pytorch_model.safetensors"
     tensors = read_tensors(folder / GROWN_WEIGHTS, told["sha256"])
     for name, value in read_tensors(base / inside, told["base_sha256"]).items():
         stem, _, rest = name.partition("transformer_blocks.")
         place, _, tail = rest.partition(".")
         tensors[f"{stem}transformer_blocks.{told['kept'][int(place)]}.{tail}" if rest else name] = value
-    whole.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=whole.parent))
     try:
         shutil.copytree(base, temporary, dirs_exist_ok=True)
@@ -65,13 +76,33 @@ def assembled(folder: Path) -> Path:
         write_tensors(temporary / inside, tensors, metadata={"format": "pt"})
         config = read_json(temporary / "transformer" / "config.json", "the transformer's config")
         write_json(temporary / "transformer" / "config.json", config | {"num_layers": told["layers"]})
+        write_json(temporary / MADE, {str(f.relative_to(temporary)): sha256(f) for f in sorted(temporary.rglob("*")) if f.is_file()})
+        if whole.exists():
+            made_anew(whole)
+            shutil.rmtree(whole)
         os.replace(temporary, whole)
-    except OSError:
-        if not whole.exists():  # another process may have made it meanwhile
-            raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return whole
+
+
+def _intact(folder: Path) -> bool:
+    """Whether a folder of the cache holds what was put there; files that have not changed since are not read again."""
+    stats = ((f, f.stat()) for f in sorted(folder.rglob("*")) if f.is_file())
+    return (folder / MADE).is_file() and _as_made(folder, tuple((str(f), s.st_size, s.st_mtime_ns) for f, s in stats))
+
+
+@lru_cache(maxsize=64)
+def _as_made(folder: Path, files: tuple[tuple[str, int, int], ...]) -> bool:
+    try:
+        made = read_json(folder / MADE, "the list of what was made")
+    except UserError:
+        return False
+    return all((folder / name).is_file() and sha256(folder / name) == digest for name, digest in made.items())
+
+
+@cache
+def made_anew(cache: Path) -> None:
+    print(f"{cache} holds what is not as it was written, or is of an older version: it is made anew", flush=True)
 
 
 def require(path: str | Path, what: str) -> Path:

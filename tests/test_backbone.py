@@ -6,6 +6,8 @@ from diffusers import StableDiffusion3Pipeline
 
 from rlstitch import schedule
 from rlstitch.backbones.sd3 import SD3Backbone
+from rlstitch.cache import kept
+from rlstitch.files import write_tensors
 from rlstitch.sampling import sample
 from rlstitch.types import Conditioning, UserError
 from tests.conftest import write_sd3
@@ -112,6 +114,25 @@ def test_text_equals_the_pipelines_and_is_cached(sd3_dir, tmp_path):
     backbone._text_pipeline = None  # from here on only the cache can answer
     again = backbone.encode_prompts(list(reversed(prompts)))
     torch.testing.assert_close(again.tokens, tokens.flip(0))
+
+
+def test_text_that_a_cache_lost_is_made_anew(sd3_dir, tmp_path, capsys):
+    """Cut, zeroed behind a sound header, emptied, or without the hash that an older version did not write: never an error, never other numbers."""
+    prompts = ["a red circle", "two stars", "a blue ring", "a green cross"]
+    backbone = SD3Backbone(str(sd3_dir), max_sequence_length=0, cache=str(tmp_path))
+    right = backbone.encode_prompts(prompts)
+    files = [backbone._text_files(prompts)[p] for p in prompts]
+    whole = [f.read_bytes() for f in files]
+    files[0].write_bytes(whole[0][:-7])
+    files[1].write_bytes(whole[1][:-64] + bytes(64))
+    files[2].write_bytes(b"")
+    write_tensors(files[3], {"tokens": right.tokens[3] * 0, "pooled": right.pooled[3]})
+    backbone.remember(prompts)  # sees what is not whole, without reading the numbers
+    assert [kept(f) is not None for f in files] == [True, False, True, True]
+    got = backbone.encode_prompts(prompts)
+    torch.testing.assert_close((got.tokens, got.pooled), (right.tokens, right.pooled), atol=1e-5, rtol=1e-5)
+    assert kept(files[1]) is not None
+    assert capsys.readouterr().out.count("made anew") == 1
 
 
 def test_a_cached_prompt_set_is_read_batch_by_batch(sd3_dir, tmp_path):

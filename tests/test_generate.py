@@ -77,7 +77,7 @@ def test_a_cache_that_cannot_be_written_or_read_costs_nothing_but_time(backbone,
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "write_tensors", full)
+        patch.setattr(module, "keep", full)
         first = generate(backbone, prompts_of(backbone), config, "pictures")[0]
     assert "cannot be kept" in capsys.readouterr().out and not cache()
     generate(backbone, prompts_of(backbone), config, "t")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 
-from rlstitch.files import GROWN, GROWN_WEIGHTS, require, resolve, sha256, write_json, write_tensors
+from rlstitch.files import GROWN, GROWN_WEIGHTS, MADE, require, resolve, sha256, write_json, write_tensors
 from rlstitch.shapes.pretrain.grow import grow, kept_places
 from rlstitch.types import UserError
 
@@ -68,7 +68,23 @@ def test_a_grown_pipeline_is_put_together_once(stored):
     torch.testing.assert_close(out_of(loaded), out_of(model))
     made = (whole / "model_index.json").stat().st_mtime_ns
     assert resolve(folder) == whole and (whole / "model_index.json").stat().st_mtime_ns == made
-    assert [p.name for p in whole.parent.iterdir()] == [whole.name]
+    assert sorted(p.name for p in whole.parent.iterdir()) == [".lock", whole.name]
+
+
+@pytest.mark.parametrize("harm", ["cut", "zeroed", "gone", "of an older version"])
+def test_a_grown_pipeline_that_is_not_as_it_was_made_is_made_anew(stored, harm, capsys):
+    folder, model = stored
+    whole = resolve(folder)
+    file = whole / "transformer" / "diffusion_pytorch_model.safetensors"
+    right = file.read_bytes()
+    if harm == "gone":
+        (whole / "vae" / "config.json").unlink()
+    elif harm == "of an older version":
+        (whole / MADE).unlink()
+    else:
+        file.write_bytes(right[:1000] if harm == "cut" else right[: len(right) // 2] + bytes(len(right) - len(right) // 2))
+    assert resolve(folder) == whole and file.read_bytes() == right and (whole / "vae" / "config.json").exists()
+    assert resolve(folder) == whole and capsys.readouterr().out.count(f"{whole} holds what is not as it was written") == 1
 
 
 def test_other_blocks_or_another_base_are_refused(stored):
@@ -77,7 +93,7 @@ def test_other_blocks_or_another_base_are_refused(stored):
     base.write_bytes(base.read_bytes()[:-2] + b"\0\1")
     with pytest.raises(UserError, match="is not the file that was saved"):
         resolve(folder)
-    assert not list((folder.parent / "cache" / "rlstitch").glob("*"))
+    assert [p.name for p in (folder.parent / "cache" / "rlstitch").iterdir()] == [".lock"]
 
 
 def test_the_shipped_large_model_outgrew_the_shipped_one():

@@ -20,7 +20,8 @@ from transformers import AutoTokenizer
 
 from rlstitch.backbones import directory
 from rlstitch.backbones.attention import PlainJointAttention
-from rlstitch.files import hash_tensors, quick_fingerprint, read_json, read_tensors, require, write_tensors
+from rlstitch.cache import is_kept, keep, kept
+from rlstitch.files import hash_tensors, quick_fingerprint, read_json, read_tensors, require
 from rlstitch.types import Conditioning, UserError
 from rlstitch.weights import load_strictly
 
@@ -222,7 +223,7 @@ class SD3Backbone:
     def encode_prompts(self, prompts: Sequence[str], *, batch_size: int = 64) -> Conditioning:
         """Text of N prompts, from the cache where it is there. The encoders are loaded once for all that are missing and freed again."""
         files = self._text_files(prompts)
-        known = {p: Conditioning(**read_tensors(f)) for p, f in files.items() if f is not None and f.exists()}
+        known = {p: Conditioning(**text) for p, f in files.items() if f is not None and (text := kept(f)) is not None}
         missing = {p: f for p, f in files.items() if p not in known}
         known |= {prompt: Conditioning(t.clone(), p.clone()) for prompt, t, p in self._encoded(missing, batch_size)}
         rows = [known[p] for p in prompts]
@@ -230,7 +231,7 @@ class SD3Backbone:
 
     def remember(self, prompts: Sequence[str], *, batch_size: int = 64) -> None:
         """Put the text of prompts into the cache, holding no more than a batch: a large set takes gigabytes (1.6 MiB a prompt at SD3.5's size)."""
-        for _ in self._encoded({p: f for p, f in self._text_files(prompts).items() if not f.exists()}, batch_size):
+        for _ in self._encoded({p: f for p, f in self._text_files(prompts).items() if not is_kept(f)}, batch_size):
             pass
 
     def _text_files(self, prompts: Sequence[str]) -> dict[str, Path | None]:
@@ -254,7 +255,7 @@ class SD3Backbone:
                 )
             for prompt, t, p in zip(part, tokens.cpu(), pooled.cpu()):
                 if files[prompt] is not None:
-                    write_tensors(files[prompt], {"tokens": t, "pooled": p})
+                    keep(files[prompt], {"tokens": t, "pooled": p})
                 yield prompt, t, p
         del pipeline
         gc.collect()
@@ -269,7 +270,9 @@ class SD3Backbone:
 
     def _text_pipeline(self) -> StableDiffusion3Pipeline:
         index = read_json(self.path / "model_index.json", "the pipeline's index")
-        parts = {name: self._load(cls, name) if index.get(name, [None])[0] is not None else None for name, cls in directory.ENCODERS.items()}
+        parts = {
+            name: self._load(cls, name) if index.get(name, [None])[0] is not None else None for name, cls in directory.ENCODERS.items()
+        }
         if parts["text_encoder_3"] is None:
             parts["tokenizer_3"] = None
         pipeline = StableDiffusion3Pipeline.from_pretrained(self.path, transformer=None, vae=None, local_files_only=True, **parts)

@@ -14,8 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rlstitch import sampling, schedule, scheduler
+from rlstitch.cache import keep, kept
 from rlstitch.distributed import autocast, resolve_precision
-from rlstitch.files import cache_folder, read_tensors, weights_fingerprint, write_tensors
+from rlstitch.files import cache_folder, weights_fingerprint
 from rlstitch.prompts import PromptSet, read_prompts
 from rlstitch.types import UserError, noise_like
 
@@ -68,12 +69,8 @@ def generate(backbone: Any, prompts: PromptSet, config: GenerateConfig, label: s
         "dtype": str(backbone.dtype),
     }
     file = cache_folder() / "generations" / f"{hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]}.safetensors"
-    if file.exists():
-        try:
-            kept = read_tensors(file)
-            return kept["latents"].to(backbone.device), index, float(kept["seconds"])
-        except UserError as error:
-            print(f"{error} They are made anew.", flush=True)
+    if (found := kept(file)) is not None:
+        return found["latents"].to(backbone.device), index, float(found["seconds"])
     started = time.perf_counter()
     grid, out, batch_size = schedule.sigmas(config.num_steps, shift, "plain"), [], config.batch_size
     for start in tqdm(range(0, config.count, batch_size), desc=label, unit="batch", leave=False):
@@ -85,7 +82,7 @@ def generate(backbone: Any, prompts: PromptSet, config: GenerateConfig, label: s
             out.append(sampling.sample(backbone.bind(batch.text, guidance), z, grid).z.float())
     latents, seconds = torch.cat(out), time.perf_counter() - started
     try:
-        write_tensors(file, {"latents": latents, "seconds": torch.tensor(seconds)})
+        keep(file, {"latents": latents, "seconds": torch.tensor(seconds)})
     except OSError as error:
         print(
             f"{label} cannot be kept for the next time ({error}); set XDG_CACHE_HOME to a folder with room. This run goes on with them.",
