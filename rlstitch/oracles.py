@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from rlstitch import sampling, schedule, scheduler
 from rlstitch.asking import ask, has_gradient
@@ -45,7 +45,8 @@ def recomputed(oracle: Oracle, latent: Latent, batch: Batch) -> Tensor:
     """
     one = lambda z, sigma, row: oracle(Latent(z, sigma), row)  # noqa: E731
     rows = (slice(k, k + 1) for k in range(len(latent.z)))
-    return torch.cat([checkpoint(one, latent.z[r], latent.sigma[r], batch[r], use_reentrant=False) for r in rows])
+    with set_checkpoint_early_stop(False):  # torch stops early by an exception, which a reward or whoever runs it may take for its own
+        return torch.cat([checkpoint(one, latent.z[r], latent.sigma[r], batch[r], use_reentrant=False) for r in rows])
 
 
 class Terminal(_Mixed):

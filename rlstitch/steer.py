@@ -71,7 +71,7 @@ class SteerConfig:
     judges: list[str] = field(default_factory=list)
 
 
-MEASURED = 16  # prompts that the spread of the value is measured on
+MEASURED = 8  # prompts that the spread of the value is measured on
 POSITIVE = ("images_per_prompt", "prompts_per_batch", "sampler.num_steps", "diffusion")
 CHOICES = {"kernel": ("ode", "sde"), "precision": ("auto", "fp32", "bf16"), "sampler.spacing": ("plain", "diffusers")}
 
