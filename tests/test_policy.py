@@ -1,12 +1,16 @@
 """LoRA sets on one base: off is the base bit for bit, EMA by hand, gradients only where they belong, round trip through stock diffusers."""
 
+import json
+
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
+from safetensors.torch import load_file, save_file
 
 from rlstitch.backbones.sd3 import SD3Backbone
 from rlstitch.policy import CURRENT, EMA, REFERENCE, Policy
 from rlstitch.types import UserError
+from tests.conftest import write_sd3
 from tests.test_backbone import inputs
 
 
@@ -84,22 +88,58 @@ def test_state_round_trip_keeps_raw_and_ema_apart(sd3_dir):
         b.load_state_dict({"raw.x": torch.zeros(1)})
 
 
-@pytest.mark.parametrize("name", [CURRENT, EMA])
-def test_export_loads_in_stock_diffusers_with_the_same_picture(sd3_dir, tmp_path, name):
-    """alpha differs from rank, so the scale must travel too."""
-    backbone = SD3Backbone(str(sd3_dir), max_sequence_length=0)
+def with_alpha_in_the_header(file, rank, alpha):
+    """The same LoRA as it was written once: B as it is trained, alpha told by the header alone."""
+    told = {"transformer.r": rank, "transformer.lora_alpha": alpha, "transformer.target_modules": sorted(SD3Backbone.lora_targets)}
+    tensors = {k: v * (rank / alpha if ".lora_B." in k else 1) for k, v in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt", "lora_adapter_metadata": json.dumps(told)})
+
+
+def test_an_exported_lora_means_the_same_in_every_reader(tmp_path):
+    """alpha is three times the rank: as a folder, as a state dict, and with the header stripped; by stock diffusers and by our own reader, which takes old files, too."""
+    folder = write_sd3(tmp_path / "sd3", dual=(0, 1))
+    backbone = SD3Backbone(str(folder), max_sequence_length=0)
     policy = policy_on(backbone, rank=4, alpha=12.0)
     nudge(policy)
     policy.update_ema()
-    policy.export(tmp_path, name)
-    pipeline = StableDiffusion3Pipeline.from_pretrained(sd3_dir, text_encoder_3=None, tokenizer_3=None)
-    pipeline.load_lora_weights(tmp_path)
+    policy.export(tmp_path / "lora")  # the EMA
+    policy.export(tmp_path / "raw", CURRENT)
+    file = tmp_path / "lora" / "pytorch_lora_weights.safetensors"
+    assert file.stat().st_mode & 0o777 == (folder / "model_index.json").stat().st_mode & 0o777, "as the umask has it"
     z, sigma, text = inputs(backbone)
-    with torch.no_grad(), policy.use(name):
-        stock = pipeline.transformer(
+    with torch.no_grad(), policy.use(EMA):
+        expected = backbone.velocity(z, sigma, text)
+    with torch.no_grad(), policy.use(CURRENT):
+        raw = backbone.velocity(z, sigma, text)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
+
+    def asked():
+        return pipeline.transformer(
             hidden_states=z, encoder_hidden_states=text.tokens, pooled_projections=text.pooled, timestep=1000 * sigma
         ).sample
-        torch.testing.assert_close(backbone.velocity(z, sigma, text), stock, atol=1e-5, rtol=1e-5)
+
+    def stock(lora):
+        pipeline.load_lora_weights(lora)
+        out = asked()
+        pipeline.unload_lora_weights()
+        return out
+
+    def own():
+        fresh = SD3Backbone(str(folder), max_sequence_length=0)
+        fresh.load_lora(tmp_path / "lora")
+        return fresh.velocity(z, sigma, text)
+
+    with torch.no_grad():
+        assert (expected - asked()).abs().max() > 1e-2 and (expected - raw).abs().max() > 1e-3
+        torch.testing.assert_close(stock(tmp_path / "raw"), raw, atol=1e-5, rtol=1e-5)
+        found = {"folder": stock(tmp_path / "lora"), "state dict": stock(load_file(file)), "own": own()}
+        with_alpha_in_the_header(file, 4, 12.0)
+        found |= {"old": stock(tmp_path / "lora"), "own, old": own()}
+        policy.export(tmp_path / "lora")
+        save_file(load_file(file), file)
+        found |= {"stripped": stock(tmp_path / "lora"), "own, stripped": own()}
+    for how, velocity in found.items():
+        torch.testing.assert_close(velocity, expected, atol=1e-5, rtol=1e-5, msg=how)
 
 
 def test_prefix_must_be_taken_before_lora(backbone):

@@ -6,10 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
 from rlstitch import schedule
+from rlstitch.backbones.sd3 import SD3Backbone
+from rlstitch.files import sha256
 from rlstitch.rewards.clip import ClipReward
 from rlstitch.stitch import distill as distilling
 from rlstitch.stitch.distill import DistillConfig, distill, draw_sigma
@@ -314,3 +317,36 @@ def test_value_matches_interpolated_noise_levels(backbone, reward):
     whole = model.value(Latent(z, torch.tensor([0.2, 0.7])), batch_of(["a", "b"]))
     rows = [model.value(Latent(z[k : k + 1], torch.tensor([s])), batch_of([p])) for k, (s, p) in enumerate(((0.2, "a"), (0.7, "b")))]
     torch.testing.assert_close(whole, torch.cat(rows), atol=1e-6, rtol=1e-5)
+
+
+def test_a_value_is_loaded_in_its_rewards_precision_and_distilled_in_float32(sd3_dir, clip_dir, tmp_path):
+    """A frozen float32 tail would be cast at every query; what trains is float32, and goes back."""
+    kept = {}
+    for dtype in ("float32", "bfloat16"):
+        backbone, reward = SD3Backbone(str(sd3_dir), max_sequence_length=0, dtype=dtype), ClipReward(str(clip_dir), dtype=dtype)
+        if dtype == "float32":
+            stitched(backbone, reward)[0].save_pretrained(tmp_path, half=False)
+        model = kept[dtype] = StitchedValueModel.from_pretrained(tmp_path, backbone=backbone, reward=reward)
+        assert {p.dtype for part in (model.stitch, model.tail) for p in part.parameters()} == {getattr(torch, dtype)}
+        assert not any(p.requires_grad for p in model.parameters()) and not model.training
+    z, sigma = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0.3, 0.8])
+    with torch.no_grad():
+        full, half = (kept[d].value(Latent(z, sigma), batch_of(["a red circle", "two stars"])) for d in kept)
+    assert full.dtype == half.dtype == torch.float32
+    torch.testing.assert_close(full, half, atol=0.03, rtol=0)
+    before = model.stitch.linear.weight.clone()
+    assert {p.dtype for p in model.thaw().tail.parameters()} == {torch.float32} and all(p.requires_grad for p in model.stitch.parameters())
+    with torch.no_grad():
+        model.stitch.linear.weight.add_(1.0)
+    assert torch.equal(model.freeze().stitch.linear.weight, (before.float() + 1).bfloat16())
+
+
+def test_a_value_file_is_whole_or_refused(backbone, reward, tmp_path):
+    stitched(backbone, reward)[0].save_pretrained(tmp_path)
+    whole, card = load_file(tmp_path / "value.safetensors"), json.loads((tmp_path / "value.json").read_text())
+    name = max(k for k in whole if k.startswith("tail."))
+    for tensors, odd in (({k: v for k, v in whole.items() if k != name}, name), (whole | {"stray": torch.ones(1)}, "stray")):
+        save_file(tensors, tmp_path / "value.safetensors")
+        (tmp_path / "value.json").write_text(json.dumps(card | {"sha256": sha256(tmp_path / "value.safetensors")}))
+        with pytest.raises(UserError, match=f"is not whole: 1 weights .*{odd}"):
+            StitchedValueModel.from_pretrained(tmp_path, backbone=backbone, reward=reward)

@@ -1,0 +1,197 @@
+"""Model folders as people have them: strict about weights, free about layout, refused in one line before anything loads."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, SD3Transformer2DModel
+from safetensors.torch import load_file, save_file
+from transformers import CLIPModel, CLIPTextModelWithProjection, T5EncoderModel
+
+from rlstitch import files
+from rlstitch.backbones.sd3 import SD3Backbone
+from rlstitch.checks import model_faults, reward_faults
+from rlstitch.rewards.clip import ClipReward
+from rlstitch.types import Conditioning, UserError
+from rlstitch.weights import load_strictly
+from tests.conftest import write_clip, write_sd3
+
+
+@pytest.fixture(scope="module")
+def t5_dir(tmp_path_factory):
+    return write_sd3(tmp_path_factory.mktemp("with_t5"), t5=True)
+
+
+@pytest.fixture
+def copied(t5_dir, tmp_path):
+    return shutil.copytree(t5_dir, tmp_path / "model")
+
+
+PARTS = {
+    "transformer": SD3Transformer2DModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModelWithProjection, "text_encoder_2": CLIPTextModelWithProjection,
+    "text_encoder_3": T5EncoderModel,
+}  # fmt: skip
+
+
+def rewritten(file, change):
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("part", [*PARTS, "reward"])
+def test_no_weight_is_made_up_or_left_out(copied, tmp_path, part):
+    folder, cls = (write_clip(tmp_path / "clip"), CLIPModel) if part == "reward" else (copied / part, PARTS[part])
+    file = next(folder.glob("*.safetensors"))
+    whole, name = file.read_bytes(), max(set(load_file(file)) - {"shared.weight"})  # that one has two names
+    load_strictly(cls, folder, "the part")
+    for change, why in (
+        (lambda t: t.update({"stray.weight": t.pop(name)}), f"1 are missing .{name}.; 1 are unknown to it .stray.weight."),
+        (lambda t: t.pop(name), f"1 are missing .{name}."),
+        (lambda t: t.update({"stray.weight": torch.zeros(2)}), "1 are unknown to it .stray.weight."),
+        (lambda t: t.update({name: torch.zeros(3, 3, 7)}), name),
+    ):
+        file.write_bytes(whole)
+        rewritten(file, change)
+        with pytest.raises(UserError, match=f"the part of .*cannot be loaded.*{why}"):
+            load_strictly(cls, folder, "the part")
+    file.write_bytes(whole)
+    rewritten(file, lambda t: t.update({"text_model.embeddings.position_ids": torch.arange(24)[None]}))
+    if part == "text_encoder_3":
+        rewritten(file, lambda t: t.update({"encoder.embed_tokens.weight": t["shared.weight"].clone()}))
+    load_strictly(cls, folder, "the part")  # what older libraries saved is no stranger
+    if part.startswith("text_encoder"):
+        rewritten(file, lambda t: t.pop(name))
+        with pytest.raises(UserError, match=f"the {part} of .*{name}"):
+            SD3Backbone(str(copied), max_sequence_length=4).encode_prompts(["a red circle"])
+    if part == "reward":
+        rewritten(file, lambda t: t.pop(name))
+        with pytest.raises(UserError, match=name):
+            ClipReward(str(folder))
+
+
+def test_a_heads_file_is_strict_too(clip_dir, tmp_path):
+    good = {"0.weight": torch.ones(3, 12), "0.bias": torch.zeros(3), "2.weight": torch.ones(1, 3), "2.bias": torch.zeros(1)}
+    save_file(good, tmp_path / "head.safetensors")
+    ClipReward(str(clip_dir), head=str(tmp_path / "head.safetensors"))
+    for change in (lambda t: t.pop("0.bias"), lambda t: t.update({"scale": torch.ones(1)}), lambda t: t.update({"2.weight": torch.ones(1, 4)})):
+        save_file(good, tmp_path / "head.safetensors")
+        rewritten(tmp_path / "head.safetensors", change)
+        with pytest.raises(UserError, match="the reward's head"):
+            ClipReward(str(clip_dir), head=str(tmp_path / "head.safetensors"))
+
+
+def velocity(folder, encode=False, **options):
+    """Under a text of its own encoders, or a fixed one."""
+    backbone = SD3Backbone(str(folder), max_sequence_length=4, **options)
+    text = backbone.encode_prompts(["a red circle"]) if encode else Conditioning(torch.ones(1, 5, 32), torch.ones(1, 32))
+    with torch.no_grad():
+        return backbone.velocity(torch.ones(1, 4, 8, 8), torch.tensor([0.5]), text)
+
+
+def test_every_layout_that_diffusers_writes_loads(t5_dir, copied, tmp_path):
+    """Shards with an index, a variant beside the plain files, a variant alone."""
+    from diffusers import StableDiffusion3Pipeline
+
+    plain, options = velocity(t5_dir), {"_target_": "rlstitch.backbones.sd3.SD3Backbone", "max_sequence_length": 4}
+    pipeline = StableDiffusion3Pipeline.from_pretrained(t5_dir)
+    pipeline.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards" / "transformer").glob("*.safetensors"))) > 2
+    torch.testing.assert_close(velocity(tmp_path / "shards", encode=True), velocity(t5_dir, encode=True))
+    pipeline.to(torch.float16).save_pretrained(tmp_path / "half", variant="fp16")
+    assert not (tmp_path / "half" / "vae" / "diffusion_pytorch_model.safetensors").exists()
+    velocity(tmp_path / "half", encode=True)
+    half = velocity(tmp_path / "half")
+    torch.testing.assert_close(half, plain, atol=2e-2, rtol=2e-2)
+    pipeline.save_pretrained(copied, variant="fp16")
+    assert torch.equal(velocity(copied), plain) and torch.equal(velocity(copied, variant="fp16"), half)
+    for folder in (tmp_path / "shards", tmp_path / "half", copied):
+        assert not model_faults(options | {"path": str(folder)})
+    next((tmp_path / "shards" / "transformer").glob("*-00002-*")).unlink()
+    assert "lacks diffusion_pytorch_model-00002-of" in model_faults(options | {"path": str(tmp_path / "shards")})[0]
+
+
+def test_an_autoencoder_is_known_by_its_tensors(t5_dir, copied, tmp_path):
+    """Whole, in shards, saved anew, in bfloat16, in float16, with a variant beside it; another one is another."""
+    vae = AutoencoderKL.from_pretrained(t5_dir / "vae")
+    card = files.vae_names(t5_dir)
+    again = {"shards": dict(max_shard_size="5KB"), "anew": {}, "half": dict(variant="fp16")}
+    for name, options in again.items():
+        vae.save_pretrained(tmp_path / name / "vae", **options)
+        assert files.same_vae(card, tmp_path / name)
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        AutoencoderKL.from_pretrained(t5_dir / "vae").to(dtype).save_pretrained(tmp_path / name / "vae")
+        assert files.same_vae(card, tmp_path / name) and files.same_vae(files.vae_names(tmp_path / name), t5_dir)
+    AutoencoderKL.from_pretrained(t5_dir / "vae").half().save_pretrained(copied / "vae", variant="fp16")
+    assert files.same_vae(card, copied)
+    old = {"vae_sha256": files.weights_fingerprint(t5_dir, "vae")}  # cards hashed the file once
+    assert files.same_vae(old, copied) and not files.same_vae(old, tmp_path / "shards")
+    with torch.no_grad():
+        vae.decoder.conv_out.bias[0] += 0.1
+    vae.save_pretrained(tmp_path / "tuned" / "vae")
+    vae.register_to_config(scaling_factor=0.9)
+    config = tmp_path / "anew" / "vae" / "config.json"
+    config.write_text(config.read_text().replace('"scaling_factor": 1.3', '"scaling_factor": 0.9'))
+    assert not files.same_vae(card, tmp_path / "tuned") and not files.same_vae(card, tmp_path / "anew")
+
+
+def test_weights_are_hashed_once(copied, monkeypatch):
+    files.vae_fingerprint(copied)
+    monkeypatch.setattr(files, "_opened", None)  # from here on nothing can be read
+    files.vae_fingerprint(copied)
+    file = copied / "vae" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes())
+    import os
+
+    os.utime(file, ns=(1, 1))
+    with pytest.raises(TypeError):
+        files.vae_fingerprint(copied)
+
+
+def edited(file, **change):
+    file.write_text(json.dumps({k: v for k, v in (json.loads(file.read_text()) | change).items() if v != "drop"}))
+
+
+def _pickles(folder):
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").rename(folder / "vae" / "diffusion_pytorch_model.bin")
+
+
+BROKEN = {
+    "another pipeline": (lambda f: edited(f / "model_index.json", _class_name="FluxPipeline"), {}, "'model.path': .*FluxPipeline, not a StableDiffusion3Pipeline"),
+    "no index": (lambda f: (f / "model_index.json").unlink(), {}, "'model.path': .*model_index.json"),
+    "T5 not on disk": (lambda f: shutil.rmtree(f / "text_encoder_3"), {}, "'model.path': .*no text_encoder_3.*null"),
+    "pickles": (_pickles, {}, "'model.path': .*diffusion_pytorch_model.bin.*save_pretrained"),
+    "no weights": (lambda f: (f / "text_encoder" / "model.safetensors").unlink(), {}, "'model.path': the text_encoder .*no weights"),
+    "older config": (lambda f: edited(f / "vae" / "config.json", use_quant_conv="drop", use_post_quant_conv="drop"), {}, '"use_quant_conv": false and "use_post_quant_conv": false'),
+    "too large": (lambda f: None, {"image_size": 68}, "'model.image_size': 68 is beyond the 64 pixels"),
+    "odd size": (lambda f: None, {"image_size": 18}, "'model.image_size': 18 does not divide into patches of 4"),
+    "half on a CPU": (lambda f: None, {"dtype": "float16"}, "'model.dtype': float16"),
+    "no such dtype": (lambda f: None, {"dtype": "float99"}, "'model.dtype' must be one of float32, bfloat16, float16"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_folder_that_cannot_run_is_told_by_key_before_anything_loads(copied, name):
+    from rlstitch.config import check_part
+
+    change, options, why = BROKEN[name]
+    node = {"_target_": "rlstitch.backbones.sd3.SD3Backbone", "path": str(copied)} | options
+    assert not model_faults(node | {k: v for k, v in (("dtype", "float32"), ("image_size", 16)) if k in options})
+    change(copied)
+    if name == "half on a CPU" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    import re
+
+    faults = check_part("model", node) + model_faults(node)
+    assert len(faults) == 1 and re.search(why, faults[0]), faults
+
+
+def test_a_rewards_folder_is_looked_at_first(tmp_path):
+    folder = write_clip(tmp_path / "clip")
+    node = {"_target_": "rlstitch.rewards.clip.ClipReward", "path": str(folder)}
+    assert not reward_faults("rewards.mine", node)
+    edited(folder / "preprocessor_config.json", resample=1)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    faults = reward_faults("rewards.mine", node)
+    assert len(faults) == 2 and "'rewards.mine.path'" in faults[0] and "pytorch_model.bin" in faults[0] and "resample 1" in faults[1]
