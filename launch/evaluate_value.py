@@ -6,11 +6,11 @@ from rlstitch import cli
 def run(arguments: list[str]) -> None:
     from rlstitch.stitch import compare
 
-    name, given = cli.recipe_and_overrides(arguments, default="evaluate_value")
+    name, given = cli.recipe_and_overrides(arguments, default="evaluate_value", script=__file__)
     config = compare.checked(given, name)
     results = compare.run(config)
     print(compare.table(results["rewards"], config.sigmas))
 
 
 if __name__ == "__main__":
-    cli.main(run)
+    cli.main(run, default="evaluate_value")

@@ -8,7 +8,7 @@ from rlstitch import cli
 def run(arguments: list[str]) -> None:
     from rlstitch import steer
 
-    name, given = cli.recipe_and_overrides(arguments)
+    name, given = cli.recipe_and_overrides(arguments, script=__file__)
     result = steer.Job(steer.checked(given, name)).run()
     print(json.dumps({k: v for k, v in result.items() if k != "images"}, indent=1))
 

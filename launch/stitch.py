@@ -6,7 +6,7 @@ from rlstitch import cli
 def run(arguments: list[str]) -> None:
     from rlstitch.stitch import recipe as stitch
 
-    name, given = cli.recipe_and_overrides(arguments)
+    name, given = cli.recipe_and_overrides(arguments, script=__file__)
     stitch.run(stitch.checked(given, name))
 
 

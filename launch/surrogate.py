@@ -6,7 +6,7 @@ from rlstitch import cli
 def run(arguments: list[str]) -> None:
     from rlstitch.stitch import surrogate
 
-    name, given = cli.recipe_and_overrides(arguments)
+    name, given = cli.recipe_and_overrides(arguments, script=__file__)
     surrogate.run(surrogate.checked(given, name))
 
 

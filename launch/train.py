@@ -1,19 +1,21 @@
 """Train: `torchrun launch/train.py recipe=draft_stitch [key=value ...]`. `check=true` prints what would run and exits."""
 
 from rlstitch import cli
+from rlstitch.telling import say
 
 
 def run(arguments: list[str]) -> None:
-    from rlstitch.checks import checked, describe, goals, resumable
+    from rlstitch.checks import checked, resumable
+    from rlstitch.describe import describe, goals
     from rlstitch.trainer import Trainer
 
-    name, given = cli.recipe_and_overrides(arguments)
+    name, given = cli.recipe_and_overrides(arguments, script=__file__)
     config = checked(given, name)
     if config.check:
-        print(describe(config))
+        say(describe(config))
         return
     resumable(config)
-    cli.announce(goals(config))
+    say(*goals(config))
     trainer = Trainer(config)
     try:
         trainer.train()

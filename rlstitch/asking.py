@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,7 +39,12 @@ def inside(part: str) -> Iterator[None]:
     except (Exception, SystemExit) as error:
         if out_of_memory(error):
             raise
-        raise PartError(f"{part} failed: {one_line(error)} (RLSTITCH_TRACEBACK=1 shows where)") from error
+        raise failed(part, error) from error
+
+
+def failed(part: str, error: BaseException) -> PartError:
+    """What is told of an exception inside a part."""
+    return PartError(f"{part} failed: {one_line(error)} (RLSTITCH_TRACEBACK=1 shows where)")
 
 
 def ask(name: str, reward: Any, images: Tensor, batch: Batch) -> Tensor:
@@ -77,6 +82,12 @@ def _told(value: Any) -> str:
 def has_gradient(reward: Any) -> bool:
     """Whether a reward says that gradients reach the pictures; one that says nothing has none."""
     return bool(getattr(reward, "differentiable", False))
+
+
+def probe_rewards(rewards: Mapping[str, Any], names: Iterable[str], batch: Batch, size: int, device: Any) -> None:
+    """Probe those rewards that are asked about the pictures of such a batch of two."""
+    for name in (n for n in names if n in rewards):
+        probe(name, rewards[name], batch, size, device)
 
 
 def probe(name: str, reward: Any, batch: Batch, size: int, device: Any) -> None:

@@ -7,8 +7,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rlstitch import checkpoint, inputs, lock, schedule, scheduler, stages
+from rlstitch import checkpoint, inputs, lock, protocols, schedule, scheduler, stages
 from rlstitch import config as cfg
+from rlstitch.asking import PartError, inside
 from rlstitch.data import DIMENSIONS, Geometry, PromptSet, read_prompts, resolve_geometry
 from rlstitch.distributed import world_size
 from rlstitch.files import require, same_vae
@@ -49,11 +50,11 @@ def recipe_faults(config: RunConfig) -> list[str]:
 
 def _faults(config: RunConfig) -> list[str]:
     faults = part_faults(config)
-    faults += [f for f in cfg.check_part("algorithm", config.algorithm) if not _given(f)]
-    method = _class(config.algorithm)
+    faults += [f for f in cfg.check_part("algorithm", config.algorithm, kind="algorithm") if not _given(f)]
+    method = _class(config.algorithm, "algorithm")
     for where, extra in {"oracle": ("weights",), "stop": ()}.items():
         if method is None or method.needs_oracle:
-            faults += cfg.check_part(where, getattr(config, where), extra=extra)
+            faults += cfg.check_part(where, getattr(config, where), kind=where, extra=extra)
         elif getattr(config, where):
             faults.append(f"'{where}' is given, but {config.algorithm['_target_']} asks no reward and would not use it: remove '{where}'")
     count = _data(config, method, faults)
@@ -108,8 +109,13 @@ def _data(config: RunConfig, method: Any, faults: list[str]) -> int | None:
             f"'data.images' is missing: {target} learns from {method.learns_from} {shape}; give a part that makes them, e.g. {{_target_: rlstitch.shapes.images.{example}, n: 2000}}"
         )
         return None
-    faults += cfg.check_part("data.images", images)
+    faults += cfg.check_part("data.images", images, kind="images")
     return images["n"] if isinstance(images.get("n"), int) else None
+
+
+def counted(config: RunConfig) -> int | None:
+    """How many prompts or pictures a checked config learns from, where that is known before they are made."""
+    return _data(config, _class(config.algorithm, "algorithm"), [])
 
 
 def _comparisons(config: RunConfig, method: Any) -> list[str]:
@@ -140,7 +146,7 @@ def _comparisons(config: RunConfig, method: Any) -> list[str]:
 
 def geometry(config: RunConfig, count: int | None = None) -> Geometry:
     """How the recipe's global batch is cut on the ranks that there are; `count` is the number of prompts or pictures, where it is known."""
-    batch, method = config.batch, _class(config.algorithm)
+    batch, method = config.batch, _class(config.algorithm, "algorithm")
     whole, collects = (False, False) if method is None else (method.whole_groups, method.collects)
     return resolve_geometry(
         batch.prompts_per_update, batch.images_per_prompt, batch.micro_batch, world_size(), count, whole_groups=whole,
@@ -201,7 +207,7 @@ def value_cards(config: Any, faults: list[str]) -> dict[str, dict[str, Any]]:
 
 def part_faults(config: Any) -> list[str]:
     """Faults of the parts that every recipe has: model and rewards, with their files."""
-    faults = cfg.check_part("model", config.model) + model_faults(config.model)
+    faults = cfg.check_part("model", config.model, kind="model") + model_faults(config.model)
     for name, node in config.rewards.items():
         faults += reward_faults(f"rewards.{name}", node)
     return faults
@@ -211,30 +217,30 @@ def model_faults(model: dict[str, Any]) -> list[str]:
     """Faults of a model's directory, which has to hold the `parts` that the backbone's class names."""
     faults: list[str] = []
     found = attempt(faults, "model.path", require, model["path"], "the model directory") if "path" in model else None
-    parts = getattr(_class(model), "parts", ())
+    parts = getattr(_class(model, "model"), "parts", ())
     lacking = [part for part in parts if found is not None and not (found / part / "config.json").is_file()]
     if lacking:
         faults.append(
             f"'model.path': {model['path']} is no pipeline directory of diffusers, it has no {' and no '.join(f'{p}/config.json' for p in lacking)}: load the model once with diffusers (from_pretrained, or from_single_file for a single .safetensors) and write it with save_pretrained"
         )
-    return faults or cfg.own_faults("model", model)
+    return faults or cfg.own_faults("model", model, "model")
 
 
 def reward_faults(where: str, node: Any) -> list[str]:
     """Faults of a reward's node and of the files that a reward of ours reads; what another class does with its keys is its own affair."""
-    faults = cfg.check_part(where, node)
+    faults = cfg.check_part(where, node, kind="reward")
     if isinstance(node, dict) and str(node.get("_target_")).startswith("rlstitch."):
         for key in ("path", "head"):
             if isinstance(node.get(key), str):
                 attempt(faults, f"{where}.{key}", require, node[key], "the reward's file")
-    return faults or cfg.own_faults(where, node)
+    return faults or cfg.own_faults(where, node, "reward")
 
 
 def judge_faults(where: str, names: list[str], rewards: dict[str, Any], prompts: PromptSet | None) -> list[str]:
     """Faults of the rewards that judge finished pictures of some prompts: unknown ones, and those that need more than these prompts say."""
     faults = unknown_rewards(where, names, rewards)
     for name in names:
-        reader = getattr(_class(rewards.get(name)), "unreadable", None)
+        reader = getattr(_class(rewards.get(name), "reward"), "unreadable", None)
         if reader is not None and prompts is not None and (why := reader(prompts.rows)):
             faults.append(f"'{where}' names '{name}', which {why}: leave it out, e.g. {where}=[{', '.join(n for n in names if n != name)}]")
     return faults
@@ -242,7 +248,7 @@ def judge_faults(where: str, names: list[str], rewards: dict[str, Any], prompts:
 
 def without_gradient(names: Iterable[str], rewards: dict[str, Any]) -> list[str]:
     """Those rewards whose class says that no gradient reaches the pictures; one that says so only once it is built is believed until then."""
-    return [n for n in names if n in rewards and getattr(_class(rewards[n]), "differentiable", True) is False]
+    return [n for n in names if n in rewards and getattr(_class(rewards[n], "reward"), "differentiable", True) is False]
 
 
 def answered(oracle: Any, cards: dict[str, dict[str, Any]]) -> tuple[float, float]:
@@ -251,12 +257,25 @@ def answered(oracle: Any, cards: dict[str, dict[str, Any]]) -> tuple[float, floa
     return max(low for low, _ in ranges), min(high for _, high in ranges)
 
 
-def _class(node: Any) -> Any:
-    """The class that a node names; None where it cannot be loaded, which check_part reports."""
+def _class(node: Any, kind: str) -> Any:
+    """The class that a node names; None where it cannot be loaded or is of another kind, which check_part reports."""
     try:
-        return cfg.load_class(node["_target_"])
+        cls = cfg.load_class(node["_target_"])
     except (UserError, KeyError, TypeError):
         return None
+    return None if protocols.unfit(kind, cls) else cls
+
+
+def halts(config: RunConfig) -> range | None:
+    """The steps after which a rollout may halt. None where check=true would have to build a stop of the user's own for it."""
+    target = config.stop["_target_"]
+    if config.check and not protocols.ours(target):
+        return None
+    with inside(f"'stop' {target}"):
+        steps = cfg.build(config.stop).steps(config.sampler.num_steps)
+    if not isinstance(steps, range):
+        raise PartError(f"'stop' {target}: steps({config.sampler.num_steps}) gave {steps!r}, not a range of step counts")
+    return steps
 
 
 def unknown_rewards(where: str, names: list[str], rewards: dict[str, Any]) -> list[str]:
@@ -276,7 +295,9 @@ def _pairings(config: RunConfig, shift: schedule.Shift, cards: dict[str, dict[st
         faults += algorithm.faults({k: v for k, v in config.algorithm.items() if k != "_target_"}, End().steps(steps))
         return
     grid = schedule.sigmas(steps, shift, config.sampler.spacing).tolist()
-    stops = cfg.build(config.stop).steps(steps)
+    stops = attempt(faults, "stop", halts, config)
+    if stops is None:
+        return
     if not len(stops) or stops.start < 1 or stops.stop - 1 > steps:
         faults.append(f"'stop' halts after {stops.start}..{stops.stop - 1} steps, but the grid has {steps}: keep it within 1..{steps}")
         return
@@ -341,53 +362,3 @@ def resumable(config: RunConfig) -> None:
         raise UserError(
             f"{run} holds a run of another recipe ({'; '.join(changed)}). Give this one a folder of its own with name=NAME, start over with resume=never, or go on all the same with resume={found[-1]}"
         )
-
-
-def goals(config: RunConfig) -> list[str]:
-    """What a checked run trains on and where its rollouts stop, a line a stage: `trains on clip x1 + hps x1; stops after 6..9 of 10 steps, sigma .67 to .25`."""
-    lines = []
-    for name, part in zip(stages.names(config), stages.expand(config)):
-        if part.oracle:
-            weights = " + ".join(f"{reward} x{weight:g}" for reward, weight in part.oracle["weights"].items())
-            stop, steps, s = cfg.build(part.stop).steps(part.sampler.num_steps), part.sampler.num_steps, part.sampler
-            grid = [
-                f"{v:.2f}".removeprefix("0") if v else "0"
-                for v in schedule.sigmas(steps, scheduler.of_recipe("sampler.shift", s.shift, part.model, []), s.spacing).tolist()
-            ]
-            low, high = stop.start, stop.stop - 1
-            after, sigma = (f"{low}..{high}", f"{grid[low]} to {grid[high]}") if high > low else (f"{low}", grid[low])
-            line = f"trains on {weights}; stops after {after} of {steps} steps, sigma {sigma}"
-        else:
-            images = part.data.images
-            line = (
-                f"learns from {images['n']} pictures"
-                if "n" in images
-                else f"learns from the pictures of {images.get('path', images['_target_'])}"
-            )
-        lines.append(f"stage {name}, {part.updates} updates: {line}" if config.stages else line)
-    return lines
-
-
-def describe(config: RunConfig) -> str:
-    """What `check=true` prints: resolved recipe, geometry, parameters and a memory estimate, from the model's configuration alone."""
-    from accelerate import init_empty_weights
-
-    cut = geometry(config, _data(config, _class(config.algorithm), []))
-    with init_empty_weights():
-        sizes = cfg.load_class(config.model["_target_"]).parameter_counts(config.model["path"], config.lora.rank)
-    width = 2 if config.model.get("dtype") in ("bfloat16", "float16") else 4
-    base, trained = sum(v for k, v in sizes.items() if k != "lora"), sizes["lora"]
-    partitions = cut.world if config.distributed.zero_stage else 1
-    memory = base * width + trained * 4 * 3 + trained * 8 / partitions
-    lines = [
-        *goals(config),
-        "",
-        cfg.to_yaml(config).rstrip(),
-        "",
-        f"geometry: {cut}",
-        "parameters: " + ", ".join(f"{k} {v / 1e6:.2f} M" for k, v in sizes.items()),
-    ]
-    lines.append(
-        f"memory without activations: about {memory / 2**20:.0f} MiB a rank (frozen weights {base * width / 2**20:.0f}, LoRA with gradient, EMA and AdamW {(memory - base * width) / 2**20:.0f})"
-    )
-    return "\n".join(lines)

@@ -4,33 +4,55 @@ from __future__ import annotations
 
 import ctypes.util
 import os
+import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rlstitch.telling import is_main, last_word
 from rlstitch.types import UserError
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of malloc.h
 
 
-def recipe_and_overrides(arguments: list[str], default: str | None = None) -> tuple[str, dict[str, Any]]:
-    """`recipe=NAME key=value ...` -> the recipe's name and the composed dict with overrides merged in."""
+def recipe_and_overrides(arguments: list[str], default: str | None = None, script: str = "") -> tuple[str, dict[str, Any]]:
+    """`recipe=NAME key=value ...` -> the recipe's name and the composed dict with overrides merged in. script: the launcher whose recipes are told of."""
     from rlstitch import config as cfg
+    from rlstitch.protocols import look_in
 
     chosen = [a for a in arguments if a.startswith("recipe=")]
     if len(chosen) > 1 or not (chosen or default):
-        raise UserError("name one recipe, as recipe=NAME")
+        raise UserError("name one recipe, as recipe=NAME; --help lists those there are")
     name = chosen[0].removeprefix("recipe=") if chosen else str(default)
+    look_in(Path.cwd())
+    look_in(cfg.find_recipe(name, only=recipes_of(Path(script).name)).parent)  # where a recipe of the user's has its own parts
     given = cfg.compose(name)
     return name, cfg.merge(given, cfg.parse_overrides([a for a in arguments if not a.startswith("recipe=")]))
+
+
+def recipes_of(script: str) -> dict[str, str]:
+    """Shipped recipes of a launcher and the first sentence of their headers; of every launcher where it has no name."""
+    from rlstitch import config as cfg
+
+    found = {}
+    for path in sorted(cfg.RECIPES.glob("*.yaml")):
+        own = next((launcher for key, launcher in cfg.LAUNCHERS.items() if key in cfg.top_keys(path)), "")
+        if script in ("", own):
+            header = " ".join(re.split(r"\n#   |\n[^#]", path.read_text(encoding="utf-8"))[0].replace("\n#", "").lstrip("# ").split())
+            first = re.split(r"(?<=[a-z)\d])\. |   ", header)[0].rstrip(".")
+            found[path.stem] = first if len(first) <= 120 else first[:117] + "..."
+    return found
 
 
 def run_and_overrides(arguments: list[str]) -> tuple[Path, dict[str, Any]]:
     """`run=FOLDER key=value ...` -> the folder and the recipe saved in it with overrides merged in."""
     from rlstitch import config as cfg
+    from rlstitch.protocols import look_in
 
+    look_in(Path.cwd())
     chosen = [a for a in arguments if a.startswith("run=")]
     if len(chosen) != 1:
         raise UserError("name one run folder, as run=runs/NAME")
@@ -54,38 +76,68 @@ def keep_freed_memory() -> None:
         library.mallopt(option, value)
 
 
-def announce(lines: list[str]) -> None:
-    """Lines that a job begins with, from one rank."""
-    if os.environ.get("RANK", "0") == "0":
-        print(*lines, sep="\n", flush=True)
+def help_page(script: str, about: str) -> str:
+    """What a launcher does, how it is told what to do, and the recipes that are its own."""
+    own = recipes_of(script)
+    key = "run=FOLDER" if script == "evaluate.py" else "recipe=NAME"
+    lines = [about.strip(), ""]
+    if script != "pretrain_shapes.py":
+        lines += [
+            f"{key} key=value ...   dots go deeper: optimiser.lr=1e-4; lists and mappings in quotes: 'oracle.weights={{clip: 1.0}}'".replace(
+                "{{", "{"
+            ).replace("}}", "}"),
+            "check=true            prints what would be done, and every fault at once; nothing is built or written",
+            "keys=true             every key with its default, range and meaning; with a recipe also what its parts take",
+            "RLSTITCH_TRACEBACK=1  in the environment: where inside a part of your own something went wrong",
+        ]
+    if own:
+        wide = max(map(len, own))
+        lines += ["", "recipes (or a path to one of your own, which names pieces under `use`):"]
+        lines += [f"  {name:<{wide}}  {header}" for name, header in own.items()]
+    return "\n".join(lines)
 
 
-def main(run: Callable[[list[str]], None]) -> None:
-    """Run a launcher: UserError -> its message and status 2; a signal -> 128 + its number."""
-    keep_freed_memory()
+def wants(arguments: list[str], *words: str) -> bool:
+    return any(a in words for a in arguments)
+
+
+def quiet() -> None:
+    """Libraries say what went wrong and nothing else, and draw no bars of their own."""
     for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
         os.environ.setdefault(name, "error")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for name in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS"):
+        os.environ.setdefault(name, "1")
     warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters on one base are what we want
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch|diffusers|deepspeed")
-    import torch.distributed as dist
 
+
+def main(run: Callable[[list[str]], None], *, default: str = "") -> None:
+    """Run a launcher, the function `run` of a script. A user's mistake, or an exception inside a part of theirs, ends in one line and status 2; a signal in 128 + its
+    number; --help and, where there is no `default` recipe, no argument at all in a page about it."""
+    arguments, script = sys.argv[1:], Path(run.__code__.co_filename).name
+    if wants(arguments, "--help", "-h", "help") or not (arguments or default):
+        if is_main():
+            print(help_page(script, str(sys.modules[run.__module__].__doc__)))
+        sys.exit(0 if arguments else 2)
+    keep_freed_memory()
+    quiet()
     from rlstitch import watch
     from rlstitch.interrupt import Interrupted
+    from rlstitch.protocols import naming
 
     try:
-        run(sys.argv[1:])
+        with naming():
+            run(arguments)
         watch.leave()
     except UserError as error:
         watch.leave(str(error))
-        rank, together = os.environ.get("RANK", "0"), not (dist.is_available() and dist.is_initialized())
-        if rank == "0" or not together:  # before the ranks have joined they all find the same fault, and one message will do
-            print(f"rlstitch{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr, flush=True)
+        if os.environ.get("RLSTITCH_TRACEBACK") == "1":
+            traceback.print_exc()
+        last_word(f"rlstitch: {error}")
         sys.exit(2)
     except Interrupted as stop:
         watch.leave()
-        print("rlstitch: stopped on a signal; a checkpoint was written, the same command resumes", file=sys.stderr, flush=True)
+        last_word("rlstitch: stopped on a signal; a checkpoint was written, the same command resumes")
         sys.exit(stop.code)
     except Exception as error:
         watch.end_if_lost(error)

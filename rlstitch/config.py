@@ -10,14 +10,15 @@ import inspect
 import typing
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rlstitch import strict_yaml
+from rlstitch import protocols, strict_yaml
+from rlstitch.asking import inside
+from rlstitch.protocols import load_class, nearest
 from rlstitch.schema import CHOICES, POSITIVE, RunConfig
 from rlstitch.types import UserError
 
@@ -32,21 +33,21 @@ INJECTED = (  # given by the job, not by the recipe
 # ---------------------------------------------------------------------------------------------------- reading
 
 
-def nearest(word: str, among: typing.Iterable[str]) -> str:
-    """' (did you mean X?)' or the list of what there is."""
-    among = sorted(among)
-    close = difflib.get_close_matches(word, among, n=1, cutoff=0.6)
-    return f" (did you mean '{close[0]}'?)" if close else f" (there are: {', '.join(among)})" if among else ""
-
-
-def find_recipe(name: str, folder: Path | None = None) -> Path:
-    """A recipe by name under recipes/, or by path."""
+def find_recipe(name: str, folder: Path | None = None, only: Iterable[str] = ()) -> Path:
+    """A recipe by name under recipes/, or by path. `only`: names to list where there is none such, by default all."""
     folder = folder or RECIPES
     for path in (folder / f"{name}.yaml", Path(name)):
         if path.is_file():
             return path
-    names = [str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml")]
-    raise UserError(f"no recipe '{name}'{nearest(name, names)}")
+    names = list(only) or [str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml")]
+    names.sort(key=lambda n: -difflib.SequenceMatcher(None, name, n).ratio())
+    raise UserError(f"no recipe '{name}' (did you mean '{names[0]}'?), and no file of that name; there are: {', '.join(names)}")
+
+
+def top_keys(path: Path) -> set[str]:
+    """Keys that a recipe and the pieces it uses give, read without anything being imported."""
+    content = _read(path)
+    return set(content).union(*(top_keys(find_recipe(piece)) for piece in content.get("use") or []))
 
 
 class Some(dict[str, Any]):
@@ -124,7 +125,7 @@ def merge(base: dict, over: dict, names: bool = False) -> Any:
     if "_target_" in over and over["_target_"] != base.get("_target_", over["_target_"]):
         try:
             takes = inspect.signature(load_class(over["_target_"])).parameters
-        except UserError:
+        except (ValueError, TypeError):
             takes = base  # the checks will say what is wrong with the target
         out = type(base)((key, value) for key, value in base.items() if key in takes)
     part = "_target_" in out or "_target_" in over
@@ -248,22 +249,6 @@ def structure(given: dict[str, Any]) -> tuple[RunConfig, list[str]]:
     return typing.cast(RunConfig, OmegaConf.to_object(config)), faults
 
 
-def load_class(target: Any) -> Any:
-    module, _, name = str(target).rpartition(".")
-    if not module:
-        raise UserError(f"'_target_: {target}' is not a dotted path such as rlstitch.oracles.Stitched")
-    try:
-        found = import_module(module)
-    except ImportError as error:
-        raise UserError(
-            f"'_target_: {target}' cannot be imported ({error}): install its package, or put the folder that holds it on PYTHONPATH"
-        ) from error
-    if not hasattr(found, name):
-        names = [n for n, v in vars(found).items() if inspect.isclass(v) or inspect.isfunction(v)]
-        raise UserError(f"'_target_: {target}': {module} has no '{name}'{nearest(name, names)}")
-    return getattr(found, name)
-
-
 def _fits(value: Any, hint: Any) -> bool:
     origin = typing.get_origin(hint)
     if hint is inspect.Parameter.empty or hint is Any:
@@ -290,17 +275,19 @@ def _told(hint: Any) -> str:
     return getattr(hint, "__name__", str(hint))
 
 
-def check_part(where: str, node: dict[str, Any], *, extra: tuple[str, ...] = ()) -> list[str]:
-    """Faults of one `_target_` node against the signature it names; `extra` keys are read by the trainer itself."""
+def check_part(where: str, node: dict[str, Any], *, kind: str, extra: tuple[str, ...] = ()) -> list[str]:
+    """Faults of one `_target_` node against the protocol of its kind (see rlstitch.protocols) and the signature it names; `extra` keys are read by the trainer itself."""
     if not isinstance(node, dict):
         return [f"'{where}' must be a group of keys with a '_target_', e.g. {{_target_: {node}}}, not {node!r}"]
     if "_target_" not in node:
         return [f"'{where}' needs a '_target_' (the class to build)"]
     try:
-        signature = inspect.signature(cls := load_class(node["_target_"]))
+        cls = load_class(node["_target_"])
     except UserError as error:
         return [f"'{where}': {error}"]
-    hints = typing.get_type_hints(cls.__init__ if inspect.isclass(cls) else cls)
+    if wrong := protocols.unfit(kind, cls):
+        return [f"'{where}': {node['_target_']} {wrong}"]
+    signature, hints = inspect.signature(cls), protocols.hints(cls)
     settable = {n: p for n, p in signature.parameters.items() if n not in INJECTED}
     faults = []
     for key, value in node.items():
@@ -314,9 +301,9 @@ def check_part(where: str, node: dict[str, Any], *, extra: tuple[str, ...] = ())
     return faults + [f"'{where}.{name}' is missing: {node['_target_']} needs it" for name in missing]
 
 
-def own_faults(where: str, node: dict[str, Any]) -> list[str]:
+def own_faults(where: str, node: dict[str, Any], kind: str) -> list[str]:
     """What the class that a sound node names finds wrong with it: `faults(options) -> [(key, why)]`, where it has that."""
-    if check_part(where, node) or (read := getattr(load_class(node["_target_"]), "faults", None)) is None:
+    if check_part(where, node, kind=kind) or (read := getattr(load_class(node["_target_"]), "faults", None)) is None:
         return []
     try:
         return [f"'{where}.{key}': {why}" for key, why in read({k: v for k, v in node.items() if k != "_target_"})]
@@ -325,10 +312,12 @@ def own_faults(where: str, node: dict[str, Any]) -> list[str]:
 
 
 def build(node: dict[str, Any], **injected: Any) -> Any:
-    """Build a `_target_` node; of `injected` it gets what its signature asks for."""
+    """Build a checked `_target_` node; of `injected` it gets what its signature asks for."""
     cls = load_class(node["_target_"])
     wanted = inspect.signature(cls).parameters
-    return cls(**{k: v for k, v in node.items() if k != "_target_"}, **{k: v for k, v in injected.items() if k in wanted and k not in node})
+    given = {k: v for k, v in injected.items() if k in wanted and k not in node}
+    with inside(node["_target_"]):
+        return cls(**{k: v for k, v in node.items() if k != "_target_"}, **given)
 
 
 def report(faults: list[str], recipe: str) -> UserError:

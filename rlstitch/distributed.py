@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import math
 import os
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -21,7 +22,14 @@ from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from rlstitch import watch, zero
+from rlstitch.asking import PartError
 from rlstitch.types import UserError
+
+T = typing.TypeVar("T")
+
+
+class AgreedError(PartError):
+    """A part failed on some rank, and all ranks have left what they were doing at the same place."""
 
 
 def native_bf16(device_type: str) -> bool:
@@ -240,6 +248,21 @@ class Engine:
         if told.startswith(b"!"):
             raise UserError(told[1:].decode())
         return told[1:].decode()
+
+    def together(self, action: Callable[[], T]) -> T:
+        """What `action` gives, which has no collective in it and may fail on some ranks alone: then all raise the PartError of the first that failed, in step."""
+        if self.world == 1:
+            return action()
+        result, error = None, None
+        try:
+            result = action()
+        except UserError as caught:
+            error = caught
+        if self.any(error is not None):
+            told: list[str | None] = [None] * self.world
+            dist.all_gather_object(told, None if error is None else str(error))
+            raise AgreedError(next(text for text in told if text)) from error
+        return typing.cast(T, result)
 
     def barrier(self) -> None:
         if self.world > 1:

@@ -67,7 +67,7 @@ def evaluate(
                 done = sampling.sample(backbone.bind(batch.text, guidance), z, grid)
                 images = backbone.decode(done.z)
                 for name, reward in rewards.items():
-                    columns[name].append(ask(name, reward, images, batch))
+                    columns[name].append(engine.together(lambda: ask(name, reward, images, batch)))
             parts.append(images)
             bar.update(len(index) * engine.world)
     bar.close()

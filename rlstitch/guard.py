@@ -126,7 +126,7 @@ def probe(
             told = oracle(z, batch).float()
             for name, value in zip(oracle.names, told.unbind(1)):
                 if name in rewards:
-                    truth = ask(name, rewards[name], images, batch)
+                    truth = engine.together(lambda: ask(name, rewards[name], images, batch))
                     out[f"gap/{name}"] = float((value - truth).mean() / truth.std().clamp(min=1e-8))
                     agreement = float(torch.corrcoef(torch.stack([value, truth]))[0, 1])
                     out |= {} if math.isnan(agreement) else {f"correlation/{name}": agreement}

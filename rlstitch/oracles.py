@@ -193,11 +193,11 @@ def load_values(
         try:
             return StitchedValueModel.from_pretrained(paths[name], backbone=backbone, reward=rewards[name], share=share)
         except OtherDenoiser:
-            spec = read_card(paths[name])["backbone"]
+            spec = read_card(paths[name]).get("backbone", {})
             key = json.dumps(spec, sort_keys=True)
             if key not in donors:
-                print(f"{paths[name]} was stitched on {spec['path']}: its first blocks are loaded beside {backbone.path}", flush=True)
-                donors[key] = build(spec | {"device": str(backbone.device)})
+                print(f"{paths[name]} was stitched on {spec.get('path')}: its first blocks are loaded beside {backbone.path}", flush=True)
+                donors[key] = build(spec, "model", str(backbone.device))
             return StitchedValueModel.from_pretrained(paths[name], backbone=donors[key], reward=rewards[name], share=share)
 
     return {name: load(name) for name in values_used(node) if name not in (known or {})}

@@ -57,6 +57,11 @@ class PromptSet:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    def two(self) -> Batch:
+        """The first and the last row, to ask about blank pictures."""
+        index = torch.tensor([0, len(self) - 1])
+        return Batch([self.prompts[i] for i in index], index, index, [self.rows[i] for i in index])
+
     def batch(self, index: list[int], seeds: Tensor) -> Batch:
         if self.lookup is not None:
             text = self.lookup([self.prompts[i] for i in index])

@@ -50,7 +50,7 @@ class Scorer:
         """Score a rollout now, or have it scored by `finish`."""
         if not (algorithm.collects and has_own_device(algorithm.oracle, self.engine.device)):
             with self.clock.phase("oracle"), self.engine.autocast():
-                rollout.scores = known(algorithm.score(rollout))
+                rollout.scores = known(self.engine.together(lambda: algorithm.score(rollout)))
             return
         if self.thread is None:
             here = self.engine.device
@@ -67,7 +67,7 @@ class Scorer:
         with self.clock.phase("oracle"):
             pending, self.pending = self.pending, []
             for rollout, future in pending:
-                rollout.scores = future.result()
+                rollout.scores = self.engine.together(future.result)
 
     def check(self, scores: Tensor, groups: Tensor, oracle: Oracle, update: int, masked: float | None = None) -> None:
         """Scores [B, K] of all ranks and their prompts [B]: a reward with a weight and without one known score ends the run, one without any for a prompt is told

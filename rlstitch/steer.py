@@ -160,7 +160,8 @@ def checked(given: dict[str, Any], name: str) -> SteerConfig:
     prompts = attempt(faults, "prompts", read_prompts, config.prompts, config.column)
     faults += part_faults(config) + judge_faults("judges", config.judges, config.rewards, prompts)
     shift, sampler = scheduler.of_recipe("sampler.shift", config.sampler.shift, config.model, faults), config.sampler
-    parts = cfg.check_part("oracle", config.oracle, extra=("weights",)) + cfg.check_part("method", config.method)
+    parts = cfg.check_part("oracle", config.oracle, kind="oracle", extra=("weights",))
+    parts += cfg.check_part("method", config.method, kind="method")
     if not parts:
         weights = config.oracle.get("weights") or {}
         cards = value_cards(config, faults)

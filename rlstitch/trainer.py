@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from rlstitch import checkpoint, inputs, lock, report, schedule, scheduler, stages, tracker
 from rlstitch import config as cfg
+from rlstitch.asking import PartError, probe_rewards
 from rlstitch.checks import geometry
 from rlstitch.data import UpdateStream, encode, read_data, read_prompts
 from rlstitch.distributed import Engine, world_size
+from rlstitch.endings import kept, run_table
 from rlstitch.evaluate import Evaluation, evaluate
 from rlstitch.files import write_json, write_text
 from rlstitch.guard import Guard, probe
@@ -25,9 +25,10 @@ from rlstitch.metrics import grid as draw_grid
 from rlstitch.oracles import load_values
 from rlstitch.policy import CURRENT, EMA, SETS, Policy
 from rlstitch.schema import RunConfig
-from rlstitch.scoring import NoScore, Scorer
+from rlstitch.scoring import Scorer
 from rlstitch.stitch.refresh import Refresher
 from rlstitch.stops import End
+from rlstitch.telling import progress, say
 from rlstitch.types import Rollout, UserError
 
 
@@ -59,6 +60,12 @@ class Trainer:
         device = str(self.engine.device)
         self.backbone = cfg.build(config.model, device=device)
         self.rewards = {name: cfg.build(node, device=device) for name, node in config.rewards.items()}
+        held_out = read_prompts(config.evaluation.prompts, config.evaluation.column)
+        asked = [(list(part.oracle.get("weights", ())), prompts[part.data.prompts]) for part in parts] + [
+            (config.evaluation.rewards, held_out)
+        ]
+        for names, rows in asked:
+            self.engine.together(lambda: probe_rewards(self.rewards, names, rows.two(), self.backbone.image_size, device))
         self.values = {}
         for part in parts:
             self.values |= load_values(
@@ -68,9 +75,7 @@ class Trainer:
         cut = config.data.truncate
         for encoded in prompts.values():
             encode(self.backbone, encoded, truncate=cut, engine=self.engine)
-        self.held_out = encode(
-            self.backbone, read_prompts(config.evaluation.prompts, config.evaluation.column), truncate=cut, engine=self.engine
-        )
+        self.held_out = encode(self.backbone, held_out, truncate=cut, engine=self.engine)
         lora = config.lora
         self.policy = Policy(
             self.backbone.transformer,
@@ -113,6 +118,11 @@ class Trainer:
             if config.refresh.fraction
             else None
         )
+        blind = [s.oracle for s in self.stages if s.oracle and not getattr(s.oracle, "differentiable", False)]
+        if method.needs_gradient and blind:
+            raise UserError(
+                f"'algorithm' {config.algorithm['_target_']} needs gradients, and {', '.join(blind[0].names)} together have none: use rewards that say `differentiable`, or a StitchVM of a surrogate"
+            )
         trained = {name for stage in self.stages if stage.oracle for name in stage.oracle.names}
         self.guard = Guard(config.guard, [n for n in config.evaluation.rewards if n not in trained])
         self.scorer = Scorer(self.engine, self.clock)
@@ -128,26 +138,16 @@ class Trainer:
     def _train(self) -> dict[str, Any]:
         self._start()
         caught: list[int] = []
-        bar = tqdm(
-            total=self.config.updates,
-            initial=self.step,
-            desc=self.config.name,
-            disable=not (self.config.logging.progress and self.engine.is_main),
-            unit="update",
+        bar = progress(
+            self.config.updates, self.config.name, "update", shown=self.config.logging.progress and self.engine.is_main, initial=self.step
         )
-        with noted(caught):
+        with noted(caught), kept(self.engine, lambda: self.step, lambda: self._checkpoint(False)):
             every = self.config.evaluation.every
             if every and self.step == 0:
                 with self.clock.phase("eval"):
                     self._evaluate_now()
             while self.step < self.config.updates and not self.guard.verdict():
-                try:
-                    row = self._update()
-                except NoScore:  # nothing of this update has been learned from
-                    self.engine.forget()
-                    if self.step:
-                        self._checkpoint()
-                    raise
+                row = self._update()
                 bar.update()
                 shown = "reward" if "reward" in row else "loss"
                 bar.set_postfix_str("skipped" if row["skipped"] else f"{shown} {row[shown]:.4f}")
@@ -163,8 +163,8 @@ class Trainer:
                     self.log.close()
                     raise Interrupted(caught)
         bar.close()
-        if (why := self.guard.verdict()) and self.engine.is_main:
-            tqdm.write(f"stopped after update {self.step}: {why}")
+        if why := self.guard.verdict():
+            say(f"stopped after update {self.step}: {why}")
         with self.clock.phase("eval"):
             return self._finish()
 
@@ -202,10 +202,13 @@ class Trainer:
             if norm is not None:
                 self.policy.update_ema()
                 self.algorithm.end_step(self.step)
-        drift = {}
+        drift, failed = {}, None
         if self.refresher is not None:
-            with clock.phase("refresh"):
-                drift = self.refresher.after(rollouts[0], stage.oracle.names, self.grid, stop)
+            try:
+                with clock.phase("refresh"):
+                    drift = self.refresher.after(rollouts[0], stage.oracle.names, self.grid, stop)
+            except PartError as error:  # the weights have moved: this update is whole
+                failed = error
         self.step += 1
         means = {key: float(engine.gather(torch.cat(values)).nanmean()) for key, values in sums.items()}
         self._guard(norm, means)
@@ -223,6 +226,8 @@ class Trainer:
             **self._hours(),
         }
         self.log.write(row)
+        if failed is not None:
+            raise failed
         return row
 
     def _learn(self, rollout: Rollout, sums: dict[str, list[Tensor]], *compared: Any) -> None:
@@ -252,8 +257,8 @@ class Trainer:
     def _guard(self, norm: float | None, means: dict[str, float]) -> None:
         """Count updates skipped for NaN or Inf; give up after too many in a row, with the weights as they were."""
         self.bad = self.bad + 1 if norm is None else 0
-        if norm is None and self.engine.is_main:
-            tqdm.write(
+        if norm is None:
+            say(
                 f"update {self.step}: loss {means.get('loss')} or its gradient is not finite; skipped ({self.bad} in a row), weights untouched"
             )
         if self.bad >= self.config.max_bad_steps:
@@ -284,7 +289,7 @@ class Trainer:
             for stale in ("metrics.jsonl", "summary.json", "evaluation.json", tracker.ID) if source is None else ():
                 (self.run / stale).unlink(missing_ok=True)
             write_text(self.run / "recipe.yaml", cfg.to_yaml(config))
-            print(f"{self.run}: {self.geometry}" + (f"; resumed from {source.name}" if source else ""), flush=True)
+            say(f"{self.run}: {self.geometry}" + (f"; resumed from {source.name}" if source else ""))
         self.log = Log(
             self.run,
             active=self.engine.is_main,
@@ -389,7 +394,7 @@ class Trainer:
         if self.engine.is_main:
             write_json(self.run / "summary.json", summary)
             report.write(self.run)
-            print(json.dumps({"eval": results, "device_hours": summary["device_hours"]}, indent=1))
+            say(run_table(summary, self.clock.unit, self.run / "report.html"))
         self.log.close()
         self.engine.barrier()
         return summary

@@ -7,12 +7,13 @@ import os
 import select
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
 
 import torch.distributed as dist
+
+from rlstitch.telling import last_word
 
 BEAT = 1.0  # seconds between two signs of life
 SILENT = 10.0  # seconds without one after which a rank is not waited for when a signal asks this one to stop
@@ -88,7 +89,7 @@ class Watch(threading.Thread):
         """One line, from the first rank that is left; what rank 0 says of itself is not said again."""
         gone = self.faults.keys() | set(self._silent(3 * BEAT))
         if self.rank == min(set(range(self.world)) - gone) and 0 not in self.faults:
-            print(f"rlstitch: {line}", file=sys.stderr, flush=True)
+            last_word(f"rlstitch: {line}")
 
     def say(self, key: str, text: str) -> None:
         self.store.set(f"rlstitch/{key}/{self.rank}", text)

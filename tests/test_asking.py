@@ -1,6 +1,7 @@
 """Parts that are not what they say: what a reward may give, and what is told where it gives something else."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ import torch
 from rlstitch.asking import PartError, ask, inside, probe
 from rlstitch.files import read_json
 from rlstitch.types import Batch, UserError
+from tests.test_jobs import train
+from tests.test_train import rows, start, weights, world  # noqa: F401  (a fixture)
 
 BATCH = Batch(["a", "b"], torch.arange(2), torch.arange(2), [{}, {}])
 PICTURES = torch.linspace(0, 1, 2 * 3 * 4 * 4).view(2, 3, 4, 4)
@@ -122,3 +125,57 @@ def test_any_json_that_is_not_what_it_should_be_is_told_with_file_and_remedy(tmp
     assert read_json(file, "the card", **fields) == good
     with pytest.raises(UserError, match="cannot be read"):
         read_json(tmp_path, "the card")
+
+
+class Breaking:
+    """A reward that fails in the call after so many, on one rank alone where `rank` says which."""
+
+    differentiable = True
+
+    def __init__(self, calls: int, rank: int = -1, device: str = "cpu"):
+        self.calls, self.here = calls, rank in (-1, int(os.environ.get("RANK", "0")))
+
+    def score(self, images, batch):
+        self.calls -= 1
+        if self.calls < 0 and self.here:
+            raise ConnectionError("503 Service Unavailable")
+        return images.mean((1, 2, 3))
+
+
+class Lying:
+    """It says that it has a gradient."""
+
+    differentiable = True
+
+    def score(self, images, batch):
+        return images.detach().mean((1, 2, 3))
+
+
+PIXELS = ("oracle={_target_: rlstitch.oracles.Terminal, weights: {mine: 1.0}}", "stop={_target_: rlstitch.stops.End}")
+BREAKING = "rewards.mine={_target_: tests.test_asking.Breaking, calls: %d, rank: %d}"
+
+
+def test_a_reward_that_fails_in_training_is_named_and_what_was_learned_is_kept(world):  # noqa: F811
+    said = r"^reward 'mine' failed: ConnectionError: 503 Service Unavailable \(.*\). Update 2 is kept: the same command goes on"
+    with pytest.raises(PartError, match=said):  # a call is the probe's, two are an update's
+        train(world, "broken", *PIXELS, BREAKING % (6, -1), "checkpoint.every=100")
+    assert train(world, "broken", *PIXELS, BREAKING % (100, -1), "resume=" + str(world / "runs/broken/checkpoints/step-000002"))["steps"] == 4
+    train(world, "unbroken", *PIXELS, BREAKING % (100, -1), "checkpoint.every=100")
+    assert rows(world, "broken") == rows(world, "unbroken")
+    assert all(torch.equal(v, weights(world, "unbroken")[k]) for k, v in weights(world, "broken").items())
+
+
+@pytest.mark.parametrize("reward,said", [(BREAKING % (0, -1), "'mine' failed: ConnectionError"), ("rewards.mine={_target_: tests.test_asking.Lying}", "'mine' says `differentiable`")])  # fmt: skip
+def test_every_reward_is_asked_before_anything_is_written(world, reward, said):  # noqa: F811
+    with pytest.raises(PartError, match=said):
+        train(world, "probed", *PIXELS, reward)
+    assert not (world / "runs" / "probed").exists()
+
+
+def test_under_torchrun_the_rank_that_failed_has_the_last_word_and_all_ranks_write_the_checkpoint(world):  # noqa: F811
+    code, output = start(world, "name=two", *PIXELS, BREAKING % (3, 1), "checkpoint.every=100", "distributed.zero_stage=2", ranks=2)
+    lines = output.strip().splitlines()
+    assert code == 1 and lines[-1].startswith("rlstitch: reward 'mine' failed: ConnectionError: 503"), output  # 1 is torchrun's own
+    assert sum(line.startswith("rlstitch: ") for line in lines) == 2 and "Update 2 is kept" in lines[-1]  # at once, and at the end
+    assert [f.name for f in (world / "runs" / "two" / "checkpoints").iterdir()] == ["step-000002"]
+    assert output.count("Traceback (most recent call last)") == 1  # torchrun's

@@ -111,6 +111,7 @@ def test_probe_measures_the_gap_of_a_biased_value(backbone):
 
     class Plain:
         autocast = staticmethod(torch.no_grad)
+        together = staticmethod(lambda action: action())
 
     asked, grid = None, schedule.sigmas(4, 3.0, "plain")
     prompts = ["a red circle", "two blue stars"]

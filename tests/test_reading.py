@@ -3,7 +3,8 @@
 import pytest
 
 from rlstitch import config as cfg
-from rlstitch.checks import checked, goals
+from rlstitch.checks import checked
+from rlstitch.describe import goals
 from rlstitch.types import UserError
 
 DARK = {"_target_": "rlstitch.rewards.simple.Darkness"}

@@ -41,9 +41,9 @@ def _refused(given, script, name):
 def test_training_recipes_resolve(name):
     config, faults = cfg.structure(cfg.compose(name))
     assert not faults
-    parts = [("model", config.model), ("algorithm", config.algorithm), *((f"rewards.{n}", r) for n, r in config.rewards.items())]
+    parts = [("model", config.model), ("algorithm", config.algorithm), *(("reward", r) for r in config.rewards.values())]
     given = ("'algorithm.oracle' is missing", "'algorithm.grid' is missing")
-    assert not [f for where, node in parts for f in cfg.check_part(where, node) if not f.startswith(given)]
+    assert not [f for where, node in parts for f in cfg.check_part(where, node, kind=where) if not f.startswith(given)]
 
 
 def only_files_are_missing(error):

@@ -28,7 +28,7 @@ class Service:
 
 @pytest.fixture
 def scorer():
-    return Scorer(SimpleNamespace(device=torch.device("cpu"), autocast=nullcontext), Clock(1))
+    return Scorer(SimpleNamespace(device=torch.device("cpu"), autocast=nullcontext, together=lambda action: action()), Clock(1))
 
 
 def parts(backbone, reward):

@@ -292,10 +292,19 @@ def test_a_card_cannot_name_foreign_code(tmp_path, backbone, reward):
     model, _, _ = stitched(backbone, reward)
     model.save_pretrained(tmp_path)
     card = json.loads((tmp_path / "value.json").read_text())
-    card["reward"] = {"_target_": "os.system", "command": "true"}
-    (tmp_path / "value.json").write_text(json.dumps(card))
-    with pytest.raises(UserError, match="not part of rlstitch"):
+    system = {"_target_": "os.system", "command": f"touch {tmp_path / 'ran'}"}
+    bridge = {"_target_": "rlstitch.config.build", "node": system}
+    imported = {"_target_": "rlstitch.rewards.clip.CLIPModel", "config": "x"}
+    nested = {"_target_": "rlstitch.rewards.clip.ClipReward", "path": system}
+    other = {"_target_": "rlstitch.rewards.clip.VisionTail", "model": "x", "j": 1}
+    for spec, said in ((system, "no backbone or reward"), (bridge, "no backbone or reward"), (imported, "no backbone or reward"), (nested, "path that are no plain values"), (other, "is not a reward: it has no score")):  # fmt: skip
+        (tmp_path / "value.json").write_text(json.dumps(card | {"reward": spec}))
+        with pytest.raises(UserError, match=said):
+            StitchedValueModel.from_pretrained(tmp_path, backbone=backbone)
+    (tmp_path / "value.json").write_text(json.dumps(card | {"norm": None}))
+    with pytest.raises(UserError, match="value.json: 'norm' must be float"):
         StitchedValueModel.from_pretrained(tmp_path, backbone=backbone)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_value_models_cut_at_one_block_share_one_prefix(backbone, reward):

@@ -84,7 +84,7 @@ def checked(given: dict[str, Any], name: str) -> CompareConfig:
     faults += [f"'sigmas' must lie in (0, 1), not {s:g}" for s in config.sigmas if not 0 < s < 1]
     for where, nodes in (("held_out", {"": config.held_out}), ("pairs", config.pairs), ("graded", config.graded)):
         for key, node in nodes.items():
-            faults += cfg.check_part(f"{where}.{key}".rstrip("."), node)
+            faults += cfg.check_part(f"{where}.{key}".rstrip("."), node, kind=where.replace("held_out", "images"))
     for reward, rows in config.compare.items():
         if not isinstance(rows, dict) or not rows:
             faults.append(f"'compare.{reward}' must give rows and their value models, e.g. {{StitchVM: shapes:value_clip}}")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rlstitch.files import read_tensors, require, same_vae, sha256, vae_fingerprint, write_json, write_tensors
+from rlstitch.config import build as build_part
+from rlstitch.config import check_part, load_class
+from rlstitch.files import read_json, read_tensors, require, same_vae, sha256, vae_fingerprint, write_json, write_tensors
 from rlstitch.types import Batch, Conditioning, Latent, UserError
 
 CARD, WEIGHTS = "value.json", "value.safetensors"
+NAMEABLE = ("rlstitch.backbones.", "rlstitch.rewards.", "rlstitch.shapes.reward")  # modules whose classes a card may name
 
 
 class OtherDenoiser(UserError):
@@ -182,9 +183,9 @@ class StitchedValueModel(nn.Module):
         folder, card = require(path, "the value model"), read_card(path)
         tensors = read_tensors(require(folder / WEIGHTS, "the value model's weights"), card["sha256"])
         given = next((part.device for part in (backbone, reward) if part is not None), "cpu")
-        where = {"device": str(given if device is None else device)}
-        backbone = build(card["backbone"] | where) if backbone is None else backbone
-        reward = build(card["reward"] | where) if reward is None else reward
+        where = str(given if device is None else device)
+        backbone = build(card.get("backbone"), "model", where) if backbone is None else backbone
+        reward = build(card.get("reward"), "reward", where) if reward is None else reward
         check_vae(card, backbone.path, path)
         linear, on_latents = tensors["stitch.linear.weight"], card.get("prefix") == "latent"
         width = backbone.latent_shape[0] * card["fold"] ** 2 if on_latents else backbone.width
@@ -241,7 +242,24 @@ class StitchedValueModel(nn.Module):
 
 def read_card(path: str | Path) -> dict[str, Any]:
     """The card of a value model, without its weights."""
-    return json.loads(require(require(path, "the value model") / CARD, "the value model's card").read_text())
+    file, hashes = (
+        require(require(path, "the value model") / CARD, "the value model's card"),
+        ("vae_sha256", "sha256", "prefix_sha256", "reward_sha256"),
+    )
+    plain = {
+        "normalise": bool,
+        "norm": float,
+        "blocks": int,
+        "reward_block": int,
+        "sigma_range": [float] * 2,
+    }
+    return read_json(
+        file,
+        "the value model's card",
+        "take it from where the value model came from, or stitch anew",
+        **plain,
+        **dict.fromkeys(hashes, str),
+    )
 
 
 def check_vae(card: dict[str, Any], backbone_path: str | Path, path: str | Path) -> None:
@@ -252,15 +270,19 @@ def check_vae(card: dict[str, Any], backbone_path: str | Path, path: str | Path)
         )
 
 
-def build(spec: dict[str, Any]) -> Any:
-    """Build a part that a card names. Cards may only name rlstitch's own classes: anything else must be passed in by hand."""
-    target = spec["_target_"]
-    if not target.startswith("rlstitch."):
+def build(spec: Any, kind: str, device: str) -> Any:
+    """Build the part of a kind (`model`, `reward`) that a card names. A card travels with weights, so it may name classes of this project alone, with plain values."""
+    node = {k: v for k, v in spec.items() if k != "device"} if isinstance(spec, dict) else {}
+    target = str(node.get("_target_"))
+    if not target.startswith(NAMEABLE) or not load_class(target).__module__.startswith(NAMEABLE):
         raise UserError(
-            f"the card names '{target}', which is not part of rlstitch and will not be imported from a file: build it and pass it to from_pretrained"
+            f"the card names '{target}', which is no backbone or reward of rlstitch and will not be imported from a file: build it and pass it to from_pretrained"
         )
-    module, _, name = target.rpartition(".")
-    return getattr(import_module(module), name)(**{k: v for k, v in spec.items() if k != "_target_"})
+    if odd := [k for k, v in node.items() if v is not None and not isinstance(v, str | int | float)]:
+        raise UserError(f"the card gives {target} {', '.join(odd)} that are no plain values, which is not done from a file")
+    if faults := check_part(f"{kind} of the card", node, kind=kind):
+        raise UserError("; ".join(faults))
+    return build_part(node, device=device)
 
 
 def values(

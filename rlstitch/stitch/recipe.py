@@ -69,7 +69,7 @@ def checked(given: dict[str, Any], name: str) -> StitchRecipe:
     config, faults = cfg.fill(StitchRecipe, given)
     recipe = OmegaConf.to_object(config)
     for part in ("model", "images", "held_out"):
-        faults += cfg.check_part(part, getattr(recipe, part))
+        faults += cfg.check_part(part, getattr(recipe, part), kind="model" if part == "model" else "images")
     faults += model_faults(recipe.model) + reward_faults("reward", recipe.reward)
     if not faults and not hasattr(cfg.load_class(recipe.reward["_target_"]), "tail"):
         faults.append(

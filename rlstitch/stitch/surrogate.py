@@ -68,7 +68,7 @@ def checked(given: dict[str, Any], name: str) -> SurrogateConfig:
     for key in ("held_generations", "steps", "batch_size", "lr"):
         if getattr(config, key) <= 0:
             faults.append(f"'{key}' must be positive, not {getattr(config, key)}")
-    faults += cfg.check_part("start", config.start) + generate_faults("generate", config.generate)
+    faults += cfg.check_part("start", config.start, kind="reward") + generate_faults("generate", config.generate)
     scheduler.of_recipe("generate.shift", config.generate.shift, config.model, faults)
     if config.generate.count < 1:
         faults.append(
