@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlstitch.memory import out_of_memory
 from rlstitch.types import Batch, UserError
 
 
@@ -20,11 +21,6 @@ def one_line(error: BaseException, most: int = 400) -> str:
     """`Type: message` without line breaks."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
     return text if len(text) <= most else text[: most - 3] + "..."
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Memory that ran out is the job's affair, in whatever part it happened."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 @contextmanager

@@ -121,12 +121,12 @@ def main(run: Callable[[list[str]], None], *, default: str = "") -> None:
         sys.exit(0 if arguments else 2)
     keep_freed_memory()
     quiet()
-    from rlstitch import watch
+    from rlstitch import memory, watch
     from rlstitch.interrupt import Interrupted
     from rlstitch.protocols import naming
 
     try:
-        with naming():
+        with naming(), memory.told():
             run(arguments)
         watch.leave()
     except UserError as error:

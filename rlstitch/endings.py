@@ -30,6 +30,14 @@ def kept(engine: Engine, step: Callable[[], int], save: Callable[[], None]) -> I
         raise PartError(f"{error}. Update {step()} is kept: the same command goes on from there") from error
 
 
+def keep_alone(engine: Engine, step: int, save: Callable[[], None]) -> str:
+    """Where one rank fell over by itself: write the last whole update, `step`, if there is one and no other rank is needed for it. -> where a start goes on."""
+    engine.forget()
+    if alone := step and engine.world == 1:
+        save()
+    return ". The same command goes on from " + (f"update {step}" if alone else "the last checkpoint")
+
+
 def means_table(evaluations: Mapping[str, Mapping[str, float]], *more: tuple[str, str]) -> str:
     """Means of each set of weights, a column a reward (its classes are in the report), and further rows of a name and a text."""
     rewards = [n for n in dict.fromkeys(n for means in evaluations.values() for n in means) if "/" not in n]

@@ -33,6 +33,7 @@ class Clock:
     def __init__(self, world: int):
         self.world, self.unit = world, "gpu_hours" if torch.cuda.is_available() else "cpu_hours"
         self.stitching = 0.0  # the one-off cost of the value models in use, shown as an offset
+        self.broke = ""  # the innermost phase that an exception ended
         self._hours = dict.fromkeys(PHASES, 0.0)
         self._open, self._since = ["setup"], time.perf_counter()
 
@@ -51,6 +52,9 @@ class Clock:
             yield
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
+        except BaseException:
+            self.broke = self.broke or name
+            raise
         finally:
             self._turn()
             self._open.pop()
@@ -72,10 +76,10 @@ class Clock:
         return dict(self._hours)
 
     @property
-    def row(self) -> dict[str, float]:
-        """`hours`, and `total`: training and the one-off cost of the value models, not evaluation."""
+    def row(self) -> dict[str, dict[str, float]]:
+        """`hours` as the log has them, with `total`: training and the one-off cost of the value models, not evaluation."""
         hours = self.hours
-        return {"total": sum(hours[p] for p in TRAINING) + self.stitching, **hours}
+        return {self.unit: {"total": sum(hours[p] for p in TRAINING) + self.stitching, **hours}}
 
 
 class Log:

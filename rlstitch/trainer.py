@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlstitch import checkpoint, inputs, lock, report, schedule, scheduler, stages, tracker
+from rlstitch import checkpoint, inputs, lock, memory, report, schedule, scheduler, stages, tracker
 from rlstitch import config as cfg
 from rlstitch.asking import PartError, probe_rewards
 from rlstitch.checks import geometry
 from rlstitch.data import UpdateStream, encode, read_data, read_prompts
 from rlstitch.distributed import Engine, world_size
-from rlstitch.endings import kept, run_table
+from rlstitch.endings import keep_alone, kept, run_table
 from rlstitch.evaluate import Evaluation, evaluate
 from rlstitch.files import write_json, write_text
 from rlstitch.guard import Guard, probe
@@ -36,7 +36,7 @@ class Trainer:
     """Builds the parts of a checked config once: backbone, rewards, value models, policy, oracle, algorithm, engine."""
 
     def __init__(self, config: RunConfig):
-        self.config, self.clock, self.step, self.bad = config, Clock(world_size()), 0, 0
+        self.config, self.clock, self.step, self.bad, self.whole = config, Clock(world_size()), 0, 0, True
         if config.threads:
             torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
@@ -132,7 +132,8 @@ class Trainer:
     def train(self) -> dict[str, Any]:
         """Run to the end (or from the last checkpoint to it), evaluate, write summary, report and LoRA. Raises Interrupted after a signal, and UserError where
         another process trains in this run folder."""
-        with lock.held(self.run, self.engine.by_main):
+        keep = lambda: keep_alone(self.engine, self.step * self.whole, lambda: self._checkpoint(False))  # noqa: E731
+        with lock.held(self.run, self.engine.by_main), memory.told(lambda: memory.smaller(self.config, self.clock.broke), keep):
             return self._train()
 
     def _train(self) -> dict[str, Any]:
@@ -197,6 +198,7 @@ class Trainer:
             self._learn_together(rollouts, every, all_groups, sums)
         elif stage.oracle is not None:
             self.scorer.check(every, all_groups, stage.oracle, self.step + 1)
+        self.whole = False  # until weights, moments, followers and count are those of one more update
         with clock.phase("update"):
             norm = engine.step()
             if norm is not None:
@@ -209,7 +211,7 @@ class Trainer:
                     drift = self.refresher.after(rollouts[0], stage.oracle.names, self.grid, stop)
             except PartError as error:  # the weights have moved: this update is whole
                 failed = error
-        self.step += 1
+        self.step, self.whole = self.step + 1, True
         means = {key: float(engine.gather(torch.cat(values)).nanmean()) for key, values in sums.items()}
         self._guard(norm, means)
         names = stage.oracle.names if stage.oracle else ()
@@ -223,7 +225,7 @@ class Trainer:
             "grad_norm": norm,
             "skipped": norm is None,
             **({"drift": drift} if drift else {}),
-            **self._hours(),
+            **self.clock.row,
         }
         self.log.write(row)
         if failed is not None:
@@ -265,10 +267,6 @@ class Trainer:
             raise UserError(
                 f"{self.bad} updates in a row had a NaN or Inf in loss or gradient (max_bad_steps); stopped with the weights of the last good one. Lower optimiser.lr, or try distributed.precision=fp32."
             )
-
-    def _hours(self) -> dict[str, Any]:
-        """Device-hours so far, by phase."""
-        return {self.clock.unit: self.clock.row}
 
     # ------------------------------------------------------------------------------------------------ around it
 
@@ -363,14 +361,14 @@ class Trainer:
         goal = zip(stage.oracle.names, stage.oracle.weights) if stage.oracle else ()
         self.guard.see(result.scores, stage.name, sum(w * result.means[n] for n, w in goal if n in result.means), self.step)
         if self.engine.is_main:
-            self.log.write({"step": self.step, "eval": result.means, **self._hours()})
+            self.log.write({"step": self.step, "eval": result.means, **self.clock.row})
             self._draw(result, f"step-{self.step:06d}")
 
     def _draw(self, result: Evaluation, name: str) -> Path:
         n = min(self.config.evaluation.grid, len(result.images))
         path = self.run / "samples" / f"{name}.png"
         draw_grid(result.images[:n], result.captions(self.held_out.prompts[:n]), path)
-        self.log.image("samples", path, self.clock.row["total"])
+        self.log.image("samples", path, self.clock.row[self.clock.unit]["total"])
         return path
 
     def _finish(self) -> dict[str, Any]:

@@ -176,7 +176,9 @@ def test_an_update_without_a_total_ends_the_run_with_what_was_learned(world, met
         "updates=2",
     )  # only looked at
     assert all(r["masked"] == 0 for r in rows(world, f"{name}-0"))
-    fails = f"rewards.one={{_target_: tests.test_jobs.Failing, calls: {4 if method is DRAFT_ONE else 2}}}"  # one of them before the training
+    fails = (
+        f"rewards.one={{_target_: tests.test_jobs.Failing, calls: {4 if method is DRAFT_ONE else 2}}}"  # one of them before the training
+    )
     with pytest.raises(UserError, match="update [23]: one gave no score"):
         train(world, f"{name}-f", *method, PIXEL_OF % "one: 1.0", PIXEL[1], fails, "updates=4", "checkpoint.every=1000")
     (kept,) = (world / "runs" / f"{name}-f" / "checkpoints").iterdir()
@@ -193,6 +195,40 @@ class Failing(Partial):
     def score(self, images, batch):
         self.calls -= 1
         return super().score(images, batch) if self.calls >= 0 else torch.full((len(images),), torch.nan) + 0 * images.mean((1, 2, 3))
+
+
+class Hungry(Partial):
+    """A reward that asks for a million GiB after so many calls."""
+
+    left = 0
+
+    def __init__(self, device="cpu"):
+        super().__init__([])
+
+    def score(self, images, batch):
+        Hungry.left -= 1
+        return super().score(images, batch) if Hungry.left >= 0 else torch.empty(1 << 48)
+
+
+def test_memory_that_runs_out_is_told_with_the_keys_that_ask_for_less_and_loses_no_update(world):  # noqa: F811
+    """By the allocator's own error: in the second micro-batch of the third update, and in the final evaluation."""
+    hungry = (PIXEL_OF % "hungry: 1.0", *DRAFT_ONE, "rewards.hungry={_target_: tests.test_jobs.Hungry}", "checkpoint.every=1000")
+    evaluated = (*hungry, "evaluation.rewards=[hungry]", "evaluation.final=[raw]")
+    Hungry.left = 10**6
+    train(world, "fed", *evaluated)
+    Hungry.left = 7  # two when it is probed, two an update
+    with pytest.raises(
+        UserError, match=r"out of memory \(1.05e\+06 GiB were asked for\).* batch.micro_batch, 2 now.*goes on from update 2"
+    ) as caught:
+        train(world, "hungry", *evaluated)
+    assert "activation_checkpointing=true" in str(caught.value) and "\n" not in str(caught.value)
+    assert [f.name for f in (world / "runs" / "hungry" / "checkpoints").iterdir()] == ["step-000002"]
+    Hungry.left = 6
+    with pytest.raises(UserError, match="evaluation.batch_size, 2 now.*goes on from update 4"):
+        train(world, "hungry", *evaluated)
+    Hungry.left = 10**6
+    train(world, "hungry", *evaluated)
+    same(world, "fed", "hungry", 4)
 
 
 TWEEDIE = "oracle._target_=rlstitch.oracles.Tweedie"

@@ -22,4 +22,4 @@ def test_every_second_counts_once_for_every_rank_and_phases_within_phases_by_the
     now[0] += 2
     spent = {k: v * 3600 / 3 for k, v in clock.hours.items() if v}
     assert spent == pytest.approx({"setup": 5, "wait": 3, "eval": 27, "rollout": 40, "update": 2400})
-    assert clock.now == "wait" and clock.row["total"] * 3600 / 3 == pytest.approx(2443)
+    assert clock.now == "wait" and clock.row[clock.unit]["total"] * 3600 / 3 == pytest.approx(2443)
