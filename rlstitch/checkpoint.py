@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from rlstitch.distributed import Engine
-from rlstitch.files import read_json, read_tensors, sha256, write_json, write_tensors
+from rlstitch.files import read_json, read_tensors, sha256, write_json, write_tensors, write_weights
 from rlstitch.policy import Policy
 from rlstitch.types import Algorithm, UserError
 
@@ -170,7 +170,7 @@ def save(
     """Write checkpoints/step-N: LoRA (raw and EMA), optimiser, RNG of every rank, refreshed value models, the algorithm's state, `progress`. The last `keep` of those
     that are `due` stay, and that of step `spare`.
 
-    A collective; raises UserError where the disk is full.
+    A collective; raises UserError where the disk is full, or where weights are not finite.
     """
     final = run / "checkpoints" / f"step-{step:06d}"
     temporary = final.with_name(engine.by_main(lambda: f".writing-{secrets.token_hex(8)}"))
@@ -182,12 +182,14 @@ def save(
         try:
             write()
         except OSError as error:
+            problem = f"{error}. Free some space"
+        except UserError as error:
             problem = str(error)
         if engine.any(bool(problem)):
             if engine.is_main and temporary.exists():
                 discard(temporary)
             raise UserError(
-                f"checkpoint {final.name} could not be written ({problem or 'another rank failed'}); the last good one is {folders(run)[-1].name if folders(run) else 'none'}. Free some space and start again: the run resumes from there."
+                f"checkpoint {final.name} could not be written; the last good one is {folders(run)[-1].name if folders(run) else 'none'}. {problem or 'Another rank failed'}, and start again: the run resumes from there."
             )
 
     def begin() -> None:
@@ -197,9 +199,9 @@ def save(
     def contents() -> None:
         write_tensors(temporary / f"rng-{engine.rank}.safetensors", {"torch": torch.get_rng_state()})
         if engine.is_main:
-            write_tensors(temporary / "policy.safetensors", weights)
+            write_weights(temporary / "policy.safetensors", weights)
             if refresher is not None:
-                write_tensors(temporary / "values.safetensors", refresher.tensors())
+                write_weights(temporary / "values.safetensors", refresher.tensors())
             if algorithm is not None and (state := algorithm.state()):
                 write_tensors(temporary / "algorithm.safetensors", state)
         if engine.is_main or engine.zero_stage:

@@ -14,7 +14,6 @@ from rlstitch.data import DIMENSIONS, Geometry, PromptSet, read_prompts, resolve
 from rlstitch.distributed import world_size
 from rlstitch.files import require, same_vae
 from rlstitch.oracles import Tweedie, values_used
-from rlstitch.policy import SETS
 from rlstitch.schema import RunConfig
 from rlstitch.stitch.model import read_card
 from rlstitch.stops import End
@@ -25,7 +24,7 @@ def attempt(faults: list[str], where: str, action, *args):
     """What the action gives; None where it fails, which becomes a fault of `where`."""
     try:
         return action(*args)
-    except (UserError, ValueError) as error:
+    except (UserError, ValueError, OSError) as error:
         faults.append(f"'{where}': {error}")
         return None
 
@@ -37,7 +36,7 @@ def recipe_faults(config: RunConfig) -> list[str]:
     endless = [
         f"'stages' never ends: stage '{name}' has updates={stage.updates}; give every stage a positive number of updates"
         for name, stage in zip(stages.names(config), config.stages)
-        if stage.updates < 1
+        if not stage.updates
     ]
     alone = [f"stage '{name}': {f}" for name, faults in zip(stages.names(config), each) for f in faults if f not in common]
     ignored = [
@@ -52,26 +51,17 @@ def _faults(config: RunConfig) -> list[str]:
     faults = part_faults(config)
     faults += [f for f in cfg.check_part("algorithm", config.algorithm, kind="algorithm") if not _given(f)]
     method = _class(config.algorithm, "algorithm")
-    for where, extra in {"oracle": ("weights",), "stop": ()}.items():
+    for where in ("oracle", "stop"):
         if method is None or method.needs_oracle:
-            faults += cfg.check_part(where, getattr(config, where), kind=where, extra=extra)
+            faults += cfg.check_part(where, getattr(config, where), kind=where)
         elif getattr(config, where):
             faults.append(f"'{where}' is given, but {config.algorithm['_target_']} asks no reward and would not use it: remove '{where}'")
     count = _data(config, method, faults)
     held_out = attempt(faults, "evaluation.prompts", read_prompts, config.evaluation.prompts, config.evaluation.column)
     faults += judge_faults("evaluation.rewards", config.evaluation.rewards, config.rewards, held_out)
-    if not config.evaluation.final or set(config.evaluation.final) - set(SETS):
-        faults.append(f"'evaluation.final' must list some of {', '.join(SETS)}, not {config.evaluation.final}")
     faults += guard_faults(config)
     if config.distributed.zero_stage and config.distributed.precision == "fp16":
         faults.append("'distributed.precision' fp16 has no loss scaling under ZeRO here: use bf16 or fp32, or zero_stage=0")
-    faults += [
-        f"'{k}' must be within 0..2^40, not {v}"
-        for k, v in (("seed", config.seed), ("evaluation.seed", config.evaluation.seed))
-        if not 0 <= v <= 2**40
-    ]
-    if config.batch.rollout_batch < 0:
-        faults.append(f"'batch.rollout_batch' must not be negative, not {config.batch.rollout_batch}: 0 takes batch.micro_batch")
     attempt(faults, "batch", geometry, config, count)
     if config.resume not in ("auto", "never"):
         attempt(faults, "resume", require, config.resume, "the checkpoint to resume from")
@@ -82,10 +72,8 @@ def _faults(config: RunConfig) -> list[str]:
         )
     shift = scheduler.of_recipe("sampler.shift", config.sampler.shift, config.model, faults)
     scheduler.of_recipe("evaluation.shift", config.evaluation.shift, config.model, faults)
-    if shift is not None and not any(
-        f.startswith(("'oracle", "unknown key 'oracle", "'stop", "unknown key 'stop", "'sampler", "'algorithm", "unknown key 'algorithm"))
-        for f in faults
-    ):
+    broken = ("'oracle", "unknown key 'oracle", "'stop", "unknown key 'stop", "'sampler")
+    if shift is not None and method is not None and not any(f.startswith(broken) for f in faults):
         _pairings(config, shift, cards, faults)
     return faults + (_comparisons(config, method) if method is not None and method.needs_oracle else [])
 
@@ -125,9 +113,9 @@ def _comparisons(config: RunConfig, method: Any) -> list[str]:
         faults.append(
             f"'batch.images_per_prompt' is 1, but {target} compares the pictures of a prompt with each other and would learn nothing: set it to 2 or more (8 to 24 are usual)"
         )
-    weights = config.oracle.get("weights", {})
-    if not method.balances or not isinstance(weights, dict):
+    if not method.balances or "weights" not in (oracle := cfg.sound("oracle", config.oracle, "oracle")):
         return faults
+    weights = oracle["weights"]
     if len(weights) == 1:
         faults.append(
             f"'oracle.weights' has one reward, {next(iter(weights))}, but {target} balances several: add another, or use rlstitch.algorithms.nft.NFT"
@@ -162,9 +150,7 @@ def trained_on(config: RunConfig) -> list[str]:
 
 def guard_faults(config: RunConfig) -> list[str]:
     guard, judges = config.guard, config.evaluation.rewards
-    faults = [
-        f"'guard.{key}' must not be negative, not {getattr(guard, key)}" for key in ("patience", "prompts") if getattr(guard, key) < 0
-    ]
+    faults = []
     if guard.judge and guard.judge not in judges:
         faults.append(f"'guard.judge' is '{guard.judge}', which is not among evaluation.rewards{cfg.nearest(guard.judge, judges)}")
     trained = trained_on(config)
@@ -290,9 +276,9 @@ def unknown_rewards(where: str, names: list[str], rewards: dict[str, Any]) -> li
 def _pairings(config: RunConfig, shift: schedule.Shift, cards: dict[str, dict[str, Any]], faults: list[str]) -> None:
     """Oracle against stop, oracle against algorithm, algorithm against stop."""
     steps = config.sampler.num_steps
-    algorithm = cfg.load_class(config.algorithm["_target_"])
+    algorithm, options = cfg.load_class(config.algorithm["_target_"]), cfg.sound("algorithm", config.algorithm, "algorithm")
     if not algorithm.needs_oracle:
-        faults += algorithm.faults({k: v for k, v in config.algorithm.items() if k != "_target_"}, End().steps(steps))
+        faults += algorithm.faults(options, End().steps(steps))
         return
     grid = schedule.sigmas(steps, shift, config.sampler.spacing).tolist()
     stops = attempt(faults, "stop", halts, config)
@@ -302,10 +288,7 @@ def _pairings(config: RunConfig, shift: schedule.Shift, cards: dict[str, dict[st
         faults.append(f"'stop' halts after {stops.start}..{stops.stop - 1} steps, but the grid has {steps}: keep it within 1..{steps}")
         return
     oracle = cfg.load_class(config.oracle["_target_"])
-    weights = config.oracle.get("weights", {})
-    if not isinstance(weights, dict) or not weights:
-        faults.append("'oracle.weights' must give at least one reward and its weight, e.g. {clip: 1.0}")
-        return
+    weights = config.oracle["weights"]
     low, high = answered(oracle, cards)
     outside = [k for k in stops if not low - 1e-6 <= grid[k] <= high + 1e-6]
     if outside:
@@ -321,15 +304,15 @@ def _pairings(config: RunConfig, shift: schedule.Shift, cards: dict[str, dict[st
         faults.append(
             f"'algorithm' {config.algorithm['_target_']} needs gradients, and {what} has none: use a differentiable reward, or a StitchVM of a surrogate of it"
         )
-    if config.algorithm.get("grad_steps") == 0 and not issubclass(oracle, Tweedie):
+    if options.get("grad_steps") == 0 and not issubclass(oracle, Tweedie):
         faults.append(
             f"'algorithm.grad_steps' is 0, so the gradient has to come through the oracle, and {config.oracle['_target_']} does not run the policy: use rlstitch.oracles.Tweedie (ReFL), or grad_steps=1"
         )
-    elif config.algorithm.get("grad_steps") == 0 and grid[stops.stop - 1] == 0:
+    elif options.get("grad_steps") == 0 and grid[stops.stop - 1] == 0:
         faults.append(
             f"'algorithm.grad_steps' is 0 and 'stop' may halt after all {steps} steps, where Tweedie has nothing left to guess and no gradient: halt after {steps - 1} at most"
         )
-    faults += algorithm.faults({k: v for k, v in config.algorithm.items() if k != "_target_"}, stops)
+    faults += algorithm.faults(options, stops)
 
 
 def checked(given: dict[str, Any], name: str) -> RunConfig:
@@ -337,11 +320,11 @@ def checked(given: dict[str, Any], name: str) -> RunConfig:
     cfg.for_launcher(given, "train.py", name)
     config, faults = cfg.structure(given)
     faults += recipe_faults(config)
+    cfg.named(config, name, faults)
     if faults:
         raise cfg.report(list(dict.fromkeys(faults)), name)
     if config.stages:
         config.updates = sum(stage.updates for stage in config.stages)
-    config.name = config.name or cfg.short_name(name)
     return config
 
 

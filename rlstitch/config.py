@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import typing
 from collections.abc import Iterable
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import OmegaConf
 
 from rlstitch import protocols, strict_yaml
 from rlstitch.asking import inside
-from rlstitch.protocols import load_class, nearest
-from rlstitch.schema import CHOICES, POSITIVE, RunConfig
+from rlstitch.files import below
+from rlstitch.filling import fill, nearest
+from rlstitch.protocols import load_class
+from rlstitch.ranges import Name, Weights, misfit
+from rlstitch.schema import RunConfig
 from rlstitch.types import UserError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -97,6 +98,18 @@ def short_name(recipe: str) -> str:
     return recipe.rsplit("/", 1)[-1].removesuffix(".yaml")
 
 
+def named(config: Any, recipe: str, faults: list[str]) -> None:
+    """Give a job its name, by default its recipe's; a fault where its results have no place."""
+    config.name = config.name or short_name(recipe)
+    if fault := misfit(config.name, Name):
+        faults.append(f"'name' {fault}")
+        return
+    try:
+        below(config.out, config.name)
+    except UserError as error:
+        faults.append(f"'name': {error}")
+
+
 def differences(saved: dict[str, Any], config: RunConfig) -> list[str]:
     """`key: was -> is` of everything in which a saved recipe trains otherwise than this config; what is told, how it is cut and how long it runs do not count."""
     free = ("name", "out", "updates", "threads", "check", "resume", "checkpoint", "logging", "evaluation", "guard", "distributed")
@@ -107,7 +120,7 @@ def differences(saved: dict[str, Any], config: RunConfig) -> list[str]:
             return {path: node}
         return {k: v for key, value in node.items() for k, v in flat(value, f"{path}.{key}".lstrip(".")).items()}
 
-    before, now = (flat(OmegaConf.to_container(c)) for c in (fill(RunConfig, saved)[0], OmegaConf.structured(config)))
+    before, now = (flat(asdict(c)) for c in (fill(RunConfig, saved)[0], config))
     trained = {k.rsplit(".", 1)[-1] for k in (*before, *now) if ".weights." in k}  # a reward that is only evaluated may come and go
     keys = [k for k in dict.fromkeys([*before, *now]) if k == "distributed.precision" or (k not in free and k.split(".")[0] not in free)]
     keys = [k for k in keys if not k.startswith(("rewards.", "values.")) or k.split(".")[1] in trained]
@@ -190,93 +203,14 @@ def for_launcher(given: dict[str, Any], script: str, name: str) -> None:
 # ---------------------------------------------------------------------------------------------------- checking
 
 
-def leaves(schema: Any, given: dict, prefix: str, faults: list[str], accepted: list[tuple[str, Any]]) -> None:
-    """Walk given keys against a dataclass: known leaves go to `accepted` as (dotted path, value), the rest to `faults`."""
-    known = {f.name: f for f in fields(schema)}
-    for key, value in given.items():
-        path = f"{prefix}{key}"
-        if key not in known:
-            faults.append(f"unknown key '{path}'{nearest(str(key), known)}")
-        elif is_dataclass(getattr(schema, key)):
-            if isinstance(value, dict):
-                leaves(getattr(schema, key), value, path + ".", faults, accepted)
-            else:
-                faults.append(f"'{path}' must be a group of keys, not {value!r}")
-        elif (item := _item(schema, key)) and isinstance(value, list):
-            filled = [
-                fill(item, entry) if isinstance(entry, dict) else (None, [f"must be a group of keys, not {entry!r}"]) for entry in value
-            ]
-            faults += [f"'{path}', entry {k}: {fault}" for k, (_, wrong) in enumerate(filled, 1) for fault in wrong]
-            accepted.append((path, [OmegaConf.to_object(entry) for entry, wrong in filled if not wrong]))
-        else:
-            accepted.append((path, value))
-
-
-def _item(schema: Any, key: str) -> type | None:
-    """The dataclass that the entries of a list field have, if it is such a list."""
-    item = next(iter(typing.get_args(typing.get_type_hints(type(schema))[key])), None)
-    return item if is_dataclass(item) and isinstance(item, type) else None
-
-
-def fill(schema: type, given: dict[str, Any]) -> tuple[DictConfig, list[str]]:
-    """A dataclass schema filled leaf by leaf, and every key and type that did not fit."""
-    faults: list[str] = []
-    accepted: list[tuple[str, Any]] = []
-    leaves(schema(), given, "", faults, accepted)
-    config = OmegaConf.structured(schema)
-    for path, value in accepted:
-        value = "off" if path == "logging.wandb" and value is False else value  # YAML reads a bare off as false
-        try:
-            OmegaConf.update(config, path, value, merge=False)
-        except OmegaConfBaseException as error:
-            faults.append(f"'{path}': {str(error).splitlines()[0]}")
-    return config, faults
-
-
 def structure(given: dict[str, Any]) -> tuple[RunConfig, list[str]]:
-    """The typed config and every fault of keys, types, choices and ranges."""
-    config, faults = fill(RunConfig, given)
-    for path, choices in CHOICES.items():
-        if (value := OmegaConf.select(config, path)) not in choices:
-            faults.append(f"'{path}' must be one of {', '.join(map(str, choices))}, not {value!r}")
-    for path in POSITIVE:
-        if OmegaConf.select(config, path) <= 0:
-            faults.append(f"'{path}' must be positive, not {OmegaConf.select(config, path)}")
-    if not 0 <= config.ema_decay < 1:
-        faults.append(f"'ema_decay' must be in [0, 1), not {config.ema_decay}")
-    if not 0 <= config.refresh.fraction <= 1:
-        faults.append(f"'refresh.fraction' is a share of the samples in [0, 1], not {config.refresh.fraction}")
-    return typing.cast(RunConfig, OmegaConf.to_object(config)), faults
+    """The typed config of a training recipe and every fault of keys, types and ranges."""
+    return fill(RunConfig, given)
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    origin = typing.get_origin(hint)
-    if hint is inspect.Parameter.empty or hint is Any:
-        return True
-    if origin is typing.Literal:
-        return value in typing.get_args(hint)
-    if origin is typing.Union or type(hint).__name__ == "UnionType":
-        return any(_fits(value, h) for h in typing.get_args(hint))
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if hint is type(None):
-        return value is None
-    if hint in (str, bool):
-        return isinstance(value, hint)
-    return True
-
-
-def _told(hint: Any) -> str:
-    """A type as a person would say it."""
-    if typing.get_origin(hint) is typing.Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(hint)))
-    return getattr(hint, "__name__", str(hint))
-
-
-def check_part(where: str, node: dict[str, Any], *, kind: str, extra: tuple[str, ...] = ()) -> list[str]:
-    """Faults of one `_target_` node against the protocol of its kind (see rlstitch.protocols) and the signature it names; `extra` keys are read by the trainer itself."""
+def check_part(where: str, node: dict[str, Any], *, kind: str) -> list[str]:
+    """Faults of one `_target_` node against the protocol of its kind (see rlstitch.protocols), and against the signature it names with the ranges that stand
+    there; `weights` are finite numbers by name in any part."""
     if not isinstance(node, dict):
         return [f"'{where}' must be a group of keys with a '_target_', e.g. {{_target_: {node}}}, not {node!r}"]
     if "_target_" not in node:
@@ -291,12 +225,12 @@ def check_part(where: str, node: dict[str, Any], *, kind: str, extra: tuple[str,
     settable = {n: p for n, p in signature.parameters.items() if n not in INJECTED}
     faults = []
     for key, value in node.items():
-        if key == "_target_" or key in extra:
+        if key == "_target_":
             continue
         if key not in settable:
-            faults.append(f"unknown key '{where}.{key}'{nearest(key, [*settable, *extra])}")
-        elif not _fits(value, hints.get(key, Any)):
-            faults.append(f"'{where}.{key}' must be {_told(hints[key])}, not {value!r}")
+            faults.append(f"unknown key '{where}.{key}'{nearest(key, settable)}")
+        elif fault := misfit(value, hints.get(key, Weights if key == "weights" else Any)):
+            faults.append(f"'{where}.{key}' {fault}")
     missing = [n for n, p in settable.items() if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and n not in node]
     return faults + [f"'{where}.{name}' is missing: {node['_target_']} needs it" for name in missing]
 
@@ -309,6 +243,15 @@ def own_faults(where: str, node: dict[str, Any], kind: str) -> list[str]:
         return [f"'{where}.{key}': {why}" for key, why in read({k: v for k, v in node.items() if k != "_target_"})]
     except UserError as error:
         return [f"'{where}.path': {error}"]
+
+
+def sound(where: str, node: dict[str, Any], kind: str) -> dict[str, Any]:
+    """The arguments of a `_target_` node that fit, for checks that look at several together."""
+    if not isinstance(node, dict):
+        return {}
+    faults = check_part(where, node, kind=kind)
+    bad = {k for k in node for f in faults if f.startswith((f"'{where}.{k}' ", f"unknown key '{where}.{k}'"))}
+    return {k: v for k, v in node.items() if k not in bad and k != "_target_"}
 
 
 def build(node: dict[str, Any], **injected: Any) -> Any:
@@ -341,4 +284,4 @@ def hardware() -> str:
 
 
 def to_yaml(config: RunConfig) -> str:
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))

@@ -334,6 +334,33 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
             raise OSError(f"{path} cannot be written: {error}") from error
 
 
+def write_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """write_tensors of a model's weights. Raises UserError where some are not finite: they are worth nothing, and nothing that is there is replaced by them."""
+    if bad := [name for name, t in tensors.items() if not bool(torch.isfinite(t).all())]:
+        raise UserError(
+            f"{path.name} is not written: {len(bad)} of {len(tensors)} tensors hold NaN or Inf, e.g. {bad[0]}. The training has diverged: lower the learning rate"
+        )
+    write_tensors(path, tensors, metadata)
+
+
+def below(out: str, name: str) -> Path:
+    """The folder out/name that a job's results go to. Raises UserError where that is a file, lies below one, cannot be written to, or where a link in it leads out."""
+    folder, root = Path(out) / name, Path(out)
+    try:
+        there = next(p for p in (folder, *folder.parents) if p.exists())
+        if not there.is_dir():
+            raise UserError(f"the results would go to {folder}, and {there} is a file: choose another name or out")
+        if not folder.resolve().is_relative_to(root.resolve()):
+            raise UserError(
+                f"the results would go to {folder}, which a link leads to {folder.resolve()}, out of {out}: choose another name"
+            )
+    except OSError as error:
+        raise UserError(f"no folder {folder} can be made ({error.strerror}): choose another name or out") from error
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"the results would go to {folder}, and nothing may be written to {there}: choose another out")
+    return folder
+
+
 def write_text(path: Path, text: str) -> None:
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

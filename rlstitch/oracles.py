@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from rlstitch import sampling, schedule, scheduler
 from rlstitch.asking import ask, has_gradient
 from rlstitch.config import load_class
 from rlstitch.distributed import autocast
+from rlstitch.ranges import AutoShift, GridSteps, Range, Seed, Weights
 from rlstitch.stitch.model import OtherDenoiser, StitchedValueModel, build, read_card, values
 from rlstitch.types import Backbone, Batch, Latent, Oracle, Reward, UserError
 
@@ -26,7 +27,7 @@ def _scores(rewards: Mapping[str, Reward], images: Tensor, batch: Batch) -> Tens
 class _Mixed:
     """Names, weights and the weighted total that all oracles share. The total is on the rewards' raw scales unless the weights say otherwise."""
 
-    def __init__(self, weights: Mapping[str, float]):
+    def __init__(self, weights: Weights):
         if not weights:
             raise UserError("an oracle needs at least one reward")
         self.names, self.weights = list(weights), list(weights.values())
@@ -54,7 +55,7 @@ class Terminal(_Mixed):
 
     sigma_range = (0.0, 0.0)
 
-    def __init__(self, backbone: Backbone, rewards: Mapping[str, Reward], weights: Mapping[str, float]):
+    def __init__(self, backbone: Backbone, rewards: Mapping[str, Reward], weights: Weights):
         super().__init__(weights)
         self.backbone, self.rewards = backbone, {name: rewards[name] for name in weights}
         self.differentiable = all(map(has_gradient, self.rewards.values()))
@@ -72,7 +73,7 @@ class Tweedie(_Mixed):
 
     sigma_range = (0.0, 1.0)
 
-    def __init__(self, backbone: Backbone, rewards: Mapping[str, Reward], weights: Mapping[str, float], *, prompt: bool = True):
+    def __init__(self, backbone: Backbone, rewards: Mapping[str, Reward], weights: Weights, *, prompt: bool = True):
         super().__init__(weights)
         self.backbone, self.rewards, self.prompt = backbone, {name: rewards[name] for name in weights}, prompt
         self.differentiable = all(map(has_gradient, self.rewards.values()))
@@ -103,13 +104,13 @@ class MonteCarlo(_Mixed):
         self,
         backbone: Backbone,
         rewards: Mapping[str, Reward],
-        weights: Mapping[str, float],
+        weights: Weights,
         *,
-        rollouts: int = 4,
-        num_steps: int = 10,
-        shift: float | str = scheduler.AUTO,
-        precision: str | None = None,
-        seed: int = 0,
+        rollouts: Annotated[int, Range(1, 10_000)] = 4,
+        num_steps: GridSteps = 10,
+        shift: AutoShift = scheduler.AUTO,
+        precision: Literal["auto", "fp32", "bf16"] | None = None,
+        seed: Seed = 0,
     ):
         super().__init__(weights)
         self.precision = precision
@@ -142,7 +143,7 @@ class Stitched(_Mixed):
 
     differentiable = True
 
-    def __init__(self, values: Mapping[str, StitchedValueModel], weights: Mapping[str, float]):
+    def __init__(self, values: Mapping[str, StitchedValueModel], weights: Weights):
         super().__init__(weights)
         self.models = [values[name] for name in weights]
         self.sigma_range = (max(m.sigma_range[0] for m in self.models), min(m.sigma_range[1] for m in self.models))

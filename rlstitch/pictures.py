@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rlstitch.files import require
 from rlstitch.prompts import COLUMNS, no_text, read_table, read_text
+from rlstitch.ranges import Side, Text
 from rlstitch.types import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -23,7 +24,7 @@ LISTINGS = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
 def images_from_folder(
-    path: str, size: int, *, captions: bool | None = None, column: str = "", skip_unreadable: bool = False
+    path: Text, size: Side, *, captions: bool | None = None, column: str = "", skip_unreadable: bool = False
 ) -> tuple[Tensor, list[str]]:
     """Every picture under a folder, short side to `size` and cropped.
 
@@ -49,7 +50,7 @@ def images_from_folder(
     return torch.stack(list(good.values())), [told.get(file, "") for file in good]
 
 
-def pairs_from_file(path: str, size: int, *, column: str = "", skip_unreadable: bool = False) -> tuple[Tensor, list[str]]:
+def pairs_from_file(path: Text, size: Side, *, column: str = "", skip_unreadable: bool = False) -> tuple[Tensor, list[str]]:
     """Preference pairs, one a row of a file that `prompts.read_table` reads: the prompt, `chosen` and `rejected`, these two as paths from where the file lies."""
     table = read_table(path, "the file of pairs")
     if not table.rows:

@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from rlstitch.distributed import gathered
-from rlstitch.files import write_tensors
+from rlstitch.files import write_weights
 from rlstitch.types import UserError
 
 CURRENT, EMA, OLD, REFERENCE = "default", "ema", "old", "reference"
@@ -154,4 +154,4 @@ class Policy:
             tensors = {f"transformer.{k}": v.detach().float() * (scale if ".lora_B." in k else 1.0) for k, v in layers.items()}
         header = {"r": settings.r, "lora_alpha": settings.r, "target_modules": sorted(settings.target_modules)}
         told = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps({f"transformer.{k}": v for k, v in header.items()}, sort_keys=True)}
-        write_tensors(Path(folder) / LORA_WEIGHT_NAME_SAFE, tensors, metadata=told)
+        write_weights(Path(folder) / LORA_WEIGHT_NAME_SAFE, tensors, metadata=told)

@@ -5,14 +5,13 @@ A recipe that came from somewhere else must not run what is no part: nothing of 
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
 import sys
 import sysconfig
 import traceback
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from rlstitch.asking import failed, one_line, out_of_memory
+from rlstitch.filling import nearest
 from rlstitch.types import UserError
 
 OURS = "rlstitch."
@@ -44,13 +44,6 @@ NAMES = {"model": "a backbone", "oracle": "an oracle", "algorithm": "an algorith
 }  # fmt: skip
 
 _USERS: dict[str, str] = {}  # modules of parts that are not of this project, and the `_target_` that named them
-
-
-def nearest(word: str, among: Iterable[str]) -> str:
-    """' (did you mean X?)' or the list of what there is."""
-    among = sorted(among)
-    close = difflib.get_close_matches(word, among, n=1, cutoff=0.6)
-    return f" (did you mean '{close[0]}'?)" if close else f" (there are: {', '.join(among)})" if among else ""
 
 
 def ours(target: Any) -> bool:
@@ -173,7 +166,7 @@ def _takes(cls: type, name: str, count: int | None) -> bool:
 def hints(part: Any) -> dict[str, Any]:
     """Annotations of a function, or of what builds a class; none where they cannot be read."""
     try:
-        return typing.get_type_hints(part.__init__ if inspect.isclass(part) else part)
+        return typing.get_type_hints(part.__init__ if inspect.isclass(part) else part, include_extras=True)
     except Exception:  # an annotation is code of the user's, and may name what is not there
         return {}
 

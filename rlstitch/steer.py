@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
-import shutil
+import re
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from omegaconf import OmegaConf
@@ -24,16 +25,17 @@ from rlstitch.asking import ask
 from rlstitch.checks import answered, attempt, judge_faults, part_faults, unknown_rewards, value_cards, without_gradient
 from rlstitch.data import encode
 from rlstitch.distributed import autocast
-from rlstitch.files import resolve, write_json, write_text
+from rlstitch.files import require, write_json, write_text
 from rlstitch.metrics import grid as draw_grid
 from rlstitch.metrics import peak_memory_mb, to_image
 from rlstitch.oracles import Terminal, load_values
 from rlstitch.prompts import PromptSet, read_prompts
+from rlstitch.ranges import Count, CountOrNone, Name, Range, Seed, Text, Threads
 from rlstitch.schema import SamplerConfig
 from rlstitch.steering import value_spread
 from rlstitch.steering.model import Steered
 from rlstitch.steering.particles import Trace
-from rlstitch.types import Batch, Judge, Latent, noise_like
+from rlstitch.types import Batch, Judge, Latent, UserError, noise_like
 
 
 @dataclass
@@ -44,36 +46,34 @@ class SteerConfig:
     prompts_per_batch is part of what a seed means, as the kernel's noise is drawn batch by batch; the lambda of `lam_unit: spread` is not.
     """
 
-    name: str = ""
-    out: str = "steered"
-    seed: int = 0
-    prompts: str = "shapes:held_out.jsonl"
+    name: Name = ""
+    out: Text = "steered"
+    seed: Seed = 0
+    prompts: Text = "shapes:held_out.jsonl"
     column: str = ""
-    max_prompts: int = 0
-    images_per_prompt: int = 1
-    prompts_per_batch: int = 16
+    max_prompts: CountOrNone = 0
+    images_per_prompt: Count = 1
+    prompts_per_batch: Count = 16
     truncate: bool = False
-    threads: int = 0
-    precision: str = "auto"
+    threads: Threads = 0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     progress: bool = True
     baseline: bool = False
-    grid: int = 16
-    kernel: str = "sde"
-    diffusion: float = 3.0
+    grid: Annotated[int, Range(0, 1024)] = 16
+    kernel: Literal["ode", "sde"] = "sde"
+    diffusion: Annotated[float, Range(0, 1000, open="low")] = 3.0
     guided_tweedie: bool = True
     model: dict[str, Any] = field(default_factory=dict)
     lora: str = ""
     rewards: dict[str, Any] = field(default_factory=dict)
-    values: dict[str, str] = field(default_factory=dict)
+    values: dict[str, Text] = field(default_factory=dict)
     oracle: dict[str, Any] = field(default_factory=dict)
     method: dict[str, Any] = field(default_factory=dict)
     sampler: SamplerConfig = field(default_factory=lambda: SamplerConfig(num_steps=40, spacing="diffusers", guidance=3.0))
-    judges: list[str] = field(default_factory=list)
+    judges: list[Text] = field(default_factory=list)
 
 
 MEASURED = 8  # prompts that the spread of the value is measured on
-POSITIVE = ("images_per_prompt", "prompts_per_batch", "sampler.num_steps", "diffusion")
-CHOICES = {"kernel": ("ode", "sde"), "precision": ("auto", "fp32", "bf16"), "sampler.spacing": ("plain", "diffusers")}
 
 
 def kernel_of(config: SteerConfig) -> sampling.Kernel:
@@ -141,27 +141,19 @@ def _rehearsal(config: SteerConfig, grid: Tensor, sigma_range: tuple[float, floa
 def checked(given: dict[str, Any], name: str) -> SteerConfig:
     """The typed recipe, or one UserError that lists every fault."""
     cfg.for_launcher(given, "steer.py", name)
-    structured, faults = cfg.fill(SteerConfig, given)
-    for path, choices in CHOICES.items():
-        if (value := OmegaConf.select(structured, path)) not in choices:
-            faults.append(f"'{path}' must be one of {', '.join(choices)}, not {value!r}")
-    faults += [f"'{p}' must be positive, not {v}" for p in POSITIVE if (v := OmegaConf.select(structured, p)) <= 0]
-    config = OmegaConf.to_object(structured)
-    faults += [] if 0 <= config.seed <= 2**40 else [f"'seed' must be within 0..2^40, not {config.seed}"]
-    faults += (
-        []
-        if free_for_results(Path(config.out) / (config.name or cfg.short_name(name)))
-        else [
-            f"'name': {Path(config.out) / (config.name or cfg.short_name(name))} is there and is no result of steering, which would be replaced: choose another name or out"
-        ]
-    )
+    config, faults = cfg.fill(SteerConfig, given)
+    cfg.named(config, name, faults)
+    if not faults and (strange := foreign(Path(config.out) / config.name)):
+        faults.append(
+            f"'name': {Path(config.out) / config.name} holds {strange}, which is no result of steering, which would be replaced: choose another name or out"
+        )
     if config.lora:
-        faults += [f"'lora': {config.lora} is no folder"] if not resolve(config.lora).is_dir() else []
+        found = attempt(faults, "lora", require, config.lora, "the trained policy's folder")
+        faults += [f"'lora': {config.lora} is no folder"] if found is not None and not found.is_dir() else []
     prompts = attempt(faults, "prompts", read_prompts, config.prompts, config.column)
     faults += part_faults(config) + judge_faults("judges", config.judges, config.rewards, prompts)
     shift, sampler = scheduler.of_recipe("sampler.shift", config.sampler.shift, config.model, faults), config.sampler
-    parts = cfg.check_part("oracle", config.oracle, kind="oracle", extra=("weights",))
-    parts += cfg.check_part("method", config.method, kind="method")
+    parts = cfg.check_part("oracle", config.oracle, kind="oracle") + cfg.check_part("method", config.method, kind="method")
     if not parts:
         weights = config.oracle.get("weights") or {}
         cards = value_cards(config, faults)
@@ -173,13 +165,18 @@ def checked(given: dict[str, Any], name: str) -> SteerConfig:
             faults += _rehearsal(config, grid, answered(oracle, cards), not blind and getattr(oracle, "differentiable", True) is not False)
     if faults := faults + parts:
         raise cfg.report(list(dict.fromkeys(faults)), name)
-    config.name = config.name or cfg.short_name(name)
     return config
 
 
-def free_for_results(folder: Path) -> bool:
-    """Whether a job may put its results at `folder`: nothing is there, or an earlier job's results."""
-    return not folder.exists() or (folder / "scores.json").is_file()
+def foreign(folder: Path) -> str:
+    """What lies at the folder of a job's results and was not written by a job: such a thing is never removed. '' where there is nothing."""
+    if not folder.exists():
+        return ""
+    if folder.is_symlink() or not (folder / "scores.json").is_file():
+        return "something else than earlier results"
+    ours = re.compile(r"images|images/[0-9]{5,}\.png|grid\.png|scores\.json|recipe\.yaml")
+    names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")))
+    return next((name for name in names if not ours.fullmatch(name)), "")
 
 
 def _row_seeds(seed: int, rows: list[int], particles: int) -> Tensor:
@@ -267,8 +264,18 @@ class Job:
         """Steer every prompt; write pictures, grid, scores.json and the recipe to <out>/<name>, all at once at the end."""
         config = self.config
         folder = Path(config.out) / config.name
-        work = folder.with_name(folder.name + ".tmp")
-        shutil.rmtree(work, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".steering-", dir=folder.parent) as own:
+            result = self._steer(Path(own) / "new")
+            if strange := foreign(folder):
+                raise UserError(f"{folder} holds {strange} by now, which is not replaced: start again with another name")
+            if folder.exists():
+                os.replace(folder, Path(own) / "old")
+            os.replace(Path(own) / "new", folder)
+        return result
+
+    def _steer(self, work: Path) -> dict[str, Any]:
+        config = self.config
         (work / "images").mkdir(parents=True)
         kinds = ["steered", "baseline"] if config.baseline else ["steered"]
         shown: dict[str, list[Tensor]] = {k: [] for k in kinds}  # for the grid; every other picture is on disk only
@@ -293,10 +300,7 @@ class Job:
             bar.update(len(rows))
             bar.set_postfix({n: f"{torch.cat(c).mean():.3f}" for n, c in scores["steered"].items()})
         bar.close()
-        result = self._write(work, shown, scores, seconds, trace)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(work, folder)
-        return result
+        return self._write(work, shown, scores, seconds, trace)
 
     def _write(
         self, work: Path, shown: dict[str, list[Tensor]], scores: dict[str, Any], seconds: dict[str, float], trace: Trace

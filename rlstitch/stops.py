@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from typing import Protocol
 
+from rlstitch.ranges import Count
+
 
 class Stop(Protocol):
     def steps(self, num_steps: int) -> range:
@@ -26,7 +28,7 @@ class End:
 class Fixed:
     """Always halt after `after` steps."""
 
-    def __init__(self, after: int):
+    def __init__(self, after: Count):
         self.after = after
 
     def steps(self, num_steps: int) -> range:
@@ -39,7 +41,7 @@ class Fixed:
 class UniformWindow:
     """Halt after k steps, k uniform on [low, high], both ends included (the paper's k ~ U{3..7} of 10)."""
 
-    def __init__(self, low: int, high: int):
+    def __init__(self, low: Count, high: Count):
         self.low, self.high = low, high
 
     def steps(self, num_steps: int) -> range:

@@ -7,6 +7,7 @@ import torch
 
 from rlstitch import losses, sampling, schedule
 from rlstitch.algorithms.flow_grpo import FlowGRPO
+from rlstitch.config import check_part, compose
 from rlstitch.policy import Policy
 from rlstitch.types import Batch, UserError
 from tests.test_nft import PIXEL
@@ -263,7 +264,7 @@ def test_flow_grpo_runs_and_resumes_bit_for_bit(world, oracle):  # noqa: F811
 
 
 def test_a_deterministic_kernel_is_refused():
-    (fault,) = FlowGRPO.faults({"noise_level": 0.0, "window": 2}, range(6, 7))
+    (fault,) = check_part("algorithm", compose("flow_grpo")["algorithm"] | {"noise_level": 0.0, "oracle": 0, "grid": 0}, kind="algorithm")
     assert "'algorithm.noise_level' must be positive, not 0.0: a deterministic step has no log-probability" in fault
 
 

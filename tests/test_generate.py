@@ -10,6 +10,7 @@ from rlstitch import sampling, schedule
 from rlstitch.backbones.sd3 import SD3Backbone
 from rlstitch.data import PromptSet, encode
 from rlstitch.files import cache_folder
+from rlstitch.filling import fill
 from rlstitch.stitch import generate as module
 from rlstitch.stitch import recipe as stitch
 from rlstitch.stitch.generate import GenerateConfig, faults, generate
@@ -97,6 +98,9 @@ def test_a_stitch_with_an_empty_cache_under_guidance_in_bf16(folder, sd3_dir, cl
 
 
 def test_faults_of_the_node():
-    told = " ".join(faults("generate", GenerateConfig(count=4, prompts="none.txt", num_steps=0, guidance=[], precision="fp8")))
-    assert all(part in told for part in ("'generate.prompts'", "'generate.num_steps'", "at least one guidance", "auto, fp32, bf16"))
-    assert "must not be negative" in " ".join(faults("generate", GenerateConfig(count=-1)))
+    config, told = fill(GenerateConfig, {"count": 4, "prompts": "none.txt", "num_steps": 0, "guidance": [], "precision": "fp8"})
+    told = " ".join(told + faults("generate", config))
+    assert all(
+        part in told for part in ("'generate.prompts'", "'num_steps' must be positive", "'guidance' must not be empty", "auto, fp32, bf16")
+    )
+    assert "'count' must not be negative" in fill(GenerateConfig, {"count": -1})[1][0]

@@ -183,7 +183,7 @@ def test_a_folder_that_cannot_run_is_told_by_key_before_anything_loads(copied, n
         pytest.skip("there is a GPU")
     import re
 
-    faults = check_part("model", node) + model_faults(node)
+    faults = check_part("model", node, kind="model") + model_faults(node)
     assert len(faults) == 1 and re.search(why, faults[0]), faults
 
 

@@ -101,7 +101,7 @@ def test_a_job_is_called_by_its_recipe_s_file(tmp_path):
 
 def test_a_reward_that_cannot_be_entered_is_sent_to_the_surrogate():
     given = cfg.compose("stitch_clip") | {"reward": {"_target_": "rlstitch.rewards.simple.Darkness"}, "max_reward_block": 0}
-    with pytest.raises(UserError, match="(?s)launch/surrogate.py.*'max_reward_block' must be 1 or more, not 0"):
+    with pytest.raises(UserError, match="(?s)'max_reward_block' must be positive, not 0.*launch/surrogate.py"):
         stitch.checked(given, "mine")
 
 

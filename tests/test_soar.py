@@ -150,7 +150,11 @@ FAULTS = {
     "pictures for an algorithm that samples": ("recipe.yaml", SOAR_JOB[2:3], "'data.images' is given, but rlstitch.algorithms.draft.Draft"),
     "too few pictures": ("free.yaml", (*SOAR_JOB, "data.images.n=3"), "the prompt set has 3"),
     "misspelt key": ("free.yaml", (*SOAR_JOB, "data.images.sed=3"), "unknown key 'data.images.sed' (did you mean 'seed'?)"),
-    "ratio below 1": ("free.yaml", (*SOAR_JOB, "algorithm.upper_ratio=0.5"), "'algorithm.upper_ratio' multiplies sigma_0"),
+    "ratio below 1": (
+        "free.yaml",
+        (*SOAR_JOB, "algorithm.upper_ratio=0.5"),
+        "'algorithm.upper_ratio' must be at least 1, not 0.5: it multiplies sigma_0",
+    ),
     "negative points": ("free.yaml", (*SOAR_JOB, "algorithm.points=-1"), "'algorithm.points' must not be negative, not -1"),
 }
 

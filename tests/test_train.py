@@ -211,9 +211,9 @@ BAD = {
     "too many gradient steps": (["algorithm.grad_steps=3"], "earliest stop"),
     "unknown weights to evaluate": (
         ["evaluation.final=[ema, best]"],
-        "'evaluation.final' must list some of base, raw, ema, not ['ema', 'best']",
+        "'evaluation.final' has the entry 2, which must be one of base, raw, ema, not 'best'",
     ),
-    "seed out of range": (["seed=-1"], "'seed' must be within 0..2^40, not -1"),
+    "seed out of range": (["seed=-1"], "'seed' must not be negative, not -1"),
     "fp16 under ZeRO": (["distributed.precision=fp16", "distributed.zero_stage=2"], "no loss scaling under ZeRO"),
     "ReFL at the end": (
         ["oracle._target_=rlstitch.oracles.Tweedie", "algorithm.grad_steps=0", "algorithm.regulariser=0", "stop.low=2", "stop.high=4"],

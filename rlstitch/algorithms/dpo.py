@@ -15,6 +15,7 @@ from torch import Tensor
 from rlstitch import losses, sampling, schedule
 from rlstitch.advantages import dead_groups
 from rlstitch.policy import REFERENCE, Policy
+from rlstitch.ranges import Count, Guidance, Positive, Shift
 from rlstitch.types import Batch, Latent, Oracle, Rollout, UserError, Velocity, noise_like
 
 
@@ -36,10 +37,9 @@ def _told(loss: Tensor, margin: Tensor, share: Tensor) -> dict[str, Tensor]:
 
 def _faults(options: dict[str, Any], levels: int) -> list[str]:
     """What both have in common and a recipe may get wrong; `levels` is how many training times there are to draw from."""
-    out = [f"'algorithm.{k}' must be positive, not {options[k]}" for k in ("beta", "times") if options.get(k, 1) <= 0]
     if options.get("times", 1) > levels:
-        out.append(f"'algorithm.times' is {options['times']}, but only {levels} times lie above the earliest stop")
-    return out
+        return [f"'algorithm.times' is {options['times']}, but only {levels} times lie above the earliest stop"]
+    return []
 
 
 class OfflineDPO:
@@ -59,9 +59,9 @@ class OfflineDPO:
         policy: Policy,
         grid: Tensor,
         *,
-        shift: float = 3.0,
-        beta: float = 2000.0,
-        times: int = 1,
+        shift: Shift = 3.0,
+        beta: Positive = 2000.0,
+        times: Count = 1,
         draw: Literal["logit_normal", "grid"] = "logit_normal",
     ):
         self.backbone, self.policy, self.grid = backbone, policy, grid
@@ -133,10 +133,10 @@ class OnlineDPO:
         oracle: Oracle,
         grid: Tensor,
         *,
-        guidance: float = 1.0,
+        guidance: Guidance = 1.0,
         images_per_prompt: int,
-        beta: float = 2000.0,
-        times: int = 1,
+        beta: Positive = 2000.0,
+        times: Count = 1,
         solver: Literal["euler", "dpm2"] = "dpm2",
     ):
         self.backbone, self.policy, self.oracle, self.grid = backbone, policy, oracle, grid

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from rlstitch import losses, sampling, schedule
 from rlstitch.data import update_number
 from rlstitch.oracles import recomputed
 from rlstitch.policy import REFERENCE, Policy
+from rlstitch.ranges import CountOrNone, Guidance, NotNegative, Positive, Range
 from rlstitch.types import Batch, Latent, Oracle, Rollout, UserError, noise_like
 
 
@@ -37,13 +38,13 @@ class Draft:
         oracle: Oracle,
         grid: Tensor,
         *,
-        guidance: float = 1.0,
-        grad_steps: int = 1,
+        guidance: Guidance = 1.0,
+        grad_steps: CountOrNone = 1,
         truncation: Literal["fixed", "uniform", "gaussian"] = "fixed",
-        grad_steps_std: float = 1.0,
+        grad_steps_std: Positive = 1.0,
         ceiling: float | None = None,
-        regulariser: float = 0.01,
-        variance_reduction: int = 0,
+        regulariser: NotNegative = 0.01,
+        variance_reduction: Annotated[int, Range(0, 1000)] = 0,
     ):
         self.backbone, self.policy, self.oracle, self.grid = backbone, policy, oracle, grid
         self.guidance = guidance
@@ -55,7 +56,7 @@ class Draft:
         """What a recipe may get wrong about this algorithm, found before anything loads."""
         k, lv = options.get("grad_steps", 1), options.get("variance_reduction", 0)
         out = []
-        if k < 0 or k > stops.start:
+        if k > stops.start:
             out.append(f"'algorithm.grad_steps' must be within 1..{stops.start} (the earliest stop), or 0 under a Tweedie oracle, not {k}")
         if k == 0 and options.get("regulariser", 0.01) > 0:
             out.append("'algorithm.regulariser' needs steps with gradient, and algorithm.grad_steps is 0: set algorithm.regulariser=0")
@@ -63,12 +64,8 @@ class Draft:
             out.append(
                 f"'algorithm.truncation={options['truncation']}' draws steps with gradient, and algorithm.grad_steps is 0: set it to the mean"
             )
-        if options.get("grad_steps_std", 1.0) <= 0:
-            out.append(f"'algorithm.grad_steps_std' must be positive, not {options['grad_steps_std']}")
-        if options.get("regulariser", 0.01) < 0:
-            out.append(f"'algorithm.regulariser' must not be negative, not {options['regulariser']}")
-        if lv < 0 or (lv and (k != 1 or options.get("truncation", "fixed") != "fixed")):
-            out.append(f"'algorithm.variance_reduction' is {lv}: DRaFT-LV needs grad_steps=1, truncation=fixed and a count of 0 or more")
+        if lv and (k != 1 or options.get("truncation", "fixed") != "fixed"):
+            out.append(f"'algorithm.variance_reduction' is {lv}: DRaFT-LV needs grad_steps=1 and truncation=fixed")
         return out
 
     @staticmethod

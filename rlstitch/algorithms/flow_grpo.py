@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from rlstitch import advantages, losses, sampling
 from rlstitch.data import prompt_seeds, update_number
 from rlstitch.policy import REFERENCE, Policy
+from rlstitch.ranges import Count, CountOrNone, Guidance, NotNegative, Positive, Range
 from rlstitch.types import Batch, Latent, Oracle, Rollout, Transition, UserError, noise_like
 
 
@@ -38,17 +39,17 @@ class FlowGRPO:
         oracle: Oracle,
         grid: Tensor,
         *,
-        guidance: float = 1.0,
-        window: int = 3,
-        window_range: int = 0,
+        guidance: Guidance = 1.0,
+        window: Count = 3,
+        window_range: CountOrNone = 0,
         strategy: Literal["random", "progressive"] = "random",
-        every: int = 25,
+        every: Count = 25,
         sde_type: Literal["sde", "cps"] = "cps",
-        noise_level: float = 0.8,
+        noise_level: Annotated[float, Range(0, 100, "low", "a deterministic step has no log-probability to learn from")] = 0.8,
         branch: bool = False,
-        clip_range: float = 1e-5,
-        clip: float = 5.0,
-        kl: float = 0.0,
+        clip_range: Positive = 1e-5,
+        clip: Positive = 5.0,
+        kl: NotNegative = 0.0,
         guard: bool = False,
         spread: Literal["global", "group"] = "global",
         per_reward: bool = False,
@@ -70,14 +71,8 @@ class FlowGRPO:
     def faults(options: dict[str, Any], stops: range) -> list[str]:
         """What a recipe may get wrong about this algorithm, found before anything loads."""
         window, reach = options.get("window", 3), options.get("window_range", 0)
-        out = [
-            f"'algorithm.{k}' must be positive, not {options[k]}"
-            + ": a deterministic step has no log-probability to learn from" * (k == "noise_level")
-            for k in ("noise_level", "clip_range", "clip", "every")
-            if options.get(k, 1) <= 0
-        ]
-        out += [f"'algorithm.kl' must not be negative, not {options['kl']}"] if options.get("kl", 0) < 0 else []
-        if not 1 <= window <= stops.start:
+        out = []
+        if window > stops.start:
             out.append(f"'algorithm.window' must be within 1..{stops.start} (the earliest stop), not {window}")
         if reach and not window <= reach <= stops.stop - 1:
             out.append(f"'algorithm.window_range' must be within {window}..{stops.stop - 1}, not {reach}")

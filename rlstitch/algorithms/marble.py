@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from rlstitch import advantages
 from rlstitch.algorithms.nft import NFT, Slot
 from rlstitch.distributed import mean_over_ranks, world_size
 from rlstitch.policy import Policy
+from rlstitch.ranges import Count, CountOrNone, Guidance, NotNegative, Positive, Range
 from rlstitch.types import Batch, Oracle, Rollout, UserError
 
 TINY = 1e-12  # a gradient shorter than this says nothing about its direction
@@ -159,17 +160,17 @@ class MARBLE:
         oracle: Oracle,
         grid: Tensor,
         *,
-        guidance: float = 1.0,
-        beta: float = 1.0,
-        clip: float = 5.0,
-        kl: float = 1e-4,
+        guidance: Guidance = 1.0,
+        beta: Positive = 1.0,
+        clip: Positive = 5.0,
+        kl: NotNegative = 1e-4,
         old_decay: Literal["none", "slow", "late"] = "slow",
         solver: Literal["euler", "dpm2"] = "dpm2",
-        times: int = 0,
+        times: CountOrNone = 0,
         spread: Literal["global", "group"] = "global",
         adaptive: bool = True,
-        every: int = 10,
-        rho: float = 0.7,
+        every: Count = 10,
+        rho: Annotated[float, Range(0, 1, "high", "at 1 the coefficients would never move")] = 0.7,
         mixture: Literal["c", "a"] = "c",
         solve: Literal["marble", "equal", "sum"] = "marble",
     ):
@@ -209,12 +210,7 @@ class MARBLE:
     @staticmethod
     def faults(options: dict[str, Any], stops: range) -> list[str]:
         """What a recipe may get wrong about this algorithm, found before anything loads."""
-        out = NFT.faults(options, stops)
-        if options.get("every", 10) < 1:
-            out.append(f"'algorithm.every' must be at least 1 update, not {options['every']}")
-        if not 0 <= options.get("rho", 0.7) < 1:
-            out.append(f"'algorithm.rho' must be in [0, 1), not {options['rho']}: at 1 the coefficients would never move")
-        return out
+        return NFT.faults(options, stops)
 
     @staticmethod
     def backwards(options: dict[str, Any], stops: range) -> int:

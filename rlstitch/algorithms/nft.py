@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlstitch import advantages, losses, sampling, schedule
 from rlstitch.policy import OLD, REFERENCE, Policy
+from rlstitch.ranges import CountOrNone, Guidance, NotNegative, Positive
 from rlstitch.types import Batch, Oracle, Rollout, UserError, noise_like
 
 
@@ -49,13 +50,13 @@ class NFT:
         oracle: Oracle,
         grid: Tensor,
         *,
-        guidance: float = 1.0,
-        beta: float = 1.0,
-        clip: float = 5.0,
-        kl: float = 1e-4,
+        guidance: Guidance = 1.0,
+        beta: Positive = 1.0,
+        clip: Positive = 5.0,
+        kl: NotNegative = 1e-4,
         old_decay: Literal["none", "slow", "late"] = "slow",
         solver: Literal["euler", "dpm2"] = "dpm2",
-        times: int = 0,
+        times: CountOrNone = 0,
         spread: Literal["global", "group"] = "global",
         adaptive: bool = True,
         per_reward: bool = False,
@@ -68,11 +69,9 @@ class NFT:
     @staticmethod
     def faults(options: dict[str, Any], stops: range) -> list[str]:
         """What a recipe may get wrong about this algorithm, found before anything loads."""
-        out = [f"'algorithm.{k}' must be positive, not {options[k]}" for k in ("beta", "clip") if options.get(k, 1) <= 0]
-        out += [f"'algorithm.{k}' must not be negative, not {options[k]}" for k in ("kl", "times") if options.get(k, 0) < 0]
         if options.get("times", 0) > stops.start:
-            out.append(f"'algorithm.times' is {options['times']}, but only {stops.start} times lie above the earliest stop")
-        return out
+            return [f"'algorithm.times' is {options['times']}, but only {stops.start} times lie above the earliest stop"]
+        return []
 
     @staticmethod
     def backwards(options: dict[str, Any], stops: range) -> int:

@@ -7,13 +7,14 @@ errors, which finetuning on noised pictures alone never shows it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from rlstitch import losses, schedule
 from rlstitch.policy import Policy
+from rlstitch.ranges import Guidance, NotNegative, Range, Shift
 from rlstitch.types import Batch, Latent, Rollout, UserError, noise_like
 
 STEP = 1 / 40  # of unshifted t: what the rollout moves by
@@ -37,11 +38,11 @@ class SOAR:
         backbone: Any,
         policy: Policy,
         *,
-        shift: float = 3.0,
-        points: int = 6,
-        weight: float = 1.0,
-        rollout_guidance: float = 4.5,
-        upper_ratio: float | None = None,
+        shift: Shift = 3.0,
+        points: Annotated[int, Range(0, 1000)] = 6,
+        weight: NotNegative = 1.0,
+        rollout_guidance: Guidance = 4.5,
+        upper_ratio: Annotated[float, Range(1, why="it multiplies sigma_0, and the levels lie above it")] | None = None,
     ):
         self.backbone, self.policy, self.shift = backbone, policy, shift
         self.points, self.weight, self.guidance, self.upper_ratio = points if weight else 0, weight, rollout_guidance, upper_ratio
@@ -49,10 +50,7 @@ class SOAR:
     @staticmethod
     def faults(options: dict[str, Any], stops: range) -> list[str]:
         """What a recipe may get wrong about this algorithm, found before anything loads."""
-        out = [f"'algorithm.{k}' must not be negative, not {options[k]}" for k in ("points", "weight") if options.get(k, 0) < 0]
-        if (ratio := options.get("upper_ratio")) is not None and ratio < 1:
-            out.append(f"'algorithm.upper_ratio' multiplies sigma_0, and the levels lie above it: set it to 1 or more, not {ratio}")
-        return out
+        return []
 
     @staticmethod
     def backwards(options: dict[str, Any], stops: range) -> int:

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
 
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -22,6 +22,7 @@ from rlstitch.backbones import directory
 from rlstitch.backbones.attention import PlainJointAttention
 from rlstitch.cache import is_kept, keep, kept
 from rlstitch.files import hash_tensors, quick_fingerprint, read_json, read_tensors, require
+from rlstitch.ranges import DeviceName, Dtype, Range, Side, Text
 from rlstitch.types import Conditioning, UserError
 from rlstitch.weights import load_strictly
 
@@ -109,14 +110,14 @@ class SD3Backbone:
 
     def __init__(
         self,
-        path: str,
+        path: Text,
         *,
-        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-        variant: str | None = None,
-        max_sequence_length: int = 256,
-        image_size: int | None = None,
-        device: str = "cpu",
-        cache: str | None = None,
+        dtype: Dtype = "float32",
+        variant: Text | None = None,
+        max_sequence_length: Annotated[int, Range(0, 100_000)] = 256,
+        image_size: Side | None = None,
+        device: DeviceName = "cpu",
+        cache: Text | None = None,
     ):
         self.path, self.device, self.dtype = require(path, "the model directory"), torch.device(device), getattr(torch, dtype)
         self.variant = variant

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizer, CLIPVisionConfig
 
 from rlstitch.files import hash_tensors, read_json, read_tensors, require, weight_files
+from rlstitch.ranges import DeviceName, Dtype, Text
 from rlstitch.rewards import preprocessing
 from rlstitch.rewards.preprocessing import Resize
 from rlstitch.types import Batch, UserError
@@ -106,15 +107,15 @@ class ClipReward:
 
     def __init__(
         self,
-        path: str,
+        path: Text,
         *,
         resize: Resize = "auto",
-        scale: float | str = 1.0,
-        head: str | None = None,
-        head_activation: str = "none",
-        device: str = "cpu",
-        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-        variant: str | None = None,
+        scale: float | Literal["logit", "surrogate"] = 1.0,
+        head: Text | None = None,
+        head_activation: Literal["none", "gelu", "relu"] = "none",
+        device: DeviceName = "cpu",
+        dtype: Dtype = "float32",
+        variant: Text | None = None,
     ):
         folder = require(path, "the reward model")
         self.path, self.device, self.dtype = str(path), torch.device(device), getattr(torch, dtype)

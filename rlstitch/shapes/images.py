@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
 import torch
 from torch import Tensor
 
+from rlstitch.ranges import Count, Range, Seed
 from rlstitch.shapes.pretrain.pool import make_pool
 from rlstitch.shapes.pretrain.rewards import distinct_captions
 
 
-def scenes(n: int, seed: int = 0) -> tuple[Tensor, list[str]]:
+def scenes(n: Count, seed: Seed = 0) -> tuple[Tensor, list[str]]:
     """n scenes [n, 3, 64, 64] uint8 and a prompt that each meets."""
     pool = make_pool(n, seed)
     return pool.images, [p.text for p in pool.prompts]
 
 
-def curated(n: int = 2000, seed: int = 0, keep: float = 0.25) -> tuple[Tensor, list[str]]:
+def curated(n: Count = 2000, seed: Seed = 0, keep: Annotated[float, Range(0.001, 1)] = 0.25) -> tuple[Tensor, list[str]]:
     """n scenes [n, 3, 64, 64] uint8 drawn for prompts like the held-out ones, the `keep` with the best stated looks of those drawn: data that is worth finetuning on."""
     from rlstitch.shapes.looks import looks
 
@@ -24,7 +27,7 @@ def curated(n: int = 2000, seed: int = 0, keep: float = 0.25) -> tuple[Tensor, l
     return pool.images[best], [pool.prompts[i].text for i in best.tolist()]
 
 
-def distinct(n: int = 500, seed: int = 0) -> tuple[Tensor, list[str]]:
+def distinct(n: Count = 500, seed: Seed = 0) -> tuple[Tensor, list[str]]:
     """n scenes with pairwise distinct captions that specify them fully, for Recall@1."""
     pool = distinct_captions(n, seed)
     return pool.images, [c.text for c in pool.captions]
@@ -39,7 +42,9 @@ def _vae():
     return AutoencoderKL.from_pretrained(folder, dtype=torch.float32).requires_grad_(False).eval()
 
 
-def preference_pairs(n: int = 1000, seed: int = 0, utility: str = "hps") -> tuple[Tensor, Tensor, list[str], Tensor]:
+def preference_pairs(
+    n: Count = 1000, seed: Seed = 0, utility: Literal["hps", "preference_b"] = "hps"
+) -> tuple[Tensor, Tensor, list[str], Tensor]:
     """n pairs of pictures [n, 3, 64, 64] uint8 under one prompt each, and whether the first is better by the stated utility of that preference model."""
     from rlstitch.shapes.pretrain.rewards import Pairs
 
@@ -47,14 +52,14 @@ def preference_pairs(n: int = 1000, seed: int = 0, utility: str = "hps") -> tupl
     return pairs.images[0], pairs.images[1], [p.text for p in pairs.prompts], pairs.first_wins
 
 
-def ranked_pairs(n: int = 1000, seed: int = 0, utility: str = "hps") -> tuple[Tensor, list[str]]:
+def ranked_pairs(n: Count = 1000, seed: Seed = 0, utility: Literal["hps", "preference_b"] = "hps") -> tuple[Tensor, list[str]]:
     """n pairs of pictures [n, 2, 3, 64, 64] uint8 under one prompt each, the better first by the stated utility of that preference model."""
     first, second, prompts, first_wins = preference_pairs(n, seed, utility)
     pairs = torch.stack([first, second], 1)
     return torch.where(first_wins.view(-1, 1, 1, 1, 1), pairs, pairs.flip(1)), prompts
 
 
-def graded_looks(n: int = 1000, seed: int = 0) -> tuple[Tensor, list[str], Tensor]:
+def graded_looks(n: Count = 1000, seed: Seed = 0) -> tuple[Tensor, list[str], Tensor]:
     """n pictures, half of them worsened, with their prompts and stated, noisy looks on `aesthetic`'s scale."""
     from rlstitch.shapes.looks import looks
     from rlstitch.shapes.pretrain.pool import degrade, to_bytes

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rlstitch import sampling
+from rlstitch.ranges import Count, Particles
 from rlstitch.sampling import Kernel, euler
 from rlstitch.steering.particles import Trace
 from rlstitch.types import Value, Velocity
@@ -18,8 +19,8 @@ def best_of_n(
     z: Tensor,
     sigmas: Tensor,
     *,
-    num_particles: int,
-    stop: int | None = None,
+    num_particles: Particles,
+    stop: Count | None = None,
     kernel: Kernel = euler,
     generator: torch.Generator | None = None,
     trace: Trace | None = None,

@@ -7,6 +7,7 @@ from collections.abc import Container
 import torch
 from torch import Tensor
 
+from rlstitch.ranges import Positive, StepIndex
 from rlstitch.sampling import Kernel, euler
 from rlstitch.types import Value, Velocity
 
@@ -36,8 +37,8 @@ def dps(
     *,
     scale: float = 1.0,
     kernel: Kernel = euler,
-    steps: Container[int] | None = None,
-    max_coefficient: float = 20.0,
+    steps: Container[StepIndex] | None = None,
+    max_coefficient: Positive = 20.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Walk z [B, C, H, W] down the grid with v' = v - scale sigma / (1 - sigma) grad V, and return z0.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
 from rlstitch import sampling
+from rlstitch.ranges import NotNegative, Particles, Range, StepIndex
 from rlstitch.sampling import Kernel
 from rlstitch.steering.particles import Potential, Potentials, Scheme, Trace, effective_size, is_deterministic, normalised, resample
 from rlstitch.types import Value, Velocity
@@ -59,16 +60,16 @@ def fk(
     z: Tensor,
     sigmas: Tensor,
     *,
-    num_particles: int,
-    num_proposals: int = 1,
-    resample_steps: Collection[int],
-    proposal_steps: Collection[int] = (),
+    num_particles: Particles,
+    num_proposals: Particles = 1,
+    resample_steps: Collection[StepIndex],
+    proposal_steps: Collection[StepIndex] = (),
     proposals: Literal["greedy", "weighted"] = "greedy",
     lam: float,
     lam_unit: Literal["absolute", "spread"] = "absolute",
     potential: Potential = "diff",
     resampling: Scheme = "systematic",
-    ess_threshold: float | None = None,
+    ess_threshold: Annotated[float, Range(0, 1, "low")] | None = None,
     kernel: Kernel = linear_sde,
     generator: torch.Generator | None = None,
     trace: Trace | None = None,
@@ -179,9 +180,9 @@ def svdd(
     z: Tensor,
     sigmas: Tensor,
     *,
-    num_proposals: int,
-    proposal_steps: Collection[int] | None = None,
-    temperature: float = 0.0,
+    num_proposals: Particles,
+    proposal_steps: Collection[StepIndex] | None = None,
+    temperature: NotNegative = 0.0,
     kernel: Kernel = linear_sde,
     generator: torch.Generator | None = None,
     trace: Trace | None = None,

@@ -10,10 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
-from omegaconf import OmegaConf
 
 from rlstitch import config as cfg
 from rlstitch import scheduler
@@ -22,6 +21,7 @@ from rlstitch.data import build_pictures, encode, read_prompts
 from rlstitch.distributed import resolve_precision
 from rlstitch.files import write_json, write_text
 from rlstitch.metrics import interleaved, peak_megabytes
+from rlstitch.ranges import AutoShift, GridSteps, Name, NotEmpty, Range, Text, Threads
 from rlstitch.report import line_plot
 from rlstitch.stitch import measure
 from rlstitch.stitch.distill import latents_of, targets_of
@@ -36,14 +36,14 @@ RIVALS = ("tweedie_prompt", "tweedie_null", "monte_carlo")
 class CalibrationConfig:
     """Latents of the policy itself: `count` prompts walked to every level, each finished `rollouts` times (and `extra` more for Monte Carlo's own row)."""
 
-    prompts: str = "shapes:held_out.jsonl"
+    prompts: Text = "shapes:held_out.jsonl"
     column: str = ""
-    count: int = 48
-    rollouts: int = 16
-    extra: int = 4
-    num_steps: int = 20
-    shift: Any = "auto"
-    precision: str = "auto"
+    count: Annotated[int, Range(2, 100_000, why="correlations need several")] = 48
+    rollouts: Annotated[int, Range(1, 10_000)] = 16
+    extra: Annotated[int, Range(1, 10_000)] = 4
+    num_steps: GridSteps = 20
+    shift: AutoShift = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
 
 
 @dataclass
@@ -53,35 +53,30 @@ class CompareConfig:
     held_out: pictures with distinct captions for Recall@1; pairs, graded: reward -> part that gives preference pairs, or pictures with a truth to rank by.
     """
 
-    name: str = ""
-    out: str = "values"
-    threads: int = 0
+    name: Name = ""
+    out: Text = "values"
+    threads: Threads = 0
     model: dict[str, Any] = field(default_factory=dict)
     rewards: dict[str, Any] = field(default_factory=dict)
-    values: dict[str, str] = field(default_factory=dict)
+    values: dict[str, Text] = field(default_factory=dict)
     compare: dict[str, Any] = field(default_factory=dict)
-    rivals: list[str] = field(default_factory=lambda: list(RIVALS))
+    rivals: list[Literal["tweedie_prompt", "tweedie_null", "monte_carlo"]] = field(default_factory=lambda: list(RIVALS))
     held_out: dict[str, Any] = field(default_factory=dict)
     pairs: dict[str, Any] = field(default_factory=dict)
     graded: dict[str, Any] = field(default_factory=dict)
-    sigmas: list[float] = field(default_factory=lambda: list(measure.SIGMAS))
+    sigmas: Annotated[list[Annotated[float, Range(0, 1, open="both")]], NotEmpty()] = field(default_factory=lambda: list(measure.SIGMAS))
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
-    timing_batch: int = 32
-    timing_repeats: int = 5
+    timing_batch: Annotated[int, Range(1, 10_000)] = 32
+    timing_repeats: Annotated[int, Range(1, 10_000)] = 5
 
 
 def checked(given: dict[str, Any], name: str) -> CompareConfig:
     """The typed recipe, or one UserError that lists every fault."""
     cfg.for_launcher(given, "evaluate_value.py", name)
-    structured, faults = cfg.fill(CompareConfig, given)
-    config = OmegaConf.to_object(structured)
+    config, faults = cfg.fill(CompareConfig, given)
     faults += part_faults(config) + unknown_rewards("compare", list(config.compare), config.rewards)
-    faults += [f"'rivals' knows {', '.join(RIVALS)}, not {r!r}" for r in config.rivals if r not in RIVALS]
-    if config.calibration.precision not in ("auto", "fp32", "bf16"):
-        faults.append(f"'calibration.precision' must be one of auto, fp32, bf16, not {config.calibration.precision!r}")
     scheduler.of_recipe("calibration.shift", config.calibration.shift, config.model, faults)
     attempt(faults, "calibration.prompts", read_prompts, config.calibration.prompts, config.calibration.column)
-    faults += [f"'sigmas' must lie in (0, 1), not {s:g}" for s in config.sigmas if not 0 < s < 1]
     for where, nodes in (("held_out", {"": config.held_out}), ("pairs", config.pairs), ("graded", config.graded)):
         for key, node in nodes.items():
             faults += cfg.check_part(f"{where}.{key}".rstrip("."), node, kind=where.replace("held_out", "images"))
@@ -91,9 +86,9 @@ def checked(given: dict[str, Any], name: str) -> CompareConfig:
             continue
         for row, path in rows.items():
             attempt(faults, f"compare.{reward}.{row}", read_card, path)
+    cfg.named(config, name, faults)
     if faults:
         raise cfg.report(faults, name)
-    config.name = config.name or cfg.short_name(name)
     return config
 
 

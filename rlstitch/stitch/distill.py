@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from rlstitch import schedule
 from rlstitch.distributed import autocast
+from rlstitch.ranges import Count, CountOrNone, Decay, NotNegative, Positive, Range, Rate, Seed, Share
 from rlstitch.stitch.model import StitchedValueModel
 from rlstitch.types import UserError
 
@@ -25,23 +26,23 @@ class DistillConfig:
     micro_batch: rows that are run at once, their gradients added up to the batch's (0: all). token_weight is lambda_tok; score_weight lambda_sc, used where the reward has a head; loss: squared error or Smooth-L1.
     """
 
-    steps: int = 1500
-    batch_size: int = 128
-    micro_batch: int = 0
-    lr: float = 1e-5
-    stitch_lr_factor: float = 5.0
-    weight_decay: float = 0.0
-    warmup: int = 100
+    steps: Count = 1500
+    batch_size: Count = 128
+    micro_batch: CountOrNone = 0
+    lr: Rate = 1e-5
+    stitch_lr_factor: Annotated[float, Range(0, 10_000)] = 5.0
+    weight_decay: Decay = 0.0
+    warmup: CountOrNone = 100
     decay: bool = True
-    clip_norm: float = 1.0
-    sigma_mean: float = 0.0
-    sigma_std: float = 1.0
-    uniform_share: float = 0.0
-    token_weight: float = 1.0
-    score_weight: float = 1.0
+    clip_norm: Positive = 1.0
+    sigma_mean: Annotated[float, Range(-100, 100)] = 0.0
+    sigma_std: Annotated[float, Range(0, 100)] = 1.0
+    uniform_share: Share = 0.0
+    token_weight: NotNegative = 1.0
+    score_weight: NotNegative = 1.0
     loss: Literal["squared", "smooth_l1"] = "squared"
     autocast: bool = True
-    seed: int = 0
+    seed: Seed = 0
 
 
 def draw_sigma(n: int, config: DistillConfig, sigma_range: tuple[float, float], generator: torch.Generator) -> Tensor:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from rlstitch.cache import keep, kept
 from rlstitch.distributed import autocast, resolve_precision
 from rlstitch.files import cache_folder, weights_fingerprint
 from rlstitch.prompts import PromptSet, read_prompts
+from rlstitch.ranges import AutoShift, Count, CountOrNone, GridSteps, Guidance, NotEmpty, Seed, Text
 from rlstitch.types import UserError, noise_like
 
 
@@ -25,16 +26,16 @@ from rlstitch.types import UserError, noise_like
 class GenerateConfig:
     """`count` pictures of the model on `prompts` in turn, by the ODE; the batches take the guidances in turn. truncate: cut prompts that the encoder would cut, or refuse them. shift: a number, or auto for the model's own."""
 
-    count: int = 0
-    prompts: str = "shapes:train.jsonl"
+    count: CountOrNone = 0
+    prompts: Text = "shapes:train.jsonl"
     column: str = ""
-    guidance: list[float] = field(default_factory=lambda: [1.0, 3.0])
-    num_steps: int = 20
-    shift: Any = scheduler.AUTO
-    batch_size: int = 64
-    precision: str = "auto"
+    guidance: Annotated[list[Guidance], NotEmpty()] = field(default_factory=lambda: [1.0, 3.0])
+    num_steps: GridSteps = 20
+    shift: AutoShift = scheduler.AUTO
+    batch_size: Count = 64
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     truncate: bool = False
-    seed: int = 0
+    seed: Seed = 0
 
 
 def faults(where: str, config: GenerateConfig) -> list[str]:
@@ -43,14 +44,8 @@ def faults(where: str, config: GenerateConfig) -> list[str]:
         try:
             read_prompts(config.prompts, config.column)
         except UserError as error:
-            return [f"'{where}.prompts': {error}", *faults(where, dataclasses.replace(config, count=0))]
-    out = [f"'{where}.count' must not be negative, not {config.count}"] if config.count < 0 else []
-    out += [f"'{where}.{k}' must be positive, not {v}" for k in ("num_steps", "batch_size") if (v := getattr(config, k)) <= 0]
-    if config.precision not in ("auto", "fp32", "bf16"):
-        out.append(f"'{where}.precision' must be one of auto, fp32, bf16, not {config.precision!r}")
-    if not config.guidance:
-        out.append(f"'{where}.guidance' must name at least one guidance scale, e.g. [1.0]")
-    return out
+            return [f"'{where}.prompts': {error}"]
+    return []
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from rlstitch.config import build as build_part
 from rlstitch.config import check_part, load_class
-from rlstitch.files import read_json, read_tensors, require, same_vae, sha256, vae_fingerprint, write_json, write_tensors
+from rlstitch.files import read_json, read_tensors, require, same_vae, sha256, vae_fingerprint, write_json, write_weights
 from rlstitch.types import Batch, Conditioning, Latent, UserError
 
 CARD, WEIGHTS = "value.json", "value.safetensors"
@@ -160,7 +160,7 @@ class StitchedValueModel(nn.Module):
         folder = Path(path)
         tensors = {k: v for k, v in self.state_dict().items() if k.startswith(("stitch.", "tail."))}
         tensors |= {"null_tokens": self.null_tokens, "null_pooled": self.null_pooled}
-        write_tensors(folder / WEIGHTS, {k: v.half() if half else v for k, v in tensors.items()})
+        write_weights(folder / WEIGHTS, {k: v.half() if half else v for k, v in tensors.items()})
         card = self.card | {
             "normalise": self.normalise,
             "norm": self.norm,

@@ -6,10 +6,9 @@ import dataclasses
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
@@ -19,6 +18,7 @@ from rlstitch.checks import model_faults, reward_faults
 from rlstitch.data import build_pictures, encode, read_prompts
 from rlstitch.distributed import resolve_precision
 from rlstitch.files import vae_names
+from rlstitch.ranges import Count, CountOrNone, Name, NotNegative, Range, Seed, Share, Text, Threads
 from rlstitch.stitch import measure
 from rlstitch.stitch.baselines import noisy_clip, vae_stitch
 from rlstitch.stitch.distill import DistillConfig, distill, latents_of, targets_of
@@ -40,56 +40,46 @@ class StitchRecipe:
     falls with its uncertainty, on latents unlike the training data's, too.
     """
 
-    name: str = ""
-    kind: str = "stitch"
-    out: str = "values"
+    name: Name = ""
+    kind: Literal["stitch", "vae", "noisy_clip"] = "stitch"
+    out: Text = "values"
     model: dict[str, Any] = field(default_factory=dict)
     reward: dict[str, Any] = field(default_factory=dict)
     images: dict[str, Any] = field(default_factory=dict)
     held_out: dict[str, Any] = field(default_factory=dict)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
-    search_images: int = 200
-    max_reward_block: int = 4
-    blocks: str = "cheapest"
-    reward_block: int = 0
-    ridge: float = 0.0
-    margin: float = 0.05
-    max_fraction: float = 0.5
+    search_images: Count = 200
+    max_reward_block: Count = 4
+    blocks: Text = "cheapest"
+    reward_block: CountOrNone = 0
+    ridge: NotNegative = 0.0
+    margin: NotNegative = 0.05
+    max_fraction: Annotated[float, Range(0, 1, open="low")] = 0.5
     normalise: bool = True
-    sigma_low: float = 0.0
-    sigma_high: float = 1.0
-    threads: int = 0
-    seed: int = 0
+    sigma_low: Share = 0.0
+    sigma_high: Share = 1.0
+    threads: Threads = 0
+    seed: Seed = 0
     distill: DistillConfig = field(default_factory=DistillConfig)
 
 
 def checked(given: dict[str, Any], name: str) -> StitchRecipe:
     """The typed recipe, or one UserError that lists every fault."""
     cfg.for_launcher(given, "stitch.py", name)
-    config, faults = cfg.fill(StitchRecipe, given)
-    recipe = OmegaConf.to_object(config)
+    recipe, faults = cfg.fill(StitchRecipe, given)
     for part in ("model", "images", "held_out"):
         faults += cfg.check_part(part, getattr(recipe, part), kind="model" if part == "model" else "images")
-    faults += model_faults(recipe.model) + reward_faults("reward", recipe.reward)
-    if not faults and not hasattr(cfg.load_class(recipe.reward["_target_"]), "tail"):
+    wrong = reward_faults("reward", recipe.reward)
+    faults += model_faults(recipe.model) + wrong
+    if not wrong and not hasattr(cfg.load_class(recipe.reward["_target_"]), "tail"):
         faults.append(
             f"'reward' {recipe.reward['_target_']} cannot be entered at a block (see rlstitch.types.StitchableReward): distil it into one that can with launch/surrogate.py, and stitch that"
         )
-    if recipe.max_reward_block < 1:
-        faults.append(f"'max_reward_block' must be 1 or more, not {recipe.max_reward_block}")
-    if recipe.kind not in ("stitch", "vae", "noisy_clip"):
-        faults.append(f"'kind' must be stitch, vae or noisy_clip, not {recipe.kind!r}")
-    if recipe.blocks not in ("best", "cheapest") and not recipe.blocks.isdigit():
+    if recipe.blocks not in ("best", "cheapest") and not (recipe.blocks.isascii() and recipe.blocks.isdigit() and int(recipe.blocks)):
         faults.append(f"'blocks' must be best, cheapest or a number, not {recipe.blocks!r}")
     faults += generate_faults("generate", recipe.generate)
     if recipe.generate.count:
         scheduler.of_recipe("generate.shift", recipe.generate.shift, recipe.model, faults)
-    d = recipe.distill
-    faults += [
-        f"'distill.{k}' must be positive, not {v}" for k, v in (("steps", d.steps), ("batch_size", d.batch_size), ("lr", d.lr)) if v <= 0
-    ]
-    if d.micro_batch < 0:
-        faults.append(f"'distill.micro_batch' must not be negative, not {d.micro_batch}")
     if recipe.kind != "stitch":
         plain = StitchRecipe()
         own = ("blocks", "reward_block", "ridge", "sigma_low", "sigma_high")
@@ -98,11 +88,11 @@ def checked(given: dict[str, Any], name: str) -> StitchRecipe:
             for k in own
             if getattr(recipe, k) != getattr(plain, k)
         ]
-    if not 0 <= recipe.sigma_low < recipe.sigma_high <= 1:
+    if not recipe.sigma_low < recipe.sigma_high:
         faults.append(f"'sigma_low' and 'sigma_high' must satisfy 0 <= low < high <= 1, not {recipe.sigma_low} and {recipe.sigma_high}")
+    cfg.named(recipe, name, faults)
     if faults:
         raise cfg.report(faults, name)
-    recipe.name = recipe.name or cfg.short_name(name)
     return recipe
 
 

@@ -11,10 +11,9 @@ import math
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -26,6 +25,7 @@ from rlstitch.checks import attempt, part_faults
 from rlstitch.data import PromptSet, encode, read_prompts
 from rlstitch.distributed import autocast
 from rlstitch.files import require, write_json
+from rlstitch.ranges import Count, Name, Range, Rate, Seed, Text, Threads
 from rlstitch.stitch import measure
 from rlstitch.stitch.generate import GenerateConfig, generate, pictures_of
 from rlstitch.stitch.generate import faults as generate_faults
@@ -40,34 +40,30 @@ class SurrogateConfig:
     A prompt's picture is scored under its own prompt and under `others` prompts of other pictures, so that both high and low scores are seen.
     """
 
-    name: str = ""
-    out: str = "values"
-    seed: int = 0
-    threads: int = 0
+    name: Name = ""
+    out: Text = "values"
+    seed: Seed = 0
+    threads: Threads = 0
     model: dict[str, Any] = field(default_factory=dict)
     rewards: dict[str, Any] = field(default_factory=dict)
     start: dict[str, Any] = field(default_factory=dict)
     generate: GenerateConfig = field(default_factory=lambda: GenerateConfig(count=2048))
-    held_out: str = "shapes:held_out.jsonl"
-    held_generations: int = 344
-    others: int = 1
-    steps: int = 800
-    batch_size: int = 64
-    lr: float = 3e-4
+    held_out: Text = "shapes:held_out.jsonl"
+    held_generations: Count = 344
+    others: Annotated[int, Range(0, 1000)] = 1
+    steps: Count = 800
+    batch_size: Count = 64
+    lr: Rate = 3e-4
     surrogate: bool = True
 
 
 def checked(given: dict[str, Any], name: str) -> SurrogateConfig:
     """The typed recipe, or one UserError that lists every fault."""
     cfg.for_launcher(given, "surrogate.py", name)
-    structured, faults = cfg.fill(SurrogateConfig, given)
-    config = OmegaConf.to_object(structured)
+    config, faults = cfg.fill(SurrogateConfig, given)
     faults += part_faults(config)
     if len(config.rewards) != 1:
         faults.append(f"'rewards' must hold the one reward to distil, not {len(config.rewards)}")
-    for key in ("held_generations", "steps", "batch_size", "lr"):
-        if getattr(config, key) <= 0:
-            faults.append(f"'{key}' must be positive, not {getattr(config, key)}")
     faults += cfg.check_part("start", config.start, kind="reward") + generate_faults("generate", config.generate)
     scheduler.of_recipe("generate.shift", config.generate.shift, config.model, faults)
     if config.generate.count < 1:
@@ -75,9 +71,9 @@ def checked(given: dict[str, Any], name: str) -> SurrogateConfig:
             f"'generate.count' must be positive, not {config.generate.count}: the surrogate learns from the model's pictures alone"
         )
     attempt(faults, "held_out", read_prompts, config.held_out)
+    cfg.named(config, name, faults)
     if faults:
         raise cfg.report(faults, name)
-    config.name = config.name or cfg.short_name(name)
     return config
 
 
