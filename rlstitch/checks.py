@@ -329,11 +329,16 @@ def checked(given: dict[str, Any], name: str) -> RunConfig:
 
 
 def resumable(config: RunConfig) -> None:
-    """Raises UserError where another process trains in the run folder, and where resume=auto would go on with a run of another recipe or on other files, whose
+    """Raises UserError where another process trains in the run folder, where that holds files that are not ours, and where resume=auto would go on with a run of another recipe or on other files, whose
     weights and figures would then pass for this one's."""
     run = Path(config.out) / config.name
     lock.refuse_if_held(run)
     found = checkpoint.folders(run)
+    written = ("recipe.yaml", "metrics.jsonl", "summary.json", "evaluation.json", "report.html")
+    if not found and not (run / lock.LOCK).exists() and (others := [name for name in written if (run / name).exists()]):
+        raise UserError(
+            f"{run} holds {', '.join(others)} but no run of rlstitch, which would write over them: give this one a folder of its own with name=NAME"
+        )
     if config.resume != "auto" or not found or not (run / "recipe.yaml").is_file():
         return
     changed, now = cfg.differences(cfg.compose(str(run / "recipe.yaml")), config), inputs.hashes(config)

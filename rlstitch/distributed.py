@@ -72,6 +72,21 @@ def average_gradients(parameters: list[nn.Parameter], world: int) -> None:
         p.grad = mean
 
 
+def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """State of a plain optimiser as `INDEX.NAME` -> tensor."""
+    state = optimiser.state_dict()["state"]
+    return {f"{index}.{key}": value for index, entry in state.items() for key, value in entry.items() if torch.is_tensor(value)}
+
+
+def load_optimiser_tensors(optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    state = optimiser.state_dict()
+    state["state"] = {}
+    for name, value in tensors.items():
+        index, _, key = name.partition(".")
+        state["state"].setdefault(int(index), {})[key] = value
+    optimiser.load_state_dict(state)
+
+
 @contextmanager
 def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Whole parameters on every rank, also under ZeRO-3, where it is a collective and what is written into them is rank 0's."""
@@ -278,8 +293,7 @@ class Engine:
         """This rank's optimiser state: all of it at zero_stage 0, its part above."""
         if self.zero_stage:
             return zero.state(self.optimiser, self.zero_stage)
-        state = self.optimiser.state_dict()["state"]
-        return {f"{index}.{key}": value for index, entry in state.items() for key, value in entry.items() if torch.is_tensor(value)}
+        return optimiser_tensors(self.optimiser)
 
     def scaler_state(self) -> dict[str, float]:
         """Of fp16's loss scaling; empty where there is none."""
@@ -292,9 +306,4 @@ class Engine:
     def load_optimiser_state(self, tensors: dict[str, Tensor]) -> None:
         if self.zero_stage:
             return zero.load_state(self.optimiser, self.zero_stage, tensors)
-        state = self.optimiser.state_dict()
-        state["state"] = {}
-        for name, value in tensors.items():
-            index, _, key = name.partition(".")
-            state["state"].setdefault(int(index), {})[key] = value
-        self.optimiser.load_state_dict(state)
+        load_optimiser_tensors(self.optimiser, tensors)

@@ -216,6 +216,16 @@ def test_a_run_is_not_gone_on_with_on_other_files(world, steps, change, tmp_path
     resumable(config)
 
 
+def test_a_folder_with_files_of_the_users_is_not_written_over(world):  # noqa: F811
+    (folder := world / "runs" / "thesis").mkdir(parents=True)
+    (folder / "summary.json").write_text("mine")
+    for overrides in ((), ("resume=never",)):
+        with pytest.raises(UserError, match="thesis holds summary.json but no run.*name=NAME"):
+            resumable(config_of(world, "thesis", *overrides))
+    (folder / "summary.json").rename(folder / "draft.json")
+    resumable(config_of(world, "thesis"))
+
+
 def test_another_value_model_or_precision_is_another_recipe(world, steps):  # noqa: F811
     shutil.copytree(world / "value", world / "value2", dirs_exist_ok=True)
     with pytest.raises(UserError, match="values.clip: .*value -> .*value2; distributed.precision: fp32 -> bf16"):

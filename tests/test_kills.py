@@ -30,9 +30,9 @@ ALONE = "{{name: {0}, updates: 2, oracle: {{_target_: rlstitch.oracles.Stitched,
 STAGES = f"stages=[{ALONE.format('clip')}, {ALONE.format('hps')}]"
 METHODS = {  # the shipped recipe whose algorithm it is, its keys that four steps change, and the rest of the recipe
     "draft_stitch": ({}, (STITCHED, *REFRESH)),
-    "nft_stitch": ({}, (STITCHED, GROUPS)),
+    "nft_stitch": ({"times": 2}, (STITCHED, GROUPS)),
     "flow_grpo_fast": ({"window": 2, "window_range": 3}, (*TERMINAL, GROUPS)),
-    "marble_stitch": ({"every": 2}, (STITCHED, GROUPS)),
+    "marble_stitch": ({"every": 2, "times": 2}, (STITCHED, GROUPS)),
     "dpo_online": ({}, (*TERMINAL, GROUPS)),
     "pdtr": ({}, (STITCHED, STAGES)),
 }
@@ -116,7 +116,7 @@ def start(arguments: list[str], log: str, ranks: int, *, after: float | None = N
         port = free.getsockname()[1]
     begun = time.monotonic()
     alive = {fork(arguments, log, rank, ranks, port, target) for rank in range(ranks)}
-    codes, end = [], begun + (after or 300)
+    codes, end = [], begun + (after or 600)
     while alive:
         pid, told = os.waitpid(-1, os.WNOHANG)
         if pid:

@@ -168,3 +168,29 @@ def test_detector_reward_needs_facts_of_this_world():
         assert message in DetectorReward.unreadable([good, row]), change
         with pytest.raises(UserError):
             DetectorReward().score(torch.zeros(1, 3, 64, 64), Batch([row["prompt"]], torch.zeros(1), torch.zeros(1), [row]))
+
+
+def test_pretraining_resumes_bit_for_bit_from_tensors_alone(tmp_path):
+    from rlstitch.shapes.pretrain.common import fit
+
+    class Killed(Exception):
+        pass
+
+    def trained(folder, last=99):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 2)
+
+        def loss_of(step, generator):
+            if step > last:
+                raise Killed
+            loss = model(torch.randn(4, 3, generator=generator)).square().mean()
+            return loss, {"loss": loss}
+
+        fit("line", model, loss_of, steps=8, lr=0.1, seed=0, work=folder, log_every=0.5)
+        return model
+
+    whole = trained(tmp_path / "one")
+    with pytest.raises(Killed):
+        trained(tmp_path / "two", last=6)
+    assert [f.suffix for f in (tmp_path / "two").iterdir()] == [".safetensors"]
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), trained(tmp_path / "two").parameters()))

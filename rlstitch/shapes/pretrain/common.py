@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +16,8 @@ from torch.nn import functional as F
 
 from rlstitch.config import hardware
 from rlstitch.distributed import autocast as autocast_in
-from rlstitch.distributed import average_gradients, world_size
+from rlstitch.distributed import average_gradients, load_optimiser_tensors, optimiser_tensors, world_size
+from rlstitch.files import read_tensors, write_json, write_tensors
 
 
 def device() -> torch.device:
@@ -102,7 +101,7 @@ def fit(
     minutes: float | None = None,
     log_every: int = 50,
 ) -> dict[str, float]:
-    """Train `model` (all its parameters with requires_grad) and leave its EMA in it. Resumes from `work/<name>.state.pt`.
+    """Train `model` (all its parameters with requires_grad) and leave its EMA in it. Resumes from `work/<name>.safetensors`.
 
     The learning rate follows a cosine over `steps`, or over `minutes` of training time where that is given and ends first.
     Under torchrun every rank draws its own batches and gradients are averaged: on small models two ranks of one thread beat one of two.
@@ -112,14 +111,18 @@ def fit(
     optimiser = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
     ema = Ema(model, ema_decay) if ema_decay else None
     step, spent, last = 0, 0.0, {}
-    state_file = work / f"{name}.state.pt"
+    state_file = work / f"{name}.safetensors"
     if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
-        step, spent = state["step"], state["spent"]
+        state = read_tensors(state_file)
+        step, spent = int(state.pop("step")), float(state.pop("spent"))
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimiser": {}, "ema": {}}
+        for key, value in state.items():
+            part, _, own = key.partition(".")
+            parts[part][own] = value
+        model.load_state_dict(parts["model"])
+        load_optimiser_tensors(optimiser, parts["optimiser"])
         if ema:
-            ema.shadow, ema.step = state["ema"], state["ema_step"]
+            ema.shadow, ema.step = parts["ema"], step
         print(f"{name}: resumed at step {step}", flush=True)
     if world > 1:
         for p in model.parameters():
@@ -132,11 +135,9 @@ def fit(
     def save() -> None:
         if rank:
             return
-        state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "step": step, "spent": elapsed()}
-        if ema:
-            state |= {"ema": ema.shadow, "ema_step": ema.step}
-        torch.save(state, state_file.with_suffix(".tmp"))
-        os.replace(state_file.with_suffix(".tmp"), state_file)
+        parts = {"model": model.state_dict(), "optimiser": optimiser_tensors(optimiser), "ema": ema.shadow if ema else {}}
+        state = {f"{part}.{key}": value.clone() for part, own in parts.items() for key, value in own.items()}
+        write_tensors(state_file, state | {"step": torch.tensor(step), "spent": torch.tensor(elapsed(), dtype=torch.float64)})
 
     model.train()
     while step < steps and _agreed(minutes is None or elapsed() < 60 * minutes, world):
@@ -189,6 +190,4 @@ def write_card(folder: Path, facts: dict) -> None:
     told = [a for a in sys.argv[1:] if not a.startswith(("out=", "threads=", "parts="))]
     command = " ".join(["python launch/pretrain_shapes.py", f"parts={facts['part']}", *told])
     facts = {"command": command, "hardware": hardware(), **facts}
-    temporary = folder / "card.json.tmp"
-    temporary.write_text(json.dumps(facts, indent=1) + "\n")
-    os.replace(temporary, folder / "card.json")
+    write_json(folder / "card.json", facts)
