@@ -5,8 +5,9 @@ from rlstitch.telling import say
 
 
 def run(arguments: list[str]) -> None:
-    from rlstitch.checks import checked, resumable
+    from rlstitch.checks import checked
     from rlstitch.describe import describe, goals
+    from rlstitch.resume import resumable
     from rlstitch.trainer import Trainer
 
     name, given = cli.recipe_and_overrides(arguments, script=__file__)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
-from rlstitch import checkpoint, inputs, lock, protocols, schedule, scheduler, stages
 from rlstitch import config as cfg
+from rlstitch import protocols, schedule, scheduler, stages
 from rlstitch.asking import PartError, inside
 from rlstitch.data import DIMENSIONS, Geometry, PromptSet, read_prompts, resolve_geometry
 from rlstitch.distributed import world_size
@@ -326,27 +324,3 @@ def checked(given: dict[str, Any], name: str) -> RunConfig:
     if config.stages:
         config.updates = sum(stage.updates for stage in config.stages)
     return config
-
-
-def resumable(config: RunConfig) -> None:
-    """Raises UserError where another process trains in the run folder, where that holds files that are not ours, and where resume=auto would go on with a run of another recipe or on other files, whose
-    weights and figures would then pass for this one's."""
-    run = Path(config.out) / config.name
-    lock.refuse_if_held(run)
-    found = checkpoint.folders(run)
-    written = ("recipe.yaml", "metrics.jsonl", "summary.json", "evaluation.json", "report.html")
-    if not found and not (run / lock.LOCK).exists() and (others := [name for name in written if (run / name).exists()]):
-        raise UserError(
-            f"{run} holds {', '.join(others)} but no run of rlstitch, which would write over them: give this one a folder of its own with name=NAME"
-        )
-    if config.resume != "auto" or not found or not (run / "recipe.yaml").is_file():
-        return
-    changed, now = cfg.differences(cfg.compose(str(run / "recipe.yaml")), config), inputs.hashes(config)
-    for folder in reversed(found):
-        with suppress(UserError):  # a damaged one is stepped over when the run goes on
-            changed += inputs.changed(checkpoint.told(folder).get("inputs", {}), now)
-            break
-    if changed:
-        raise UserError(
-            f"{run} holds a run of another recipe ({'; '.join(changed)}). Give this one a folder of its own with name=NAME, start over with resume=never, or go on all the same with resume={found[-1]}"
-        )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlstitch import checkpoint, inputs, lock, memory, report, schedule, scheduler, stages, tracker
+from rlstitch import checkpoint, lock, memory, report, resume, schedule, scheduler, stages, tracker
 from rlstitch import config as cfg
 from rlstitch.asking import PartError, probe_rewards
 from rlstitch.checks import geometry
@@ -273,7 +273,7 @@ class Trainer:
     def _start(self) -> None:
         """Resume, or begin a clean folder; open the logs."""
         config = self.config
-        self.inputs = inputs.hashes(config) if self.engine.is_main else {}
+        self.inputs = resume.hashes(config) if self.engine.is_main else {}
         chosen = self.engine.by_main(self._choose)
         source, hours = Path(chosen) if chosen else None, {}
         if source is not None:

@@ -159,7 +159,9 @@ def test_a_reward_that_fails_in_training_is_named_and_what_was_learned_is_kept(w
     said = r"^reward 'mine' failed: ConnectionError: 503 Service Unavailable \(.*\). Update 2 is kept: the same command goes on"
     with pytest.raises(PartError, match=said):  # a call is the probe's, two are an update's
         train(world, "broken", *PIXELS, BREAKING % (6, -1), "checkpoint.every=100")
-    assert train(world, "broken", *PIXELS, BREAKING % (100, -1), "resume=" + str(world / "runs/broken/checkpoints/step-000002"))["steps"] == 4
+    assert (
+        train(world, "broken", *PIXELS, BREAKING % (100, -1), "resume=" + str(world / "runs/broken/checkpoints/step-000002"))["steps"] == 4
+    )
     train(world, "unbroken", *PIXELS, BREAKING % (100, -1), "checkpoint.every=100")
     assert rows(world, "broken") == rows(world, "unbroken")
     assert all(torch.equal(v, weights(world, "unbroken")[k]) for k, v in weights(world, "broken").items())

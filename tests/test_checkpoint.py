@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from rlstitch import checkpoint, cli, lock, zero
-from rlstitch.checks import checked, resumable
+from rlstitch.checks import checked
+from rlstitch.resume import resumable
 from rlstitch.trainer import Trainer
 from rlstitch.types import UserError
 from tests.test_jobs import same, train

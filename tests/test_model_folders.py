@@ -75,7 +75,11 @@ def test_a_heads_file_is_strict_too(clip_dir, tmp_path):
     good = {"0.weight": torch.ones(3, 12), "0.bias": torch.zeros(3), "2.weight": torch.ones(1, 3), "2.bias": torch.zeros(1)}
     save_file(good, tmp_path / "head.safetensors")
     ClipReward(str(clip_dir), head=str(tmp_path / "head.safetensors"))
-    for change in (lambda t: t.pop("0.bias"), lambda t: t.update({"scale": torch.ones(1)}), lambda t: t.update({"2.weight": torch.ones(1, 4)})):
+    for change in (
+        lambda t: t.pop("0.bias"),
+        lambda t: t.update({"scale": torch.ones(1)}),
+        lambda t: t.update({"2.weight": torch.ones(1, 4)}),
+    ):
         save_file(good, tmp_path / "head.safetensors")
         rewritten(tmp_path / "head.safetensors", change)
         with pytest.raises(UserError, match="the reward's head"):

@@ -72,7 +72,9 @@ def test_the_file_is_read_as_it_says(tmp_path, name, nested):
     processor.save_pretrained(tmp_path)
     file = tmp_path / "preprocessor_config.json"
     if nested:  # as transformers 5 writes a whole processor
-        (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": "CLIPProcessor", "image_processor": json.loads(file.read_text())}))
+        (tmp_path / "processor_config.json").write_text(
+            json.dumps({"processor_class": "CLIPProcessor", "image_processor": json.loads(file.read_text())})
+        )
         file.write_text(json.dumps({"image_mean": [0.0] * 3, "image_std": [9.0] * 3}))  # the nested one comes first, as in transformers
     expected, found = stock(processor, image), ours(tmp_path, image, 48)
     level = float(expected.max() - expected.min()) / 255
@@ -85,7 +87,9 @@ def test_old_files_read_alike(tmp_path):
     new = preprocessing.read(tmp_path, 48)
     said = json.loads((tmp_path / "preprocessor_config.json").read_text())
     old = {k: said[k] for k in ("do_resize", "do_center_crop", "do_normalize", "image_mean", "image_std", "resample")}
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(old | {"feature_extractor_type": "CLIPFeatureExtractor", "size": 48, "crop_size": 48}))
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps(old | {"feature_extractor_type": "CLIPFeatureExtractor", "size": 48, "crop_size": 48})
+    )
     assert preprocessing.read(tmp_path, 48) == new
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"feature_extractor_type": "ViTFeatureExtractor", "size": 48}))
     assert preprocessing.read(tmp_path, 48).edge == ("exact", 48, 48) and preprocessing.read(tmp_path, 48).filter == "bilinear"

@@ -52,7 +52,9 @@ class Refresher:
             if stop < len(grid) - 1:
                 z = sampling.sample(self.backbone.bind(part.text, self.guidance), z, grid[stop:]).z
             images = self.backbone.decode(z)
-            truths = {name: self.engine.together(lambda: ask(name, self.rewards[name], images, part)) for name in names if name in self.rewards}
+            truths = {
+                name: self.engine.together(lambda: ask(name, self.rewards[name], images, part)) for name in names if name in self.rewards
+            }
         gaps = {}
         self.seen += 1
         keep = 1 - max(0.1, 1 / self.seen)  # a plain mean at first, then about the last ten updates

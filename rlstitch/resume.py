@@ -1,19 +1,47 @@
-"""What a run reads beside its recipe: prompts, pictures, weights. A checkpoint keeps their hashes, so that it is not gone on with on other ones unawares."""
+"""May a run be gone on with? Not while another process trains there, not by another recipe, and not on other files: a checkpoint keeps the hashes of what it was trained on."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from rlstitch import checkpoint, lock
+from rlstitch import config as cfg
 from rlstitch.files import quick_fingerprint, require, resolve, sha256
 from rlstitch.schema import RunConfig
 from rlstitch.stages import expand
 from rlstitch.stitch.model import read_card
+from rlstitch.types import UserError
 
 _MODEL = ("**/*.safetensors", "**/*.json", "**/*.txt")
+
+
+def resumable(config: RunConfig) -> None:
+    """Raises UserError where another process trains in the run folder, where that holds files that are not ours, and where resume=auto would go on with a run of
+    another recipe or on other files, whose weights and figures would then pass for this one's."""
+    run = Path(config.out) / config.name
+    lock.refuse_if_held(run)
+    found = checkpoint.folders(run)
+    written = ("recipe.yaml", "metrics.jsonl", "summary.json", "evaluation.json", "report.html")
+    if not found and not (run / lock.LOCK).exists() and (others := [name for name in written if (run / name).exists()]):
+        raise UserError(
+            f"{run} holds {', '.join(others)} but no run of rlstitch, which would write over them: give this one a folder of its own with name=NAME"
+        )
+    if config.resume != "auto" or not found or not (run / "recipe.yaml").is_file():
+        return
+    changed, now = cfg.differences(cfg.compose(str(run / "recipe.yaml")), config), hashes(config)
+    for folder in reversed(found):
+        with suppress(UserError):  # a damaged one is stepped over when the run goes on
+            changed += changed_files(checkpoint.told(folder).get("inputs", {}), now)
+            break
+    if changed:
+        raise UserError(
+            f"{run} holds a run of another recipe ({'; '.join(changed)}). Give this one a folder of its own with name=NAME, start over with resume=never, or go on all the same with resume={found[-1]}"
+        )
 
 
 def hashes(config: RunConfig) -> dict[str, str]:
@@ -35,7 +63,7 @@ def hashes(config: RunConfig) -> dict[str, str]:
     return out
 
 
-def changed(saved: dict[str, str], now: dict[str, str]) -> list[str]:
+def changed_files(saved: dict[str, str], now: dict[str, str]) -> list[str]:
     """Which of the files that both read are others; a path that is another one is the recipe's affair."""
     return [f"{key} holds something else" for key, told in saved.items() if now.get(key, told) != told]
 
