@@ -7,7 +7,6 @@ import json
 import re
 import secrets
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -134,15 +133,20 @@ def tidy(run: Path) -> None:
 
 def prune(run: Path, keep: int, spare: int) -> None:
     """Remove all but the newest, the last `keep` of those that were due, and that of step `spare`. One written at a signal was not due, so that it displaces none."""
-    found = {}
-    for folder in folders(run):
-        with suppress(UserError):  # a damaged one stays
-            found[folder] = told(folder).get("due", True)
+    found = {folder: due for folder in folders(run) if (due := _due(folder)) is not None}  # a damaged one stays
     due = [folder for folder, was_due in found.items() if was_due]
     stay = {*due[-keep:], *list(found)[-1:]}
     for folder in found:
         if folder not in stay and number(folder) != spare:
             discard(folder)
+
+
+def _due(folder: Path) -> bool | None:
+    """Whether a recipe asked for a checkpoint; None where it is damaged or not there."""
+    try:
+        return bool(told(folder).get("due", True))
+    except UserError:
+        return None
 
 
 def _aside(folder: Path) -> Path:
@@ -212,7 +216,7 @@ def save(
             return
         what = {
             "step": step,
-            "due": due,
+            "due": due or bool(_due(final)),
             "world": engine.world,
             "zero_stage": engine.zero_stage,
             "policy_updates": policy.updates,
