@@ -237,6 +237,15 @@ class Engine:
         dist.all_gather(parts, tensor.contiguous())
         return torch.cat(parts)
 
+    def share(self, count: int) -> list[int]:
+        """This rank's part of `count` places: every world-th, as many on every rank; the last place again where they do not come out even."""
+        return [min(self.rank + k * self.world, count - 1) for k in range(-(-count // self.world))]
+
+    def in_order(self, own: Tensor, count: int) -> Tensor:
+        """[n, ...] of every rank's first n places of its `share` -> [at most count, ...] in their order."""
+        mixed = self.gather(own.to(self.device))
+        return mixed.view(self.world, len(own), *own.shape[1:]).transpose(0, 1).flatten(0, 1)[:count]
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is up on any rank."""
         if self.world == 1:

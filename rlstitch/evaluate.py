@@ -14,13 +14,16 @@ from rlstitch import sampling
 from rlstitch.asking import ask
 from rlstitch.data import PromptSet
 from rlstitch.distributed import Engine
+from rlstitch.figures import known
 from rlstitch.policy import Policy
 from rlstitch.types import Judge, Reward, noise_like
 
 
 @dataclass
 class Evaluation:
-    """`means`: every reward's mean and, where the prompts carry facts, the detector's classes under `detector/*`; `scores` by reward [N]; pictures in prompt order."""
+    """Of N prompts. `means`: every reward's mean over the pictures that it knows a score of (NaN where it knows none), how many it does not under
+    `unscored/NAME` where there are any, and, where the prompts carry facts, a judge's classes under `NAME/*`; `scores` by reward [N], NaN where not known;
+    `images`: the pictures of the first prompts, on the CPU."""
 
     means: dict[str, float]
     scores: dict[str, Tensor]
@@ -45,21 +48,23 @@ def evaluate(
     batch_size: int,
     seed: int,
     limit: int = 0,
+    keep: int = 16,
     label: str = "evaluation",
     progress: bool = True,
 ) -> Evaluation:
     """Score `adapter` (default, ema or reference) on the first `limit` prompts (0: all), one picture each with noise from (seed, prompt).
 
-    Every rank takes every world-th prompt, padded to equal numbers; the padding is dropped after gathering, so means and counts are exact.
+    Every rank takes every world-th prompt, padded to equal numbers; the padding is dropped after gathering, so means and counts are exact. The pictures of the
+    first `keep` prompts are kept and no others, so that memory does not grow with the prompt set.
     """
     count = min(limit, len(prompts)) if limit else len(prompts)
-    share = -(-count // engine.world)
-    mine = [min(engine.rank + k * engine.world, count - 1) for k in range(share)]
-    parts: list[Tensor] = []
+    mine = engine.share(count)
+    shown: list[Tensor] = []
+    drawn = -(-keep // engine.world)  # of this rank's pictures
     columns: dict[str, list[Tensor]] = {name: [] for name in rewards}
     bar = tqdm(total=count, desc=label, disable=not (progress and engine.is_main), leave=False, unit="image")
     with policy.use(adapter):
-        for start in range(0, share, batch_size):
+        for start in range(0, len(mine), batch_size):
             index = mine[start : start + batch_size]
             batch = prompts.batch(index, torch.tensor(index) + seed * 1_000_003)
             z = noise_like(backbone.latent_shape, batch.seeds, device=backbone.device)
@@ -67,20 +72,23 @@ def evaluate(
                 done = sampling.sample(backbone.bind(batch.text, guidance), z, grid)
                 images = backbone.decode(done.z)
                 for name, reward in rewards.items():
-                    columns[name].append(engine.together(lambda: ask(name, reward, images, batch)))
-            parts.append(images)
+                    columns[name].append(known(engine.together(lambda: ask(name, reward, images, batch))))
+            shown.append(images[: max(0, drawn - start)].to("cpu", copy=True))  # a view would keep the whole batch
             bar.update(len(index) * engine.world)
     bar.close()
+    scores = {name: engine.in_order(torch.cat(column), count).cpu() for name, column in columns.items()}
+    return Evaluation(means_of(scores, rewards, prompts.rows), scores, engine.in_order(torch.cat(shown), min(keep, count)).cpu())
 
-    def whole(pieces: list[Tensor]) -> Tensor:
-        """[share] of each rank -> [count] in prompt order."""
-        mixed = engine.gather(torch.cat(pieces))
-        return mixed.view(engine.world, share, *mixed.shape[1:]).transpose(0, 1).flatten(0, 1)[:count].cpu()
 
-    scores = {name: whole(column) for name, column in columns.items()}
-    means = {name: float(column.mean()) for name, column in scores.items()}
-    for name, reward in rewards.items():
-        if isinstance(reward, Judge):
-            means |= {f"{name}/{k}": v for k, v in reward.breakdown(scores[name], prompts.rows[:count]).items()}
-            means[name] = means.pop(f"{name}/overall")
-    return Evaluation(means, scores, whole(parts))
+def means_of(scores: Mapping[str, Tensor], rewards: Mapping[str, Reward], rows: list[dict[str, Any]]) -> dict[str, float]:
+    """`Evaluation.means` of scores [N] by reward on the first N `rows` of a prompt file."""
+    means: dict[str, float] = {}
+    for name, column in scores.items():
+        there = torch.isfinite(column)
+        means[name] = float(column[there].double().mean())
+        if lost := int((~there).sum()):
+            means[f"unscored/{name}"] = lost
+        if isinstance(rewards[name], Judge) and bool(there.any()):
+            parts = rewards[name].breakdown(column[there], [row for row, one in zip(rows, there.tolist()) if one])
+            means |= {name: parts.pop("overall")} | {f"{name}/{k}": v for k, v in parts.items()}
+    return means

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rlstitch.figures import plain
 from rlstitch.types import UserError
 
 SHAPES = Path(__file__).parent / "shapes" / "weights"
@@ -367,7 +368,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=1) + "\n")
+    """Strict JSON: numbers that are none become null."""
+    write_text(path, json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from rlstitch.figures import plain
 from rlstitch.files import replacing, write_text
 from rlstitch.tracker import Tracker
 
@@ -98,7 +99,7 @@ class Log:
     def write(self, row: dict[str, Any]) -> None:
         if self.active:
             with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(plain(row), allow_nan=False) + "\n")
             self.tracker.log(row)
 
     def image(self, name: str, path: Path, hours: float) -> None:

@@ -15,13 +15,10 @@ from rlstitch import sampling, schedule, scheduler
 from rlstitch.asking import ask, has_gradient
 from rlstitch.config import load_class
 from rlstitch.distributed import autocast
+from rlstitch.figures import exact
 from rlstitch.ranges import AutoShift, GridSteps, Range, Seed, Weights
 from rlstitch.stitch.model import OtherDenoiser, StitchedValueModel, build, read_card, values
-from rlstitch.types import Backbone, Batch, Latent, Oracle, Reward, UserError
-
-
-def _scores(rewards: Mapping[str, Reward], images: Tensor, batch: Batch) -> Tensor:
-    return torch.stack([ask(name, reward, images, batch) for name, reward in rewards.items()], 1)
+from rlstitch.types import Backbone, Batch, Latent, Oracle, Reward, UserError, Velocity
 
 
 class _Mixed:
@@ -32,10 +29,22 @@ class _Mixed:
             raise UserError("an oracle needs at least one reward")
         self.names, self.weights = list(weights), list(weights.values())
 
+    @exact
     def total(self, scores: Tensor) -> Tensor:
-        """Weighted sum of the columns: [B, K] -> [B]. A reward of weight 0 is only looked at, and may fail."""
+        """Weighted sum of the columns: [B, K] -> [B], float32 or the scores' float64. A reward of weight 0 is only looked at, and may fail."""
         weights = torch.tensor(self.weights, dtype=scores.dtype, device=scores.device)
-        return torch.where(weights == 0, 0.0, scores) @ weights
+        return (torch.where(weights == 0, 0.0, scores) * weights).sum(-1)
+
+    def asked(self, scores_of: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+        """Scores `scores_of(z)` [B, K], through which a row without a total gives z [B, ...] no gradient: the infinite slope of what was masked, times 0, would be NaN
+        and spoil the whole update."""
+        if not (torch.is_grad_enabled() and z.requires_grad):
+            return scores_of(z)
+        seen = z.view_as(z)
+        scores = scores_of(seen)
+        lost = ~torch.isfinite(self.total(scores.detach()))
+        seen.register_hook(lambda slope: torch.where(lost.view(-1, *[1] * (slope.ndim - 1)).to(slope.device), 0.0, slope))
+        return scores
 
 
 def recomputed(oracle: Oracle, latent: Latent, batch: Batch) -> Tensor:
@@ -50,14 +59,33 @@ def recomputed(oracle: Oracle, latent: Latent, batch: Batch) -> Tensor:
         return torch.cat([checkpoint(one, latent.z[r], latent.sigma[r], batch[r], use_reentrant=False) for r in rows])
 
 
-class Terminal(_Mixed):
+class _Pixel(_Mixed):
+    """What the oracles on pixel rewards share: `rewards` in the order of `weights`."""
+
+    def __init__(self, backbone: Backbone, rewards: Mapping[str, Reward], weights: Mapping[str, float]):
+        super().__init__(weights)
+        self.backbone, self.rewards = backbone, {name: rewards[name] for name in weights}
+
+    def finished(self, z: Tensor, batch: Batch) -> Tensor:
+        """Scores [B, K], float32, of clean latents z: decoded once, then every reward; one of weight 0 without gradient."""
+
+        def scores(z: Tensor) -> Tensor:
+            images, columns = self.backbone.decode(z), []
+            for (name, reward), weight in zip(self.rewards.items(), self.weights):
+                with torch.set_grad_enabled(torch.is_grad_enabled() and weight != 0):
+                    columns.append(ask(name, reward, images, batch))
+            return torch.stack(columns, 1)
+
+        return self.asked(scores, z)
+
+
+class Terminal(_Pixel):
     """r(D(z0)): pixel rewards of a finished latent; accepts sigma = 0 only."""
 
     sigma_range = (0.0, 0.0)
 
     def __init__(self, backbone: Backbone, rewards: Mapping[str, Reward], weights: Weights):
-        super().__init__(weights)
-        self.backbone, self.rewards = backbone, {name: rewards[name] for name in weights}
+        super().__init__(backbone, rewards, weights)
         self.differentiable = all(map(has_gradient, self.rewards.values()))
 
     def __call__(self, latent: Latent, batch: Batch) -> Tensor:
@@ -65,22 +93,22 @@ class Terminal(_Mixed):
             raise UserError(
                 f"a terminal reward scores finished pictures (sigma = 0), not latents at sigma {latent.sigma.max().item():g}: use stop End, or a Stitched or Tweedie oracle"
             )
-        return _scores(self.rewards, self.backbone.decode(latent.z), batch)
+        return self.finished(latent.z, batch)
 
 
-class Tweedie(_Mixed):
+class Tweedie(_Pixel):
     """r(D(z - sigma v)): the posterior mean decoded and scored. prompt: condition v on the batch's prompt, or on the null text."""
 
     sigma_range = (0.0, 1.0)
 
     def __init__(self, backbone: Backbone, rewards: Mapping[str, Reward], weights: Weights, *, prompt: bool = True):
-        super().__init__(weights)
-        self.backbone, self.rewards, self.prompt = backbone, {name: rewards[name] for name in weights}, prompt
+        super().__init__(backbone, rewards, weights)
+        self.prompt = prompt
         self.differentiable = all(map(has_gradient, self.rewards.values()))
 
     def __call__(self, latent: Latent, batch: Batch) -> Tensor:
         if not bool((latent.sigma > 0).any()):
-            return _scores(self.rewards, self.backbone.decode(latent.z), batch)
+            return self.finished(latent.z, batch)
         text = batch.text if self.prompt else self.backbone.null.expand(len(latent.z))
         if text is None:
             raise UserError("a Tweedie oracle with prompt=true needs the batch's encoded prompts")
@@ -88,13 +116,14 @@ class Tweedie(_Mixed):
 
     def from_velocity(self, latent: Latent, v: Tensor, batch: Batch) -> Tensor:
         """Scores [B, K] by a velocity that is known already, guided or not."""
-        return _scores(self.rewards, self.backbone.decode(schedule.posterior_mean(latent.z, v, latent.sigma)), batch)
+        return self.finished(schedule.posterior_mean(latent.z, v, latent.sigma), batch)
 
 
-class MonteCarlo(_Mixed):
+class MonteCarlo(_Pixel):
     """Mean r over n completed rollouts from the latent, by a stochastic kernel: the reference that every value is compared with. No gradient.
 
-    shift: a number, or auto for the model's own. precision: fp32, bf16 or auto, of the denoiser's passes alone; None is the caller's.
+    shift: a number, or auto for the model's own. precision: fp32, bf16 or auto, of the denoiser's passes alone; None is the caller's. at_once: latents that the models
+    see at a time (0: all); the noise is the same.
     """
 
     sigma_range = (0.0, 1.0)
@@ -111,10 +140,10 @@ class MonteCarlo(_Mixed):
         shift: AutoShift = scheduler.AUTO,
         precision: Literal["auto", "fp32", "bf16"] | None = None,
         seed: Seed = 0,
+        at_once: Annotated[int, Range(0, 1_000_000)] = 0,
     ):
-        super().__init__(weights)
-        self.precision = precision
-        self.backbone, self.rewards, self.rollouts = backbone, {name: rewards[name] for name in weights}, rollouts
+        super().__init__(backbone, rewards, weights)
+        self.precision, self.rollouts, self.at_once = precision, rollouts, at_once
         self.grid, self.seed = schedule.sigmas(num_steps, scheduler.resolve("oracle.shift", shift, backbone), "plain"), seed
 
     def __call__(self, latent: Latent, batch: Batch) -> Tensor:
@@ -127,15 +156,31 @@ class MonteCarlo(_Mixed):
         if bool((latent.sigma != start).any()):
             raise UserError("a Monte-Carlo oracle completes a batch from one noise level; this batch mixes several")
         if start == 0:
-            return _scores(self.rewards, self.backbone.decode(latent.z), batch)[None]
+            return self._finished(latent.z, batch)[None]
         grid = torch.cat([torch.tensor([start]), self.grid[self.grid < start]])
         generator = torch.Generator().manual_seed(self.seed)
         kernel, out = sampling.stochastic(sampling.linear_sde), []
+        velocity = bound(self.backbone, batch, self.at_once)
         for _ in range(self.rollouts):
             with autocast(latent.z.device.type, self.precision) if self.precision else nullcontext():
-                done = sampling.sample(self.backbone.bind(batch.text), latent.z, grid, kernel=kernel, generator=generator)
-            out.append(_scores(self.rewards, self.backbone.decode(done.z), batch))
+                done = sampling.sample(velocity, latent.z, grid, kernel=kernel, generator=generator)
+            out.append(self._finished(done.z, batch))
         return torch.stack(out)
+
+    def _finished(self, z: Tensor, batch: Batch) -> Tensor:
+        return torch.cat([self.finished(z[rows], batch[rows]) for rows in slices(len(z), self.at_once)])
+
+
+def slices(count: int, size: int) -> list[slice]:
+    """`count` rows, `size` at a time (0: all at once)."""
+    size = size or count
+    return [slice(k, k + size) for k in range(0, count, size)]
+
+
+def bound(backbone: Backbone, batch: Batch, size: int) -> Velocity:
+    """The velocity of a batch's own prompts, the denoiser run on `size` rows at a time (0: all at once)."""
+    parts = [(rows, backbone.bind(batch[rows].text)) for rows in slices(len(batch), size)]
+    return lambda z, sigma: torch.cat([velocity(z[rows], sigma[rows]) for rows, velocity in parts])
 
 
 class Stitched(_Mixed):
@@ -149,7 +194,7 @@ class Stitched(_Mixed):
         self.sigma_range = (max(m.sigma_range[0] for m in self.models), min(m.sigma_range[1] for m in self.models))
 
     def __call__(self, latent: Latent, batch: Batch, activations: Callable[[StitchedValueModel], Any] | None = None) -> Tensor:
-        return values(self.models, latent, batch, activations)
+        return self.asked(lambda z: values(self.models, Latent(z, latent.sigma), batch, activations, weights=self.weights), latent.z)
 
 
 class Weighted(_Mixed):
@@ -161,12 +206,16 @@ class Weighted(_Mixed):
         super().__init__(
             {f"{i}.{name}": w * inner for i, (o, w) in enumerate(zip(oracles, weights)) for name, inner in zip(o.names, o.weights)}
         )
-        self.oracles = list(oracles)
+        self.oracles, self.shares = list(oracles), list(weights)
         self.differentiable = all(o.differentiable for o in oracles)
         self.sigma_range = (max(o.sigma_range[0] for o in oracles), min(o.sigma_range[1] for o in oracles))
 
     def __call__(self, latent: Latent, batch: Batch) -> Tensor:
-        return torch.cat([oracle(latent, batch) for oracle in self.oracles], 1)
+        columns = []
+        for oracle, share in zip(self.oracles, self.shares):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and share != 0):
+                columns.append(oracle(latent, batch))
+        return torch.cat(columns, 1)
 
 
 def values_used(node: Mapping[str, Any]) -> list[str]:

@@ -143,11 +143,15 @@ def _image(path: Path, caption: str) -> str:
     return f'<figure><img src="data:image/png;base64,{data}" alt="{html.escape(caption)}"><figcaption>{html.escape(caption)}</figcaption></figure>'
 
 
+def _figure(value: float | None) -> str:
+    return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.4f}"
+
+
 def _table(results: dict[str, dict[str, float]]) -> str:
-    names = list(next(iter(results.values())))
+    names = list(dict.fromkeys(n for result in results.values() for n in result))
     head = "".join(f"<th>{html.escape(who)}</th>" for who in results)
     rows = "".join(
-        f"<tr><td>{html.escape(n)}</td>" + "".join(f"<td>{result[n]:.4f}</td>" for result in results.values()) + "</tr>" for n in names
+        f"<tr><td>{html.escape(n)}</td>" + "".join(f"<td>{_figure(result.get(n))}</td>" for result in results.values()) + "</tr>" for n in names
     )
     return f"<table><tr><th></th>{head}</tr>{rows}</table>"
 
@@ -167,7 +171,7 @@ def write(run: Path) -> Path:
     told = "The oracle's scores" if trained else "The loss"
     trained = trained or {"loss": [(r[unit]["total"], r["loss"]) for r in train]}
     judges = {
-        n: [(r[unit]["total"], r["eval"][n]) for r in evals if math.isfinite(r["eval"].get(n, math.nan))]
+        n: [(r[unit]["total"], r["eval"][n]) for r in evals if (x := r["eval"].get(n)) is not None and math.isfinite(x)]
         for n in (evals[0]["eval"] if evals else {})
         if "/" not in n
     }

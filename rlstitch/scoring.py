@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rlstitch.distributed import Engine
+from rlstitch.figures import known
 from rlstitch.metrics import Clock
 from rlstitch.oracles import Terminal
 from rlstitch.types import Oracle, Rollout, UserError
@@ -29,11 +30,6 @@ def has_own_device(oracle: Oracle | None, device: torch.device) -> bool:
 
 class NoScore(UserError):
     """An update has nothing to learn from. The weights are those of the update before."""
-
-
-def known(scores: Tensor) -> Tensor:
-    """Scores [B, K] with NaN for everything that is no number; no gradient flows through it."""
-    return torch.where(torch.isfinite(scores), scores, torch.nan)
 
 
 class Scorer:
@@ -90,10 +86,14 @@ class Scorer:
             raise NoScore(
                 f"update {update}: {why}; the weights are those of the last update. Mend the reward, then start the same command again"
             )
-        lost = {name: [int(g) for g in groups.unique() if not bool(column[groups == g].any())] for name, column in summed.items()}
-        if any(lost.values()) and not self.told and self.engine.is_main:
+        if self.told or not self.engine.is_main:
+            return
+        prompts, place = groups.unique(return_inverse=True)
+        seen = torch.zeros(len(prompts), len(oracle.names), device=scores.device).index_add_(0, place, there.float())
+        lost = {n: prompts[k == 0].tolist() for n, w, k in zip(oracle.names, oracle.weights, seen.unbind(1)) if w and not bool(k.all())}
+        if lost:
             self.told = True
-            shown = "; ".join(f"{name}: {len(rows)} groups, e.g. number {rows[0]}" for name, rows in lost.items() if rows)
+            shown = "; ".join(f"{name}: {len(rows)} groups, e.g. number {rows[0]}" for name, rows in lost.items())
             tqdm.write(
                 f"update {update}: no score for any picture of some prompts ({shown}). They take no part; this is said once, `masked` in metrics.jsonl counts on"
             )

@@ -25,6 +25,7 @@ from rlstitch.asking import ask
 from rlstitch.checks import answered, attempt, judge_faults, part_faults, unknown_rewards, value_cards, without_gradient
 from rlstitch.data import encode
 from rlstitch.distributed import autocast
+from rlstitch.evaluate import means_of
 from rlstitch.files import require, write_json, write_text
 from rlstitch.metrics import grid as draw_grid
 from rlstitch.metrics import peak_memory_mb, to_image
@@ -35,7 +36,7 @@ from rlstitch.schema import SamplerConfig
 from rlstitch.steering import value_spread
 from rlstitch.steering.model import Steered
 from rlstitch.steering.particles import Trace
-from rlstitch.types import Batch, Judge, Latent, UserError, noise_like
+from rlstitch.types import Batch, Latent, UserError, noise_like
 
 
 @dataclass
@@ -298,7 +299,7 @@ class Job:
                 for name, column in judged.items():
                     scores[kind][name].append(column)
             bar.update(len(rows))
-            bar.set_postfix({n: f"{torch.cat(c).mean():.3f}" for n, c in scores["steered"].items()})
+            bar.set_postfix({n: f"{torch.cat(c).nanmean():.3f}" for n, c in scores["steered"].items()})
         bar.close()
         return self._write(work, shown, scores, seconds, trace)
 
@@ -307,12 +308,7 @@ class Job:
     ) -> dict[str, Any]:
         config, count = self.config, len(self.prompts)
         table = {k: {n: torch.cat(c) for n, c in columns.items()} for k, columns in scores.items()}
-        means: dict[str, dict[str, float]] = {k: {n: float(c.mean()) for n, c in columns.items()} for k, columns in table.items()}
-        for kind, columns in table.items():
-            for name, column in columns.items():
-                if isinstance(self.rewards[name], Judge):
-                    parts = self.rewards[name].breakdown(column, self.prompts.rows)
-                    means[kind] |= {name: parts.pop("overall")} | {f"{name}/{k}": v for k, v in parts.items()}
+        means = {k: means_of(columns, self.rewards, self.prompts.rows) for k, columns in table.items()}
         listing = []
         for k in range(count):
             listing.append(

@@ -17,6 +17,7 @@ from rlstitch.data import UpdateStream, encode, read_data, read_prompts
 from rlstitch.distributed import Engine, world_size
 from rlstitch.endings import keep_alone, kept, run_table
 from rlstitch.evaluate import Evaluation, evaluate
+from rlstitch.figures import known_sum, means_over
 from rlstitch.files import write_json, write_text
 from rlstitch.guard import Guard, probe
 from rlstitch.interrupt import Interrupted, noted
@@ -212,7 +213,7 @@ class Trainer:
             except PartError as error:  # the weights have moved: this update is whole
                 failed = error
         self.step, self.whole = self.step + 1, True
-        means = {key: float(engine.gather(torch.cat(values)).nanmean()) for key, values in sums.items()}
+        means = means_over(engine.gather, sums)
         self._guard(norm, means)
         names = stage.oracle.names if stage.oracle else ()
         row = {
@@ -232,7 +233,7 @@ class Trainer:
             raise failed
         return row
 
-    def _learn(self, rollout: Rollout, sums: dict[str, list[Tensor]], *compared: Any) -> None:
+    def _learn(self, rollout: Rollout, sums: dict[str, Tensor], *compared: Any) -> None:
         """Every loss of one micro-batch, each with its backward before the next is made."""
         with self.clock.phase("update"):
             parts = self.algorithm.losses(rollout, *compared)
@@ -243,9 +244,9 @@ class Trainer:
                     return
                 self.engine.backward(part[0])
                 for key, value in part[1].items():
-                    sums.setdefault(key, []).append(value.float().reshape(1))
+                    sums[key] = sums.get(key, 0.0) + known_sum(value)
 
-    def _learn_together(self, rollouts: list[Rollout], scores: Tensor, groups: Tensor, sums: dict[str, list[Tensor]]) -> None:
+    def _learn_together(self, rollouts: list[Rollout], scores: Tensor, groups: Tensor, sums: dict[str, Tensor]) -> None:
         """Compare the samples of all ranks by their scores [B, K] and prompts [B], then learn from this rank's own."""
         weights, metrics = self.algorithm.compare(rollouts, scores, groups)
         self.scorer.check(scores, groups, self.algorithm.oracle, self.step + 1, metrics["masked"])
@@ -254,7 +255,7 @@ class Trainer:
         for rollout, part in zip(rollouts, mine.split(sizes)):
             self._learn(rollout, sums, part, self.slots)
         for key, value in metrics.items():
-            sums[key] = [torch.tensor([value], device=scores.device)]
+            sums[key] = known_sum(torch.tensor(value, device=scores.device))
 
     def _guard(self, norm: float | None, means: dict[str, float]) -> None:
         """Count updates skipped for NaN or Inf; give up after too many in a row, with the weights as they were."""
@@ -319,7 +320,7 @@ class Trainer:
     def evaluate(self, adapter: str, limit: int, label: str) -> Evaluation:
         e = self.config.evaluation
         with self.clock.phase("eval"):
-            return evaluate(
+            result = evaluate(
                 self.backbone,
                 self.policy,
                 adapter,
@@ -331,9 +332,14 @@ class Trainer:
                 batch_size=e.batch_size,
                 seed=e.seed,
                 limit=limit,
+                keep=e.grid,
                 label=label,
                 progress=self.config.logging.progress,
             )
+        for name, scores in result.scores.items() if self.engine.is_main else ():
+            if lost := result.means.get(f"unscored/{name}"):
+                tqdm.write(f"{label}: no score of '{name}' for {lost} of {len(scores)} pictures (NaN or infinite); its mean is over the others")
+        return result
 
     def evaluate_all(self) -> dict[str, Evaluation]:
         """The weights of `evaluation.final` on the whole evaluation set."""
@@ -356,18 +362,17 @@ class Trainer:
             with self.policy.use(CURRENT):
                 result.means |= probe(
                     self.backbone, stage.oracle, self.rewards, stage.stop, self.grid, self.held_out, self.engine, self.config.guard,
-                    guidance=self.config.sampler.guidance, seed=e.seed,
+                    guidance=self.config.sampler.guidance, batch_size=e.batch_size, seed=e.seed,
                 )  # fmt: skip
         goal = zip(stage.oracle.names, stage.oracle.weights) if stage.oracle else ()
-        self.guard.see(result.scores, stage.name, sum(w * result.means[n] for n, w in goal if n in result.means), self.step)
+        self.guard.see(result.scores, stage.name, sum(w * result.scores[n].double() for n, w in goal if w and n in result.scores), self.step)
         if self.engine.is_main:
             self.log.write({"step": self.step, "eval": result.means, **self.clock.row})
             self._draw(result, f"step-{self.step:06d}")
 
     def _draw(self, result: Evaluation, name: str) -> Path:
-        n = min(self.config.evaluation.grid, len(result.images))
         path = self.run / "samples" / f"{name}.png"
-        draw_grid(result.images[:n], result.captions(self.held_out.prompts[:n]), path)
+        draw_grid(result.images, result.captions(self.held_out.prompts[: len(result.images)]), path)
         self.log.image("samples", path, self.clock.row[self.clock.unit]["total"])
         return path
 

@@ -239,7 +239,9 @@ class Algorithm(Protocol):
     def compare(
         self, rollouts: Sequence[Rollout], scores: Tensor, group_ids: Tensor
     ) -> tuple[Tensor, dict[str, float]]: ...  # where it collects
-    def losses(self, rollout: Rollout, *compared): ...  # yields (loss, metrics), `backwards` of them
+    def losses(
+        self, rollout: Rollout, *compared
+    ): ...  # yields (loss, metrics), `backwards` of them; a metric is a scalar of the micro-batch, or of samples, NaN where it knows none
     def end_step(self, step: int) -> None: ...
     def state(self) -> dict[str, Tensor]: ...
     def load_state(self, tensors: dict[str, Tensor]) -> None: ...

@@ -1,14 +1,16 @@
 """DRaFT and the oracles: the loss by hand, the gradient by finite differences, who is allowed to score what."""
 
+import copy
+
 import pytest
 import torch
 
 from rlstitch import sampling, schedule
 from rlstitch.algorithms.draft import Draft
+from rlstitch.figures import known
 from rlstitch.metrics import peak_megabytes
 from rlstitch.oracles import MonteCarlo, Stitched, Terminal, Tweedie, Weighted
 from rlstitch.policy import REFERENCE
-from rlstitch.scoring import known
 from rlstitch.types import Batch, Latent, UserError, noise_like
 from tests.test_policy import nudge, policy_on
 from tests.test_stitch import stitched
@@ -34,20 +36,23 @@ def run(algorithm, batch, stop):
     return loss, metrics, rollout
 
 
-@pytest.mark.parametrize("oracle,stop", [("stitched", 2), ("terminal", 4)])
-def test_loss_is_minus_the_reward_plus_the_deviation(setup, oracle, stop):
+@pytest.mark.parametrize("oracle,stop,steps", [("stitched", 2, 1), ("terminal", 4, 3)])
+def test_loss_is_minus_the_reward_plus_the_deviation(setup, oracle, stop, steps):
+    """The deviation is the mean over all of the K steps with gradient."""
     backbone, policy, batch, oracles = setup
-    loss, metrics, rollout = run(Draft(backbone, policy, oracles[oracle], GRID, grad_steps=1, regulariser=0.5), batch, stop)
+    loss, metrics, rollout = run(Draft(backbone, policy, oracles[oracle], GRID, grad_steps=steps, regulariser=0.5), batch, stop)
+    apart = []
     with torch.no_grad():
         start = noise_like(backbone.latent_shape, batch.seeds)
         latent = sampling.sample(backbone.bind(batch.text), start, GRID, stop=stop)
         reward = 2.0 * oracles[oracle](latent, batch)[:, 0]
-        before = sampling.sample(backbone.bind(batch.text), start, GRID, stop=stop - 1)
-        v = backbone.velocity(before.z, before.sigma, batch.text)
-        with policy.use(REFERENCE):
-            base = backbone.velocity(before.z, before.sigma, batch.text)
-    deviation = (v - base).square().mean()
-    assert deviation > 0
+        for k in range(stop - steps, stop):
+            before = sampling.sample(backbone.bind(batch.text), start, GRID, stop=k)
+            v = backbone.velocity(before.z, before.sigma, batch.text)
+            with policy.use(REFERENCE):
+                apart.append((v - backbone.velocity(before.z, before.sigma, batch.text)).square().mean())
+    deviation = torch.stack(apart).mean()
+    assert deviation > 0 and (steps == 1 or abs(apart[-1] / deviation - 1) > 0.01)
     assert loss.item() == pytest.approx((-reward.mean() + 0.5 * deviation).item(), rel=1e-4)
     assert metrics["deviation"].item() == pytest.approx(deviation.item(), rel=1e-4)
 
@@ -139,25 +144,55 @@ def test_variance_reduction_by_hand(setup, oracle, stop):
         torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-3)
 
 
-def test_a_sample_without_a_score_adds_only_the_regulariser(setup):
-    """The loss and the gradient of two samples, one of which has no score, are half those of the other alone, and the regulariser's of both."""
+class Holed:
+    """A reward without a score for every other picture: 0 / 0 is computed for it, whose slope is NaN, or nothing is. `inner`: what scores the others."""
+
+    differentiable, device = True, torch.device("cpu")
+
+    def __init__(self, inner, divides=True):
+        self.inner, self.divides = inner, divides
+
+    def score(self, x, batch):
+        holes = torch.arange(len(x)) % 2 == 0
+        if self.divides:
+            nothing = 0 * x.flatten(1).sum(1)
+            return self.inner(x, batch) + torch.where(holes, nothing / (nothing + ~holes), 0.0)
+        out = torch.full((len(x),), torch.nan)
+        out[~holes] = self.inner(x[~holes], batch[1::2])
+        return out
+
+    score_embedding = score
+
+
+@pytest.mark.parametrize("kind,stop,weight", [("terminal", 4, 1.0), ("stitched", 2, 1.0), ("refl", 3, 1.0), ("terminal", 4, 0.0), ("stitched", 2, 0.0)])
+def test_a_sample_without_a_score_adds_only_the_regulariser(setup, reward, kind, stop, weight, monkeypatch):
+    """Whatever its reward does to reach no score, the update is that of a reward that never computes it, half that of the other sample alone; a reward that is
+    only looked at (weight 0) may fail as it likes."""
     backbone, policy, batch, oracles = setup
-    method = Draft(backbone, policy, oracles["terminal"], GRID, regulariser=0.0)
-    rollout = method.rollout(batch, 4)
-    rollout.scores = known(method.score(rollout) + torch.tensor([[0.0], [torch.inf]]))
-    ((loss, metrics),) = method.losses(rollout)
-    ((alone, _),) = method.losses(half(method, batch))
-    assert metrics["masked"] == 0.5 and metrics["reward"].item() == pytest.approx(-alone.item(), rel=1e-5)
-    assert loss.item() == pytest.approx(0.5 * alone.item(), rel=1e-5)
-    for one, two in zip(torch.autograd.grad(loss, policy.parameters()), torch.autograd.grad(alone, policy.parameters())):
-        torch.testing.assert_close(one, 0.5 * two, atol=1e-6, rtol=1e-3)
+    model = oracles["stitched"].models[0]
+    options = {"grad_steps": 0, "regulariser": 0.0} if kind == "refl" else {"grad_steps": 1, "regulariser": 0.0}
 
+    def gradient(divides, rows=slice(0, 2)):
+        holed, weights = Holed(model.reward.score_embedding if kind == "stitched" else reward.score, divides), {"holed": weight, "clip": 1.0 - weight}
+        if kind == "stitched":
+            other = copy.copy(model)
+            other._modules = model._modules
+            other.__dict__["reward"] = holed
+            oracle = Stitched({"holed": other, "clip": model}, weights)
+        else:
+            oracle = (Tweedie if kind == "refl" else Terminal)(backbone, {"holed": holed, "clip": reward}, weights)
+        method = Draft(backbone, policy, oracle, GRID, **options)
+        rollout = method.rollout(batch[rows], stop)
+        rollout.scores = known(method.score(rollout))
+        ((loss, metrics),) = method.losses(rollout)
+        return torch.autograd.grad(loss, policy.parameters()), metrics
 
-def half(method, batch):
-    """The first sample by itself, scored."""
-    rollout = method.rollout(batch[:1], 4)
-    rollout.scores = method.score(rollout)
-    return rollout
+    ours, metrics = gradient(True)
+    never, _ = gradient(False)
+    assert metrics["masked"].tolist() == [weight, 0] and metrics["reward"].isnan().tolist() == [weight == 1, False]
+    assert sum(float(g.abs().sum()) for g in ours) > 0
+    for one, two in zip(ours, never):
+        torch.testing.assert_close(one, two, atol=1e-8, rtol=1e-4)
 
 
 def test_oracles(setup, reward):

@@ -71,7 +71,8 @@ def test_device_hours_are_all_the_time_that_a_run_holds_its_machines(world, monk
     assert last["total"] == pytest.approx(hours["stitching"] + sum(last[k] for k in metrics.TRAINING)) and last["wait"] > 0
 
 
-GUARDED = ("evaluation.every=1", "evaluation.every_prompts=4", "guard.prompts=2", "guard.judge=clip", "guard.patience=2")
+DARK = ("rewards.dark={_target_: rlstitch.rewards.simple.Darkness}", "evaluation.rewards=[clip, dark]")
+GUARDED = (*DARK, "evaluation.every=1", "evaluation.every_prompts=4", "guard.prompts=2", "guard.patience=2")
 
 
 def test_every_evaluation_on_the_way_is_watched_and_a_fallen_judge_ends_the_run(world, monkeypatch):  # noqa: F811
@@ -83,8 +84,8 @@ def test_every_evaluation_on_the_way_is_watched_and_a_fallen_judge_ends_the_run(
 
     def falling(*arguments, **options):
         result, k = true(*arguments, **options), next(count)
-        result.scores["clip"] = torch.full_like(result.scores["clip"], -0.1 * abs(k - 1))
-        result.means["clip"] = float(k)  # what the trained reward is read from
+        result.scores["dark"] = torch.full_like(result.scores["dark"], -0.1 * abs(k - 1))
+        result.scores["clip"] = torch.full_like(result.scores["clip"], float(k))
         return result
 
     monkeypatch.setattr(trainer, "evaluate", falling)
@@ -92,7 +93,7 @@ def test_every_evaluation_on_the_way_is_watched_and_a_fallen_judge_ends_the_run(
     assert "The best was step-000001, which is kept" in summary["stopped"]
     kept = [folder.name for folder in sorted((world / "runs" / "watched" / "checkpoints").iterdir())]
     assert kept == ["step-000001", "step-000003"]
-    assert summary["steps"] == 3 and "'clip' stayed below its best in 2 evaluations" in summary["stopped"]
+    assert summary["steps"] == 3 and "'dark' stayed below its best in 2 evaluations" in summary["stopped"]
     evaluated = [r["eval"] for r in rows(world, "watched") if "eval" in r]
     assert len(evaluated) == 4 and all(e["diversity"] > 0 and math.isfinite(e["gap/clip"]) for e in evaluated)
     stored = json.loads((world / "runs" / "watched" / "summary.json").read_text())

@@ -139,7 +139,7 @@ class Draft:
         """One loss; samples without a score add nothing to it but the regulariser."""
         reward = self.oracle.total(rollout.scores)
         each, missing = -reward if self.ceiling is None else (self.ceiling - reward).relu(), reward.isnan()
-        loss, metrics = torch.where(missing, 0.0, each).mean(), {"masked": missing.float().mean()}
+        loss, metrics = torch.where(missing, 0.0, each).mean(), {"masked": missing.float()}
         if self.regulariser > 0:
             with torch.no_grad(), self.policy.use(REFERENCE):
                 velocity = self.backbone.bind(rollout.batch.text, self.guidance)
@@ -147,7 +147,7 @@ class Draft:
             deviation = torch.stack([losses.output_regulariser(v, r).mean() for v, r in zip(rollout.velocities, reference)]).mean()
             loss = loss + self.regulariser * deviation
             metrics["deviation"] = deviation.detach()
-        yield loss, {"loss": loss.detach(), "reward": reward.detach().nanmean(), **metrics}
+        yield loss, {"loss": loss.detach(), "reward": reward.detach(), **metrics}
 
     def end_step(self, step: int) -> None:
         """DRaFT keeps no second policy."""

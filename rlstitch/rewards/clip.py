@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizer, CLIPVisionConfig
 
+from rlstitch.figures import exact
 from rlstitch.files import hash_tensors, read_json, read_tensors, require, weight_files
 from rlstitch.ranges import DeviceName, Dtype, Text
 from rlstitch.rewards import preprocessing
@@ -165,16 +166,18 @@ class ClipReward:
         """[B] on the pictures' device, wherever the reward itself is."""
         return self.score_embedding(F.normalize(self.encode(images.to(self.device))[0], dim=-1), batch).to(images.device)
 
+    @exact
     def score_embedding(self, embedding: Tensor, batch: Batch) -> Tensor:
-        """From an image embedding [B, D] (unit norm for a clean picture) to the reward [B]."""
+        """From an image embedding [B, D] (unit norm for a clean picture) to the reward [B]; also inside autocast in float32: bf16 would round scores of 4 to 8 to 1/32."""
         if self.head is not None:
             return self.head_of(embedding)
         return self.scale * (embedding * self.embed_texts(batch.prompts).to(embedding.device)).sum(-1) + self.offset
 
+    @exact
     def head_of(self, embedding: Tensor) -> Tensor:
-        """The head's score [B] of an embedding, in float32 also inside autocast: bf16 would round scores of 4 to 8 to 1/32."""
-        with torch.autocast(self.device.type, enabled=False):
-            return self.head(embedding.to(self.device).float())[:, 0].to(embedding.device)
+        """The head's score [B] of an embedding."""
+        with torch.autocast(self.device.type, enabled=False):  # it may be elsewhere
+            return self.head(embedding.to(self.device))[:, 0].to(embedding.device)
 
     def embed_texts(self, prompts: list[str]) -> Tensor:
         """Unit text embeddings [B, D]. Each prompt is encoded once and by itself: in a batch, its last bits would depend on its neighbours, and with

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from rlstitch.figures import exact
 from rlstitch.shapes import detector
 from rlstitch.shapes.prompts import Prompt
 from rlstitch.types import Batch, UserError
@@ -29,6 +30,7 @@ class DetectorReward:
             return f"needs prompts that say what is to be seen (a .jsonl of the shapes world): {error}"
         return ""
 
+    @exact
     def score(self, images: Tensor, batch: Batch) -> Tensor:
         judge = detector.soft_scores if self.soft else detector.correct
         return judge(images, [Prompt.from_json(row) for row in batch.facts]).float().to(images.device)

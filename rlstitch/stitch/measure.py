@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from rlstitch import sampling, schedule, scheduler
 from rlstitch.distributed import autocast
-from rlstitch.oracles import MonteCarlo
+from rlstitch.figures import correlation, exact
+from rlstitch.oracles import MonteCarlo, bound, slices
 from rlstitch.stitch.model import StitchedValueModel
 from rlstitch.types import Batch, Latent
 
@@ -53,9 +54,8 @@ def batch_of(prompts: Sequence[str], text: Any = None) -> Batch:
 
 def in_parts(ask: Callable[[Latent, Batch], Tensor], latent: Latent, batch: Batch, size: int = 64) -> Tensor:
     """`ask` on slices of a large batch."""
-    parts = [slice(k, k + size) for k in range(0, len(latent.z), size)]
     with torch.no_grad():
-        return torch.cat([ask(Latent(latent.z[p], latent.sigma[p]), batch[p]).float() for p in parts])
+        return torch.cat([ask(Latent(latent.z[p], latent.sigma[p]), batch[p]).float() for p in slices(len(latent.z), size)])
 
 
 def noised(latents: Tensor, level: float, seed: int = 0) -> Latent:
@@ -68,6 +68,7 @@ def noised(latents: Tensor, level: float, seed: int = 0) -> Latent:
 # ---------------------------------------------------------------------------------------------------- figures
 
 
+@exact
 def recall(image: Tensor, text: Tensor) -> float:
     """Share of rows whose most similar text is their own; swap the arguments for text to image."""
     text = text.to(image.device)
@@ -81,18 +82,17 @@ def ranks(x: Tensor) -> Tensor:
     return (last - (counts - 1) / 2.0)[inverse]
 
 
-def correlation(a: Tensor, b: Tensor) -> float:
-    return float(torch.corrcoef(torch.stack([a.double(), b.double()]))[0, 1])
-
-
 def srcc(a: Tensor, b: Tensor) -> float:
-    """Spearman's rank correlation."""
-    return correlation(ranks(a), ranks(b))
+    """Spearman's rank correlation, where both are known."""
+    there = torch.isfinite(a) & torch.isfinite(b)
+    return correlation(ranks(a[there]), ranks(b[there]))
 
 
 def calibration(value: Tensor, truth: Tensor) -> dict[str, float]:
-    """mean error V - truth, slope of truth regressed on V (1 where V is calibrated: E[truth | V] = V), correlation, root mean square error."""
+    """mean error V - truth, slope of truth regressed on V (1 where V is calibrated: E[truth | V] = V), correlation, root mean square error; where both are known."""
     v, r = value.double(), truth.double()
+    there = torch.isfinite(v) & torch.isfinite(r)
+    v, r = v[there], r[there]
     centred = v - v.mean()
     return {
         "mean_error": float((v - r).mean()),
@@ -158,15 +158,17 @@ def references(
     shift: float | str = scheduler.AUTO,
     precision: str = "auto",
     seed: int = 0,
+    at_once: int = 64,
 ) -> dict[str, Reference]:
-    """Walk the policy from noise to each level (so that the latents are its own, not noised data) and finish every latent `rollouts` times, for all rewards at once."""
+    """Walk the policy from noise to each level (so that the latents are its own, not noised data) and finish every latent `rollouts` times, for all rewards at once;
+    the models see `at_once` latents at a time."""
     grid = schedule.sigmas(num_steps, scheduler.resolve("shift", shift, backbone), "plain")
     start = torch.randn(len(batch), *backbone.latent_shape, generator=torch.Generator().manual_seed(seed)).to(backbone.device)
     out = {}
     for level in sigmas:
         down = torch.cat([grid[grid > level], torch.tensor([level])])
         with autocast(backbone.device.type, precision):
-            latent = sampling.sample(backbone.bind(batch.text), start, down)
+            latent = sampling.sample(bound(backbone, batch, at_once), start, down)
         oracle = MonteCarlo(
             backbone,
             rewards,
@@ -176,6 +178,7 @@ def references(
             shift=shift,
             precision=precision,
             seed=seed,
+            at_once=at_once,
         )
         out[f"{level:g}"] = Reference(latent, batch, oracle.each(latent, batch), tuple(rewards))
     return out

@@ -286,24 +286,34 @@ def build(spec: Any, kind: str, device: str) -> Any:
 
 
 def values(
-    models: Sequence[StitchedValueModel], latent: Latent, batch: Batch, activations: Callable[[StitchedValueModel], Any] | None = None
+    models: Sequence[StitchedValueModel],
+    latent: Latent,
+    batch: Batch,
+    activations: Callable[[StitchedValueModel], Any] | None = None,
+    *,
+    weights: Sequence[float] | None = None,
 ) -> Tensor:
-    """[B, K] of several value models; those cut at the same block of the same prefix share its activations.
+    """[B, K] of several value models; those cut at the same block of the same prefix share its activations, those of weight 0 give no gradient.
 
     activations: where a caller has them at hand already (guidance's unconditional branch), it gives them by model.
     """
     cache: dict[tuple[int, ...], Any] = {}
-    out = []
-    for model in models:
-        model.check_range(latent.sigma)
+
+    def prefix(model: StitchedValueModel) -> Any:
         if activations is not None:
-            out.append(model.value_from(activations(model), batch))
-            continue
+            return activations(model)
         key = (
             model.prefix.fingerprint() if isinstance(model.prefix, LatentPrefix) else len(model.prefix.blocks),
             *(p.data_ptr() for p in model.prefix.parameters()),
         )
         if key not in cache:
             cache[key] = model.activations(latent.z, latent.sigma)
-        out.append(model.value_from(cache[key], batch))
+        return cache[key]
+
+    out = []
+    for model, weight in zip(models, [1.0] * len(models) if weights is None else weights):
+        model.check_range(latent.sigma)
+        state = prefix(model)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and weight != 0):
+            out.append(model.value_from(state, batch))
     return torch.stack(out, 1)
