@@ -29,6 +29,11 @@ class Evaluation:
     scores: dict[str, Tensor]
     images: Tensor
 
+    def unscored(self, label: str) -> list[str]:
+        """What there is to say of pictures without a score."""
+        lost = {n: int((~torch.isfinite(column)).sum()) for n, column in self.scores.items()}
+        return [f"{label}: '{n}' gave no score for {k} of {len(self.scores[n])} pictures (NaN or infinite); its mean is over the others" for n, k in lost.items() if k]
+
     def captions(self, prompts: list[str]) -> list[str]:
         names = [n for n in self.scores if not n.startswith("detector/")]
         return [f"{p} | " + " ".join(f"{n} {self.scores[n][i]:.3f}" for n in names) for i, p in enumerate(prompts)]

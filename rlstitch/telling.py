@@ -25,7 +25,7 @@ def is_main() -> bool:
 
 def say(*lines: str) -> None:
     """Lines on stdout from one rank; a bar that is being drawn stays whole."""
-    if is_main():
+    if is_main() and lines:
         tqdm.write("\n".join(lines))
         sys.stdout.flush()
 

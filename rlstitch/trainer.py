@@ -336,9 +336,7 @@ class Trainer:
                 label=label,
                 progress=self.config.logging.progress,
             )
-        for name, scores in result.scores.items() if self.engine.is_main else ():
-            if lost := result.means.get(f"unscored/{name}"):
-                tqdm.write(f"{label}: no score of '{name}' for {lost} of {len(scores)} pictures (NaN or infinite); its mean is over the others")
+        say(*result.unscored(label))
         return result
 
     def evaluate_all(self) -> dict[str, Evaluation]:
