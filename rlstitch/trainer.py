@@ -328,14 +328,8 @@ class Trainer:
                 {n: self.rewards[n] for n in e.rewards},
                 schedule.sigmas(e.num_steps, scheduler.resolve("evaluation.shift", e.shift, self.backbone), e.spacing),
                 self.engine,
-                guidance=e.guidance,
-                batch_size=e.batch_size,
-                seed=e.seed,
-                limit=limit,
-                keep=e.grid,
-                label=label,
-                progress=self.config.logging.progress,
-            )
+                guidance=e.guidance, batch_size=e.batch_size, seed=e.seed, limit=limit, keep=e.grid, label=label, progress=self.config.logging.progress,
+            )  # fmt: skip
         say(*result.unscored(label))
         return result
 
