@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from rlstitch import config as cfg
-from rlstitch import protocols, schedule, scheduler, stages
+from rlstitch import lengths, protocols, schedule, scheduler, stages
 from rlstitch.asking import PartError, inside
-from rlstitch.data import DIMENSIONS, Geometry, PromptSet, read_prompts, resolve_geometry
+from rlstitch.data import DIMENSIONS, Geometry, PromptSet, resolve_geometry
 from rlstitch.distributed import world_size
 from rlstitch.files import require, same_vae
 from rlstitch.oracles import Tweedie, values_used
@@ -55,7 +55,8 @@ def _faults(config: RunConfig) -> list[str]:
         elif getattr(config, where):
             faults.append(f"'{where}' is given, but {config.algorithm['_target_']} asks no reward and would not use it: remove '{where}'")
     count = _data(config, method, faults)
-    held_out = attempt(faults, "evaluation.prompts", read_prompts, config.evaluation.prompts, config.evaluation.column)
+    held, cut = config.evaluation, config.data.truncate
+    held_out = lengths.fitting(faults, "evaluation.prompts", held.prompts, held.column, config.model, "data.truncate", cut)
     faults += judge_faults("evaluation.rewards", config.evaluation.rewards, config.rewards, held_out)
     faults += guard_faults(config)
     if config.distributed.zero_stage and config.distributed.precision == "fp16":
@@ -87,7 +88,8 @@ def _data(config: RunConfig, method: Any, faults: list[str]) -> int | None:
     if method is None or method.learns_from == "prompts":
         if images and method is not None:
             faults.append(f"'data.images' is given, but {target} learns from prompts and makes its own pictures: remove it")
-        prompts = attempt(faults, "data.prompts", read_prompts, config.data.prompts, config.data.column)
+        d = config.data
+        prompts = lengths.fitting(faults, "data.prompts", d.prompts, d.column, config.model, "data.truncate", d.truncate)
         return None if prompts is None else len(prompts)
     if not images:
         _, shape, example = DIMENSIONS[method.learns_from]

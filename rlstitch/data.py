@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rlstitch import config as cfg
 from rlstitch.cache import keep, kept
+from rlstitch.lengths import message
 from rlstitch.prompts import PromptSet, read_prompts
 from rlstitch.schema import DataConfig
 from rlstitch.types import Batch, UserError
@@ -59,17 +60,13 @@ def build_pictures(where: str, node: dict[str, Any], kind: str = "images") -> tu
     return pictures, prompts
 
 
-def encode(backbone: Any, prompts: PromptSet, *, truncate: bool = False, engine: Any = None) -> PromptSet:
-    """Encode a prompt set and its pictures once. Prompts that the encoders would cut are refused by name unless `truncate` allows it.
+def encode(backbone: Any, prompts: PromptSet, *, truncate: bool = False, engine: Any = None, allow: str = "data.truncate") -> PromptSet:
+    """Encode a prompt set and its pictures once. Prompts that the encoders would cut are refused by name unless `truncate`, the recipe's key `allow`, allows it.
 
     The ranks of `engine` share the pictures and, with a cache on disk, the text; the set then holds nothing but the prompts.
     """
-    cut = backbone.too_long(prompts.prompts)
-    if cut and not truncate:
-        shown = "; ".join(f"'{p[:60]}...' ({n} tokens)" for p, n, _ in cut[:3])
-        raise UserError(
-            f"{len(cut)} of {len(prompts)} prompts are longer than the {cut[0][2]} tokens that the text encoder takes: {shown}. Shorten them, or set truncate to true"
-        )
+    if not truncate and (cut := backbone.too_long(prompts.prompts)):
+        raise UserError(message(cut, len(prompts), allow))
     if getattr(backbone, "cache", None) is None:
         prompts.text = backbone.encode_prompts(prompts.prompts)
     else:

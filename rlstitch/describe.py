@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rlstitch import config as cfg
-from rlstitch import schedule, scheduler, stages
+from rlstitch import lengths, schedule, scheduler, stages
 from rlstitch.checks import counted, geometry, halts
 from rlstitch.schema import RunConfig
 
@@ -29,7 +29,7 @@ def goals(config: RunConfig) -> list[str]:
                 else f"learns from the pictures of {images.get('path', images['_target_'])}"
             )
         lines.append(f"stage {name}, {part.updates} updates: {line}" if config.stages else line)
-    return lines
+    return lines + lengths.unseen(stages.expand(config))
 
 
 def describe(config: RunConfig) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rlstitch import config as cfg
-from rlstitch import sampling, schedule, scheduler
+from rlstitch import lengths, sampling, schedule, scheduler
 from rlstitch.asking import ask
 from rlstitch.checks import answered, attempt, judge_faults, part_faults, unknown_rewards, value_cards, without_gradient
 from rlstitch.data import encode
@@ -151,8 +151,9 @@ def checked(given: dict[str, Any], name: str) -> SteerConfig:
     if config.lora:
         found = attempt(faults, "lora", require, config.lora, "the trained policy's folder")
         faults += [f"'lora': {config.lora} is no folder"] if found is not None and not found.is_dir() else []
-    prompts = attempt(faults, "prompts", read_prompts, config.prompts, config.column)
-    faults += part_faults(config) + judge_faults("judges", config.judges, config.rewards, prompts)
+    faults += part_faults(config)
+    prompts = lengths.fitting(faults, "prompts", config.prompts, config.column, config.model, "truncate", config.truncate)
+    faults += judge_faults("judges", config.judges, config.rewards, prompts)
     shift, sampler = scheduler.of_recipe("sampler.shift", config.sampler.shift, config.model, faults), config.sampler
     parts = cfg.check_part("oracle", config.oracle, kind="oracle") + cfg.check_part("method", config.method, kind="method")
     if not parts:
@@ -205,7 +206,10 @@ class Job:
         count = min(config.max_prompts or len(prompts), len(prompts))
         rows = [i for i in range(count) for _ in range(config.images_per_prompt)]
         self.prompts = encode(
-            self.backbone, PromptSet([prompts.prompts[i] for i in rows], [prompts.rows[i] for i in rows]), truncate=config.truncate
+            self.backbone,
+            PromptSet([prompts.prompts[i] for i in rows], [prompts.rows[i] for i in rows]),
+            truncate=config.truncate,
+            allow="truncate",
         )
         shift = scheduler.resolve("sampler.shift", config.sampler.shift, self.backbone)
         self.grid = schedule.sigmas(config.sampler.num_steps, shift, config.sampler.spacing)

@@ -119,7 +119,7 @@ class Backbone(Protocol):
     """A denoiser with its autoencoder and text encoders; what an adapter for another architecture has to give. It never loops over time.
 
     parts: folders that its directory must hold. transformer: the module that LoRA is added to, on the linears named `lora_targets`. latent_shape (C, H, W), image_size in pixels, image_tokens of a picture in the transformer, width of a block's tokens.
-    too_long: (prompt, tokens, limit) of prompts that the encoders would cut. cache: folder of encoded text, None for none; `remember` fills it; latents of pictures are kept there by `picture_fingerprint`. A prefix's activations have `block`, `size`, `grid`, `rows` and `join` (backbones.sd3.Activations).
+    too_long: (prompt, tokens, limit) of prompts that the encoders would cut; a static `cut_prompts(options, prompts)` says so of a recipe's options before anything loads, of rewards, too. cache: folder of encoded text, None for none; `remember` fills it; latents of pictures are kept there by `picture_fingerprint`. A prefix's activations have `block`, `size`, `grid`, `rows` and `join` (backbones.sd3.Activations).
     """
 
     path: Any

@@ -43,3 +43,10 @@ def test_darkness_by_hand():
     grey, red = torch.full((3, 4, 4), 0.25), torch.zeros(3, 4, 4)
     red[0] = 1.0
     torch.testing.assert_close(Darkness().score(torch.stack([grey, red]), BATCH), torch.tensor([0.75, 2 / 3]))
+
+
+def test_embeddings_of_texts_are_kept_up_to_a_number(reward, monkeypatch):
+    monkeypatch.setattr("rlstitch.rewards.clip.TEXTS_KEPT", 2)
+    first = reward.embed_texts(["a", "b", "c"])
+    assert list(reward._texts) == ["b", "c"]
+    assert torch.equal(reward.embed_texts(["b", "a", "b"]), first[[1, 0, 1]]) and list(reward._texts) == ["b", "a"]

@@ -148,7 +148,6 @@ FAULTS = {
     "a reward that nobody asks": ("recipe.yaml", SOAR_JOB, "'oracle' is given, but rlstitch.algorithms.soar.SOAR asks no reward"),
     "no pictures": ("free.yaml", SOAR_JOB[:2], "'data.images' is missing"),
     "pictures for an algorithm that samples": ("recipe.yaml", SOAR_JOB[2:3], "'data.images' is given, but rlstitch.algorithms.draft.Draft"),
-    "too few pictures": ("free.yaml", (*SOAR_JOB, "data.images.n=3"), "the prompt set has 3"),
     "misspelt key": ("free.yaml", (*SOAR_JOB, "data.images.sed=3"), "unknown key 'data.images.sed' (did you mean 'seed'?)"),
     "ratio below 1": (
         "free.yaml",

@@ -184,8 +184,8 @@ def test_a_judge_that_needs_facts_says_so_before_the_work(tmp_path, sd3_dir, cli
 def test_long_and_empty_prompt_files(tmp_path, sd3_dir, clip_dir):
     recipe = given(tmp_path, sd3_dir, clip_dir)
     (tmp_path / "prompts.txt").write_text("a red circle " * 20)
-    with pytest.raises(UserError, match="1 of 1 prompts are longer than the 24 tokens"):
-        steer.Job(steer.checked(recipe, "tiny"))
+    with pytest.raises(UserError, match="'prompts': 1 of 1 prompts are longer than the 24 tokens.*set truncate=true"):
+        steer.checked(recipe, "tiny")
     assert len(steer.Job(steer.checked(recipe | {"truncate": True}, "tiny")).prompts) == 1
     (tmp_path / "prompts.txt").write_text("\n\n")
     with pytest.raises(UserError, match="holds no prompt"):

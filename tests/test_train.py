@@ -301,11 +301,16 @@ def test_check_prints_and_leaves_nothing(world):
 
 def test_long_prompts_are_named_and_cut_only_on_request(world):
     (world / "long.txt").write_text("a red star\n" + "a " * 40 + "circle\n")
-    code, output = start(world, "name=long", f"data.prompts={world / 'long.txt'}", "updates=1")
-    assert code == 2 and "1 of 2 prompts" in output and "24 tokens" in output and "Traceback" not in output, output
-    assert not (world / "runs" / "long").exists()
+    for key in ("data", "evaluation"):
+        said = refusal(world / "recipe.yaml", f"{key}.prompts={world / 'long.txt'}")
+        assert (
+            f"'{key}.prompts': 1 of 2 prompts are longer than the 24 tokens" in said
+            and "set data.truncate=true" in said
+            and "1 fault" in said
+        )
     code, output = start(world, "name=long", f"data.prompts={world / 'long.txt'}", "updates=1", "data.truncate=true")
     assert code == 0 and "(2 times through the 2 that there are)" in output, output
+    assert output.count("reward 'clip' reads the first 24 tokens of a prompt: 1 of 9 are longer") == 1
 
 
 def test_nan_is_skipped_then_given_up_with_weights_untouched(world):

@@ -11,11 +11,12 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from rlstitch.backbones import directory
@@ -248,6 +249,7 @@ class SD3Backbone:
         if not files:
             return
         pipeline, prompts = self._text_pipeline(), list(files)
+        bar = tqdm(total=len(prompts), desc="encoding prompts", unit="prompt", leave=False, disable=len(prompts) <= 8 * batch_size)
         for start in range(0, len(prompts), batch_size):
             part = prompts[start : start + batch_size]
             with torch.no_grad(), torch.autocast(self.device.type, enabled=False):  # text is the same whatever it is asked in the midst of
@@ -258,14 +260,25 @@ class SD3Backbone:
                 if files[prompt] is not None:
                     keep(files[prompt], {"tokens": t, "pooled": p})
                 yield prompt, t, p
+            bar.update(len(part))
+        bar.close()
         del pipeline
         gc.collect()
 
     def too_long(self, prompts: Sequence[str]) -> list[tuple[str, int, int]]:
         """(prompt, its tokens, the limit) of prompts that the widest encoder would cut: T5's limit where there is one, else CLIP's."""
-        t5 = (self.path / "tokenizer_3").is_dir()
-        tokenizer = AutoTokenizer.from_pretrained(self.path / ("tokenizer_3" if t5 else "tokenizer"))
-        limit = self.max_sequence_length if t5 else tokenizer.model_max_length
+        return self.cut_prompts({"path": self.path, "max_sequence_length": self.max_sequence_length}, prompts)
+
+    @staticmethod
+    def cut_prompts(options: dict[str, Any], prompts: Sequence[str]) -> list[tuple[str, int, int]]:
+        """`too_long` of a recipe's model, by its tokenizer alone."""
+        folder = require(options["path"], "the model directory")
+        t5 = (folder / "tokenizer_3").is_dir()
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder / ("tokenizer_3" if t5 else "tokenizer"), local_files_only=True)
+        except Exception as error:  # transformers raises many kinds for a missing or damaged file
+            raise UserError(f"the tokenizer of model '{folder}' cannot be loaded: {error}") from error
+        limit = options.get("max_sequence_length", 256) if t5 else tokenizer.model_max_length
         lengths = [len(ids) for ids in tokenizer(list(prompts)).input_ids]
         return [(p, n, limit) for p, n in zip(prompts, lengths) if n > limit]
 

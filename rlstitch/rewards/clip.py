@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPModel, CLIPTokenizer, CLIPVisionConfig
+from transformers import CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
 from rlstitch.figures import exact
 from rlstitch.files import hash_tensors, read_json, read_tensors, require, weight_files
@@ -96,6 +96,16 @@ def _vision(folder: Path) -> dict[str, Any]:
     return CLIPVisionConfig(**(said.get("vision_config") or {})).to_dict()
 
 
+def _tokenizer(folder: Path) -> CLIPTokenizer:
+    try:
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises many kinds for a missing or damaged file
+        raise UserError(f"the tokenizer of the reward model '{folder}' cannot be loaded: {error}") from error
+
+
+TEXTS_KEPT = 65_536  # embeddings of prompts that a reward holds
+
+
 class ClipReward:
     """Cosine between image and prompt embeddings, or a head on the image embedding. path: a CLIPModel directory with tokenizer and preprocessor_config.json (or processor_config.json), or `shapes:NAME`.
 
@@ -125,10 +135,7 @@ class ClipReward:
         model = load_strictly(CLIPModel, folder, "the reward model", variant=variant, dtype=torch.float32, attn_implementation=kernel)
         temperature = float(model.logit_scale.detach().exp())  # before the cast: in bf16 100 would become 99
         self.model = model.to(self.device, self.dtype).requires_grad_(False).eval()
-        try:
-            self.tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        except Exception as error:  # transformers raises many kinds for a missing or damaged file
-            raise UserError(f"the tokenizer of the reward model '{path}' cannot be loaded: {error}") from error
+        self.tokenizer = _tokenizer(folder)
         self.size = self.model.config.vision_config.image_size
         self.preprocessing = preprocessing.read(folder, self.size, resize)
         self.num_blocks = len(self.model.vision_model.encoder.layers)
@@ -159,6 +166,17 @@ class ClipReward:
             except UserError as error:
                 out.append(("path", str(error)))
         return out
+
+    @staticmethod
+    def cut_prompts(options: dict[str, Any], prompts: list[str]) -> list[tuple[str, int, int]]:
+        """(prompt, its tokens, the limit) of prompts whose ends a recipe's reward does not see, by its tokenizer alone."""
+        if options.get("head"):
+            return []
+        folder = require(options["path"], "the reward model")
+        said = read_json(require(folder / "config.json", "the reward model's config"), "the reward model's config")
+        limit = CLIPTextConfig(**(said.get("text_config") or {})).max_position_embeddings
+        lengths = [len(ids) for ids in _tokenizer(folder)(prompts).input_ids]
+        return [(p, n, limit) for p, n in zip(prompts, lengths) if n > limit]
 
     # ---------------------------------------------------------------------------------------- scoring
 
@@ -193,7 +211,11 @@ class ClipReward:
             with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
                 embedding = self.model.text_projection(self.model.text_model(input_ids=ids.to(self.device)).pooler_output).float()
             self._texts[prompt] = F.normalize(embedding, dim=-1)[0]
-        return torch.stack([self._texts[p] for p in prompts])
+        rows = torch.stack([self._texts[p] for p in prompts])
+        self._texts |= {p: self._texts.pop(p) for p in dict.fromkeys(prompts)}  # the latest last
+        while len(self._texts) > TEXTS_KEPT:
+            del self._texts[next(iter(self._texts))]
+        return rows
 
     # ---------------------------------------------------------------------------------------- stitching
 

@@ -20,6 +20,7 @@ from rlstitch.checks import attempt, part_faults, unknown_rewards
 from rlstitch.data import build_pictures, encode, read_prompts
 from rlstitch.distributed import resolve_precision
 from rlstitch.files import write_json, write_text
+from rlstitch.lengths import fitting
 from rlstitch.metrics import interleaved, peak_megabytes
 from rlstitch.ranges import AutoShift, GridSteps, Name, NotEmpty, Range, Text, Threads
 from rlstitch.report import line_plot
@@ -76,7 +77,7 @@ def checked(given: dict[str, Any], name: str) -> CompareConfig:
     config, faults = cfg.fill(CompareConfig, given)
     faults += part_faults(config) + unknown_rewards("compare", list(config.compare), config.rewards)
     scheduler.of_recipe("calibration.shift", config.calibration.shift, config.model, faults)
-    attempt(faults, "calibration.prompts", read_prompts, config.calibration.prompts, config.calibration.column)
+    fitting(faults, "calibration.prompts", config.calibration.prompts, config.calibration.column, config.model)
     for where, nodes in (("held_out", {"": config.held_out}), ("pairs", config.pairs), ("graded", config.graded)):
         for key, node in nodes.items():
             faults += cfg.check_part(f"{where}.{key}".rstrip("."), node, kind=where.replace("held_out", "images"))
@@ -113,7 +114,7 @@ class Comparison:
         prompts = read_prompts(c.prompts, c.column)
         step = max(1, len(prompts) // c.count)  # spread over the file, whose classes stand together
         index = list(range(0, len(prompts), step))[: c.count]
-        self.prompts = encode(self.backbone, prompts).batch(index, torch.tensor(index))
+        self.prompts = encode(self.backbone, prompts, allow="").batch(index, torch.tensor(index))
 
     def subjects(self, reward: str, built: Any) -> list[Subject]:
         out = [

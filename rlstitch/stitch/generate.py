@@ -17,9 +17,10 @@ from rlstitch import sampling, schedule, scheduler
 from rlstitch.cache import keep, kept
 from rlstitch.distributed import autocast, resolve_precision
 from rlstitch.files import cache_folder, weights_fingerprint
-from rlstitch.prompts import PromptSet, read_prompts
+from rlstitch.lengths import fitting
+from rlstitch.prompts import PromptSet
 from rlstitch.ranges import AutoShift, Count, CountOrNone, GridSteps, Guidance, NotEmpty, Seed, Text
-from rlstitch.types import UserError, noise_like
+from rlstitch.types import noise_like
 
 
 @dataclass
@@ -38,14 +39,12 @@ class GenerateConfig:
     seed: Seed = 0
 
 
-def faults(where: str, config: GenerateConfig) -> list[str]:
-    """What is wrong with a recipe's node `where`."""
+def faults(where: str, config: GenerateConfig, model: dict[str, Any] | None = None) -> list[str]:
+    """What is wrong with a recipe's node `where`, whose pictures are of `model`."""
+    out: list[str] = []
     if config.count > 0:
-        try:
-            read_prompts(config.prompts, config.column)
-        except UserError as error:
-            return [f"'{where}.prompts': {error}"]
-    return []
+        fitting(out, f"{where}.prompts", config.prompts, config.column, model or {}, f"{where}.truncate", config.truncate)
+    return out
 
 
 @torch.no_grad()

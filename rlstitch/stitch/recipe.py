@@ -77,7 +77,7 @@ def checked(given: dict[str, Any], name: str) -> StitchRecipe:
         )
     if recipe.blocks not in ("best", "cheapest") and not (recipe.blocks.isascii() and recipe.blocks.isdigit() and int(recipe.blocks)):
         faults.append(f"'blocks' must be best, cheapest or a number, not {recipe.blocks!r}")
-    faults += generate_faults("generate", recipe.generate)
+    faults += generate_faults("generate", recipe.generate, recipe.model)
     if recipe.generate.count:
         scheduler.of_recipe("generate.shift", recipe.generate.shift, recipe.model, faults)
     if recipe.kind != "stitch":
@@ -189,7 +189,12 @@ def run(recipe: StitchRecipe) -> StitchedValueModel:
         asked = time.perf_counter()
         own, _, seconds = generate(
             backbone,
-            encode(backbone, read_prompts(recipe.generate.prompts, recipe.generate.column), truncate=recipe.generate.truncate),
+            encode(
+                backbone,
+                read_prompts(recipe.generate.prompts, recipe.generate.column),
+                truncate=recipe.generate.truncate,
+                allow="generate.truncate",
+            ),
             recipe.generate,
             f"{recipe.name}: pictures",
         )

@@ -21,10 +21,11 @@ from tqdm import tqdm
 from rlstitch import config as cfg
 from rlstitch import scheduler
 from rlstitch.asking import ask
-from rlstitch.checks import attempt, part_faults
+from rlstitch.checks import part_faults
 from rlstitch.data import PromptSet, encode, read_prompts
 from rlstitch.distributed import autocast
 from rlstitch.files import require, write_json
+from rlstitch.lengths import fitting
 from rlstitch.ranges import Count, Name, Range, Rate, Seed, Text, Threads
 from rlstitch.stitch import measure
 from rlstitch.stitch.generate import GenerateConfig, generate, pictures_of
@@ -64,13 +65,13 @@ def checked(given: dict[str, Any], name: str) -> SurrogateConfig:
     faults += part_faults(config)
     if len(config.rewards) != 1:
         faults.append(f"'rewards' must hold the one reward to distil, not {len(config.rewards)}")
-    faults += cfg.check_part("start", config.start, kind="reward") + generate_faults("generate", config.generate)
+    faults += cfg.check_part("start", config.start, kind="reward") + generate_faults("generate", config.generate, config.model)
     scheduler.of_recipe("generate.shift", config.generate.shift, config.model, faults)
     if config.generate.count < 1:
         faults.append(
             f"'generate.count' must be positive, not {config.generate.count}: the surrogate learns from the model's pictures alone"
         )
-    attempt(faults, "held_out", read_prompts, config.held_out)
+    fitting(faults, "held_out", config.held_out, "", config.model, "generate.truncate", config.generate.truncate)
     cfg.named(config, name, faults)
     if faults:
         raise cfg.report(faults, name)
@@ -160,7 +161,7 @@ def run(config: SurrogateConfig) -> dict[str, Any]:
     name, node = next(iter(config.rewards.items()))
     black_box, start = cfg.build(node, device=device), cfg.build(config.start, device=device)
     seen, held_out = (
-        encode(backbone, read_prompts(path, column), truncate=config.generate.truncate)
+        encode(backbone, read_prompts(path, column), truncate=config.generate.truncate, allow="generate.truncate")
         for path, column in ((config.generate.prompts, config.generate.column), (config.held_out, ""))
     )
     latents, rows, seconds = generate(backbone, seen, config.generate, "pictures")
