@@ -130,7 +130,7 @@ def main(run: Callable[[list[str]], None], *, default: str = "") -> None:
             run(arguments)
         watch.leave()
     except UserError as error:
-        watch.leave(str(error))
+        watch.leave(str(error), said=is_main() or "TORCHELASTIC_ERROR_FILE" in os.environ)
         if os.environ.get("RLSTITCH_TRACEBACK") == "1":
             traceback.print_exc()
         last_word(f"rlstitch: {error}")

@@ -31,15 +31,18 @@ def start(rank: int, world: int, timeout: float, where: Callable[[], str]) -> No
     _current.start()
 
 
-def leave(why: str = "") -> None:
-    """Tell the other ranks that this one ends, and of what fault."""
+def leave(fault: str = "", *, said: bool = False) -> None:
+    """Tell the other ranks that this one ends, of what fault if of any, and whether it has said so to the user itself."""
     if _current is not None:
-        _current.say("left", why)
+        _current.say("left", json.dumps([fault, said]))
 
 
 def end_if_lost(error: Exception) -> None:
     """End this rank in one line, with status 1, where `error` comes of another one's loss. Takes a few seconds to find out."""
-    if _current is not None and isinstance(error, RuntimeError) and (line := _current.explain(error)):
+    if _current is None or not isinstance(error, RuntimeError):
+        return
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, who ends the others at once, and would end this one without its word
+    if line := _current.explain(error):
         _current.tell(line)
         os._exit(1)  # what is left of the group would wait for the lost one
 
@@ -53,6 +56,7 @@ class Watch(threading.Thread):
         self.store, self.rank, self.world, self.timeout, self.where = store, rank, world, timeout, where
         self.seen = {r: ("", "starting", time.monotonic()) for r in range(world) if r != rank}  # last beat, phase, since when
         self.faults: dict[int, str] = {}
+        self.said = False
         self.ears, self.mouth = socket.socketpair()
         self.mouth.setblocking(False)
         signal.set_wakeup_fd(self.mouth.fileno(), warn_on_full_buffer=False)  # written to at once, whatever the rank is at
@@ -70,7 +74,7 @@ class Watch(threading.Thread):
                 return
             silent = self._silent(SILENT if asked else self.timeout)
             if silent or (asked and self.faults):
-                self.tell(f"{self._named(silent)}; stopped" + " on a signal" * bool(asked))
+                self.tell(f"{self._named(silent)}; {'stopped on a signal' if asked else 'given up (distributed.timeout)'}")
                 os._exit(128 + asked if asked else 1)
 
     def explain(self, error: Exception) -> str:
@@ -86,9 +90,9 @@ class Watch(threading.Thread):
         return ""
 
     def tell(self, line: str) -> None:
-        """One line, from the first rank that is left; what rank 0 says of itself is not said again."""
+        """One line, from the first rank that is left, unless the one at fault has said it."""
         gone = self.faults.keys() | set(self._silent(3 * BEAT))
-        if self.rank == min(set(range(self.world)) - gone) and 0 not in self.faults:
+        if self.rank == min(set(range(self.world)) - gone) and not self.said:
             last_word(f"rlstitch: {line}")
 
     def say(self, key: str, text: str) -> None:
@@ -98,8 +102,10 @@ class Watch(threading.Thread):
         for rank, (before, _, _) in list(self.seen.items()):
             if self.store.check([f"rlstitch/left/{rank}"]):
                 del self.seen[rank]
-                if why := self.store.get(f"rlstitch/left/{rank}").decode():
-                    self.faults[rank] = why
+                fault, said = json.loads(self.store.get(f"rlstitch/left/{rank}"))
+                self.said |= said
+                if fault:
+                    self.faults[rank] = fault
             elif self.store.check([f"rlstitch/beat/{rank}"]):
                 beat, phase = json.loads(self.store.get(f"rlstitch/beat/{rank}"))
                 if beat != before:
