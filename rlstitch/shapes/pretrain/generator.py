@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTextConfig, CLIPTextModelWithProjection
 
-from rlstitch.files import require
+from rlstitch.files import read_json, require, write_json
 from rlstitch.shapes import tokenizer as shapes_tokenizer
 from rlstitch.shapes.pretrain.common import autocast, batches, device, fit, ranks, write_card
 from rlstitch.shapes.pretrain.pool import labels_of, make_pool
@@ -203,6 +203,9 @@ def train(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )
     pipeline.save_pretrained(folder)
+    for name in ("text_encoder", "text_encoder_2"):  # stored in half precision, run in float32 like the rest: transformers loads in what this says
+        config = folder / name / "config.json"
+        write_json(config, read_json(config, "the text encoder's config") | {"dtype": "float32"})
     shutil.copy(vae_folder / "card.json", folder / "vae" / "card.json")
     write_card(folder, facts | {"part": "shapes", "seed": seed, "parameters": sum(p.numel() for p in transformer.parameters())})
     print(facts, flush=True)
