@@ -1,9 +1,9 @@
 """At real size, random weights: SD3.5-Medium's architecture, its autoencoder and a ViT-H/14@378 reward; pixel path against stitched path, side by side in one run.
 
-    python -m benchmarks.real_size [size=sd35_medium|tiny] [pixels=512,1024] [blocks=4] [repeats=5] [flops=only]
+    python -m benchmarks.real_size [size=sd35_medium|tiny] [pixels=512,1024] [blocks=4] [repeats=5] [flops=only] [parts=QUERY,DPS,...]
 
 Value query (forward, gradient), a DPS step and an FK step under guidance, a DRaFT-1 update, an NFT update of two pictures: time, peak memory, ratio, and the
-TFLOP counted beside each.
+TFLOP counted beside each. parts: cases by what their names hold, e.g. parts=query,DPS. Every case is saved as it comes, its time before its memory.
 flops=only counts on the meta device and needs no GPU. The reward's text tower is cut short: it never runs while anything is timed.
 """
 
@@ -123,16 +123,38 @@ def build(size: str, pixels: int, blocks: int, device: str, dtype: torch.dtype) 
     value = StitchedValueModel.from_search(
         backbone, reward, blocks, 1, 0.02 * torch.randn(reward.width, backbone.width, device=device), torch.zeros(reward.width, device=device),
         cls_state=torch.zeros(reward.width), norm=1.0, normalise=True, sigma_range=(0.0, 1.0), card={},
-    ).to(device).requires_grad_(False).eval()  # fmt: skip
+    ).to(device).freeze()  # fmt: skip
     return backbone, reward, value
 
 
-def _measured(cases: dict[tuple[str, str], Callable[[], object]], repeats: int) -> tuple[dict, dict]:
-    """Median seconds and peak megabytes by case."""
-    return interleaved(cases, repeats), {case: peak_megabytes(run) for case, run in cases.items()}
+def _measured(
+    cases: dict[tuple[str, str], Callable[[], object]], repeats: int, parts: str, rows: dict[str, dict], keep: Callable[[], None]
+) -> None:
+    """Median seconds, then peak megabytes, of each case's two ways side by side, put into `rows` and kept one by one."""
+    for what in dict.fromkeys(kind for _, kind in cases):
+        if not any(part.lower() in what.lower() for part in parts.split(",")):
+            continue
+        pair = {way: cases[way, what] for way in ("tweedie", "stitched")}
+        seconds = interleaved(pair, repeats)
+        a, b = seconds["tweedie"], seconds["stitched"]
+        rows[what] = {"pixel_seconds": round(a, 5), "stitched_seconds": round(b, 5), "times_faster": round(a / b, 3)}
+        keep()
+        a, b = (peak_megabytes(run) for run in pair.values())
+        rows[what] |= {"pixel_megabytes": round(a, 1), "stitched_megabytes": round(b, 1), "memory_ratio": round(b / a, 3)}
+        keep()
 
 
-def measure(size: str, pixels: int, blocks: int, repeats: int) -> dict:
+def measure(
+    size: str,
+    pixels: int,
+    blocks: int,
+    repeats: int,
+    parts: str = "",
+    rows: dict[str, dict] | None = None,
+    keep: Callable[[], None] = lambda: None,
+) -> dict:
+    """{case: figures}, those of `rows` filled as they come, `keep` called after each."""
+    rows = {} if rows is None else rows
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     backbone, reward, value = build(size, pixels, blocks, device, dtype)
@@ -171,7 +193,7 @@ def measure(size: str, pixels: int, blocks: int, repeats: int) -> dict:
             (name, "FK, two steps"): fk,
         }
         assert name != "stitched" or Steered(backbone, oracle, batch, guidance=4.5)._depths, "the stitched case does not share its prefix"
-    seconds, memory = _measured(cases, repeats)  # before there is a LoRA: it would end the sharing, and slow the pixel queries
+    _measured(cases, repeats, parts, rows, keep)  # before there is a LoRA: it would end the sharing, and slow the pixel queries
     cases = {}
     policy = Policy(backbone.transformer, rank=8, alpha=16.0, targets=backbone.lora_targets, seed=0, ema_decay=0.9, old=True)
     pair = replace(batch.interleave(2), seeds=torch.arange(2))  # NFT compares pictures of one prompt
@@ -196,15 +218,7 @@ def measure(size: str, pixels: int, blocks: int, repeats: int) -> dict:
                 p.grad = None
 
         cases |= {(name, "DRaFT-1 update"): draft, (name, "NFT update"): nft}
-    for total, part in zip((seconds, memory), _measured(cases, repeats)):
-        total |= part
-    rows = {}
-    for what in dict.fromkeys(kind for _, kind in seconds):
-        a, b = ("tweedie", what), ("stitched", what)
-        rows[what] = {
-            "pixel_seconds": round(seconds[a], 5), "stitched_seconds": round(seconds[b], 5), "times_faster": round(seconds[a] / seconds[b], 3),
-            "pixel_megabytes": round(memory[a], 1), "stitched_megabytes": round(memory[b], 1), "memory_ratio": round(memory[b] / memory[a], 3),
-        }  # fmt: skip
+    _measured(cases, repeats, parts, rows, keep)
     return rows
 
 
@@ -212,16 +226,20 @@ WANTED = {"query forward": "6x faster", "DPS step": "3.2x faster at 0.45 of the 
 
 
 def main() -> None:
-    options = arguments({"size": "sd35_medium", "pixels": "512,1024", "blocks": "4", "repeats": "5", "flops": ""})
+    options = arguments({"size": "sd35_medium", "pixels": "512,1024", "blocks": "4", "repeats": "5", "flops": "", "parts": ""})
     size, blocks, result = options["size"], int(options["blocks"]), {}
+    only = options["flops"] == "only"
+
+    def keep() -> None:
+        told = {"size": size, "blocks": blocks, "by_pixels": result, "wanted_on_an_H200_at_1024": WANTED}
+        save(f"real_size_{size}{'_flops' if only else ''}", told)
+
     for pixels in map(int, options["pixels"].split(",")):
         result[pixels] = {"tflop": {k: round(v, 6) for k, v in floors(size, pixels, blocks).items()}}
-        if options["flops"] != "only":
-            result[pixels]["measured"] = measure(size, pixels, blocks, int(options["repeats"]))
-        save(  # after every size, so that one too large for the memory loses nothing
-            f"real_size_{size}{'_flops' if options['flops'] == 'only' else ''}",
-            {"size": size, "blocks": blocks, "by_pixels": result, "wanted_on_an_H200_at_1024": WANTED},
-        )
+        keep()
+        if not only:
+            rows = result[pixels]["measured"] = {}
+            measure(size, pixels, blocks, int(options["repeats"]), options["parts"], rows, keep)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ def test_floors_of_sd35_medium_are_the_counted_ones(pixels, wanted):
 
 
 def test_real_size_runs_on_a_tiny_configuration():
-    rows = real_size.measure("tiny", 16, 1, 1)
+    rows, kept = {}, []
+    real_size.measure("tiny", 16, 1, 1, "", rows, lambda: kept.append({what: len(row) for what, row in rows.items()}))
+    assert kept[0] == {"query forward": 3} and kept[1] == {"query forward": 6} and len(kept) == 12, "every case as it comes, its time first"
     assert set(rows) == {"query forward", "query gradient", "DPS step", "FK, two steps", "DRaFT-1 update", "NFT update"}
     assert all(row["stitched_seconds"] > 0 and row["pixel_megabytes"] > 0 for row in rows.values())
 
