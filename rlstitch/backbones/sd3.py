@@ -219,8 +219,10 @@ class SD3Backbone:
 
     def picture_fingerprint(self) -> str:
         """Of everything that latents of pictures depend on beside the pictures."""
-        prints = quick_fingerprint(self.path, ("vae/*.safetensors", "vae/config.json"))
-        return hashlib.sha256(f"{prints}:{self.image_size}:{self.dtype}:{self.device.type}".encode()).hexdigest()[:20]
+        c = self.vae.config
+        prints = hash_tensors(dict(self.vae.named_parameters()))
+        told = f"{prints}:{c.scaling_factor}:{c.shift_factor}:{self.image_size}:{self.dtype}:{self.device.type}"
+        return hashlib.sha256(told.encode()).hexdigest()[:20]
 
     def encode_prompts(self, prompts: Sequence[str], *, batch_size: int = 64) -> Conditioning:
         """Text of N prompts, from the cache where it is there. The encoders are loaded once for all that are missing and freed again."""
