@@ -9,7 +9,7 @@ from rlstitch import sampling, schedule
 from rlstitch.algorithms.draft import Draft
 from rlstitch.figures import known
 from rlstitch.metrics import peak_megabytes
-from rlstitch.oracles import MonteCarlo, Stitched, Terminal, Tweedie, Weighted
+from rlstitch.oracles import MonteCarlo, Stitched, Terminal, Tweedie, Weighted, recomputed
 from rlstitch.policy import REFERENCE
 from rlstitch.types import Batch, Latent, UserError, noise_like
 from tests.test_policy import nudge, policy_on
@@ -91,24 +91,29 @@ def test_checkpointing_changes_nothing_but_the_memory(setup, reward, oracle, sto
     oracles["tweedie"] = Tweedie(backbone, {"clip": reward}, {"clip": 2.0})
     batch = Batch(batch.prompts * 4, batch.group.repeat(4), torch.arange(8), [{}] * 8, batch.text[torch.arange(2).repeat(4)])
     algorithm = Draft(backbone, policy, oracles[oracle], GRID, grad_steps=k, guidance=2.0, regulariser=0.1 if k else 0.0)
-    grads, peaks, seen, velocity = [], [], [], backbone.velocity
-    monkeypatch.setattr(backbone, "velocity", lambda *a, **o: (seen.append(told(*a)), velocity(*a, **o))[1])
-
-    def told(*_):
-        return torch.is_autocast_enabled("cpu"), policy.active
+    grads, held, seen, rows, velocity, score = [], [], [], [], backbone.velocity, reward.score
+    monkeypatch.setattr(
+        backbone, "velocity", lambda *a, **o: (seen.append((torch.is_autocast_enabled("cpu"), policy.active)), velocity(*a, **o))[1]
+    )
+    monkeypatch.setattr(reward, "score", lambda images, batch: (rows.append(len(images)), score(images, batch))[1])
 
     def update(on, autocast=False):
         backbone.checkpoint_activations(on)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        kept: list[int] = []
+        with (
+            torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.nbytes) or x, lambda x: x),
+            torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast),
+        ):
             loss = run(algorithm, batch, stop)[0]
+        held.append(sum(kept))
         return torch.autograd.grad(loss, policy.parameters())
 
     for on in (False, True):
         grads.append(update(on))
-        peaks.append(peak_megabytes(lambda on=on: update(on)))
     for a, b in zip(*grads):
         torch.testing.assert_close(b, a, atol=1e-6, rtol=1e-5)
-    assert any(bool(g.any()) for g in grads[0]) and peaks[1] < 0.7 * peaks[0]
+    assert any(bool(g.any()) for g in grads[0]) and held[1] < 0.5 * held[0]
+    assert rows == ([] if oracle == "stitched" else [8] + [1] * 16)  # with gradient once, then each row forward and backward
     seen.clear()
     half = update(True, autocast=True)
     assert {precise for precise, _ in seen} == {True} and {name for _, name in seen} == {"default"} | ({"reference"} if k else set())
@@ -116,6 +121,19 @@ def test_checkpointing_changes_nothing_but_the_memory(setup, reward, oracle, sto
     assert cosine > 0.98
     if oracle == "tweedie":
         assert len(seen) == stop + 2 * len(batch)  # each row's velocity once forward, once backward
+
+
+def test_recomputed_scores_hold_one_rows_graph_at_a_time(setup):
+    backbone, _, batch, oracles = setup
+    batch, z = batch.interleave(3), torch.randn(6, *backbone.latent_shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+    def graph(ask):
+        return lambda: torch.autograd.grad(ask(oracles["terminal"], Latent(z, torch.zeros(6)), batch).sum(), z)[0]
+
+    ways = [graph(recomputed), graph(lambda oracle, latent, batch: oracle(latent, batch))]
+    torch.testing.assert_close(ways[0](), ways[1](), atol=1e-6, rtol=1e-5)
+    a_row, whole = map(peak_megabytes, ways)
+    assert a_row < 0.4 * whole
 
 
 @pytest.mark.parametrize("oracle, stop", [("terminal", 4), ("stitched", 2)])
