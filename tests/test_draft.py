@@ -89,7 +89,7 @@ def test_checkpointing_changes_nothing_but_the_memory(setup, reward, oracle, sto
     """Denoiser, decoder, reward, prefix and tail run again in the backward pass, the last four a row at a time, in the same precision and by the same adapter."""
     backbone, policy, batch, oracles = setup
     oracles["tweedie"] = Tweedie(backbone, {"clip": reward}, {"clip": 2.0})
-    batch = Batch(batch.prompts * 4, batch.group.repeat(4), torch.arange(8), [{}] * 8, batch.text[torch.arange(2).repeat(4)])
+    batch = Batch(batch.prompts * 2, batch.group.repeat(2), torch.arange(4), [{}] * 4, batch.text[torch.arange(2).repeat(2)])
     algorithm = Draft(backbone, policy, oracles[oracle], GRID, grad_steps=k, guidance=2.0, regulariser=0.1 if k else 0.0)
     grads, held, seen, rows, velocity, score = [], [], [], [], backbone.velocity, reward.score
     monkeypatch.setattr(
@@ -113,7 +113,7 @@ def test_checkpointing_changes_nothing_but_the_memory(setup, reward, oracle, sto
     for a, b in zip(*grads):
         torch.testing.assert_close(b, a, atol=1e-6, rtol=1e-5)
     assert any(bool(g.any()) for g in grads[0]) and held[1] < 0.5 * held[0]
-    assert rows == ([] if oracle == "stitched" else [8] + [1] * 16)  # with gradient once, then each row forward and backward
+    assert rows == ([] if oracle == "stitched" else [4] + [1] * 8)  # with gradient once, then each row forward and backward
     seen.clear()
     half = update(True, autocast=True)
     assert {precise for precise, _ in seen} == {True} and {name for _, name in seen} == {"default"} | ({"reference"} if k else set())
@@ -125,15 +125,15 @@ def test_checkpointing_changes_nothing_but_the_memory(setup, reward, oracle, sto
 
 def test_recomputed_scores_hold_one_rows_graph_at_a_time(setup):
     backbone, _, batch, oracles = setup
-    batch, z = batch.interleave(3), torch.randn(6, *backbone.latent_shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    batch, z = batch.interleave(2), torch.randn(4, *backbone.latent_shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
 
     def graph(ask):
-        return lambda: torch.autograd.grad(ask(oracles["terminal"], Latent(z, torch.zeros(6)), batch).sum(), z)[0]
+        return lambda: torch.autograd.grad(ask(oracles["terminal"], Latent(z, torch.zeros(4)), batch).sum(), z)[0]
 
     ways = [graph(recomputed), graph(lambda oracle, latent, batch: oracle(latent, batch))]
     torch.testing.assert_close(ways[0](), ways[1](), atol=1e-6, rtol=1e-5)
     a_row, whole = map(peak_megabytes, ways)
-    assert a_row < 0.4 * whole
+    assert a_row < 0.5 * whole
 
 
 @pytest.mark.parametrize("oracle, stop", [("terminal", 4), ("stitched", 2)])

@@ -109,6 +109,16 @@ def test_weighted_proposals_keep_the_tilted_law_and_greedy_ones_do_not(potential
     assert abs(found["greedy"].mean().item() - QUADRATIC[0]) > 0.25
 
 
+def test_a_particle_weighs_what_its_children_do_in_the_mean():
+    """exp(lam V) of 1 and 3, of 2 and 2, and of 0 (unknown) and 4 have one mean, whichever child is drawn: no particle is worth more than another."""
+    children, trace = torch.tensor([1.0, 3.0, 2.0, 2.0, torch.nan, 4.0]).log() / 2, Trace()
+    steering.fk(
+        denoiser, lambda z, s: children, start(3), schedule.sigmas(1, 1.0, "plain"), num_particles=3, num_proposals=2, proposal_steps=(0,),
+        proposals="weighted", resample_steps=(), lam=2.0, kernel=sampling.stochastic(lambda z, v, s, t: (z, 1.0)), trace=trace,
+    )  # fmt: skip
+    assert trace.ess == [pytest.approx(3)]
+
+
 def test_weighted_proposals_alone_and_at_the_last_step_keep_the_tilted_law():
     """Two particles a prompt, proposals to the end; also of one child in four whose value is unknown: it never wins, and its place counts for nothing."""
 
