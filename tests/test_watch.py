@@ -1,21 +1,26 @@
-"""Ranks that are stopped, killed or at fault are named by those that are left, in one line. Pairs of processes that do nothing but meet, this file's `__main__`."""
+"""Ranks that are stopped, killed or at fault are named by those that are left, in one line. Pairs of processes that do nothing but meet, forked by this file's
+`__main__`, which has the libraries loaded."""
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+import traceback
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 
 from tests.test_train import ROOT
 
 AT_FAULT = {"fault": "the reward said no", "bug": "ValueError: 3"}
+KINDS = ("term", "stopped", "timeout", "killed", *AT_FAULT)
 
 
-def meet(kind):
+def meet(kind, rank):
     """A rank that meets the other one in all-reduces; after ten of them rank 1 does what the case says."""
     import torch
     import torch.distributed as dist
@@ -24,7 +29,7 @@ def meet(kind):
     from rlstitch.interrupt import Interrupted, noted
     from rlstitch.types import UserError
 
-    watch.BEAT, watch.SILENT, rank, limit = 0.1, 1.0, int(os.environ["RANK"]), 4.0 if kind == "timeout" else 600.0
+    watch.BEAT, watch.SILENT, limit = 0.1, 1.0, 6.0 if kind == "timeout" else 600.0
 
     def run(_):
         dist.init_process_group("gloo", timeout=timedelta(seconds=limit))
@@ -41,39 +46,66 @@ def meet(kind):
                     raise Interrupted(caught)
                 time.sleep(0.01)
 
-    cli.main(run)
+    cli.main(run, default="none")
 
 
-@pytest.fixture(scope="module")
-def ended():
-    """What rank 0 of each case said, its status, and after how many seconds; all cases at once."""
-    pairs = {}
-    for kind in ("term", "stopped", "timeout", "killed", *AT_FAULT):
+def fork(kind, rank, port, folder):
+    """A rank as a process of its own; -> its id."""
+    streams = [os.open(folder / f"{kind}-{rank}.{name}", os.O_CREAT | os.O_WRONLY) for name in ("out", "err")]
+    if pid := os.fork():
+        return pid
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    for fd, stream in enumerate(streams, 1):
+        os.dup2(stream, fd)
+    try:
+        meet(kind, rank)
+    except SystemExit as end:
+        os._exit(end.code)
+    except BaseException:
+        traceback.print_exc()
+    os._exit(1)
+
+
+def main(folder):
+    """All cases at once; -> for each, what rank 0 said and its status."""
+    import rlstitch.cli
+    import rlstitch.protocols
+    import rlstitch.watch  # noqa: F401
+
+    pairs, found = {}, {}
+    for kind in KINDS:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        pairs[kind] = [
-            subprocess.Popen([sys.executable, __file__, kind], env={**os.environ, **group, "RANK": str(r)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            for r in range(2)
-        ]  # fmt: skip
-    found = {}
+        pairs[kind] = [fork(kind, rank, port, folder) for rank in range(2)]
     try:
         for kind, (first, second) in pairs.items():
-            assert second.stdout.readline() == "ready\n"
+            while "ready" not in (folder / f"{kind}-1.out").read_text():
+                time.sleep(0.05)
             time.sleep(0.5)
             if kind in ("stopped", "timeout", "killed"):
-                second.send_signal(signal.SIGKILL if kind == "killed" else signal.SIGSTOP)
+                os.kill(second, signal.SIGKILL if kind == "killed" else signal.SIGSTOP)
             if kind in ("term", "stopped"):
                 for rank in (first, second):
-                    rank.send_signal(signal.SIGTERM)
-            _, said = first.communicate(timeout=60)
-            found[kind] = (first.returncode, [line for line in said.splitlines() if "W1" not in line and "socket" not in line])
+                    os.kill(rank, signal.SIGTERM)
+        for kind, (first, _) in pairs.items():
+            code = os.waitstatus_to_exitcode(os.waitpid(first, 0)[1])
+            said = (folder / f"{kind}-0.err").read_text().splitlines()
+            found[kind] = (code, [line for line in said if "c10d" not in line and "socket" not in line])
     finally:
-        for rank in (r for pair in pairs.values() for r in pair):
-            rank.kill()
-            rank.wait()
-    return found
+        for _, second in pairs.values():
+            os.kill(second, signal.SIGKILL)
+            os.waitpid(second, 0)
+    (folder / "found.json").write_text(json.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    """Of each case: rank 0's status and what it said."""
+    folder = tmp_path_factory.mktemp("pairs")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, __file__, str(folder)], env=environment, check=True, timeout=200)
+    return json.loads((folder / "found.json").read_text())
 
 
 def test_a_rank_that_does_not_answer_is_named_and_does_not_keep_the_others(ended):
@@ -100,4 +132,4 @@ def test_ranks_that_all_answer_stop_together(ended):
 
 
 if __name__ == "__main__":
-    meet(sys.argv[1])
+    main(Path(sys.argv[1]))
