@@ -2,6 +2,9 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+OUTSIDE = {"rlstitch.recipes": "recipes", "rlstitch.launch": "launch"}  # beside the package in a checkout, in it once installed
+LAUNCHERS = ("train", "stitch", "steer", "evaluate", "evaluate_value", "surrogate", "pretrain_shapes")
+
 setup(
     name="rlstitch",
     version="0.1.0",
@@ -10,8 +13,14 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["rlstitch", "rlstitch.*"]),
-    package_data={"rlstitch.shapes": ["weights/*", "weights/*/*", "weights/*/*/*"]},
+    packages=[*find_packages(include=["rlstitch", "rlstitch.*"]), *OUTSIDE],
+    package_dir=OUTSIDE,
+    entry_points={"console_scripts": [f"rlstitch-{name.replace('_', '-')} = rlstitch.launch.{name}:main" for name in LAUNCHERS]},
+    package_data={
+        "rlstitch.shapes": ["weights/*", "weights/*/*", "weights/*/*/*"],
+        "rlstitch.recipes": ["*.yaml", "*/*.yaml"],
+        "rlstitch.launch": ["slurm.sbatch", "hostfile.example"],
+    },
     install_requires=[
         "torch>=2.6,<2.14",
         "diffusers>=0.42,<0.43",

@@ -12,5 +12,9 @@ def run(arguments: list[str]) -> None:
     print(compare.table(results["rewards"], config.sigmas))
 
 
-if __name__ == "__main__":
+def main() -> None:
     cli.main(run, default="evaluate_value")
+
+
+if __name__ == "__main__":
+    main()

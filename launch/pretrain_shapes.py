@@ -1,7 +1,7 @@
 """Train every part of the `shapes` world from a seed: autoencoder, generators, reward models, prompt splits.
 
-    python launch/pretrain_shapes.py                          # all parts, on 2 cores in about three hours
     python launch/pretrain_shapes.py parts=clip,hps seed=1 out=my_shapes threads=1
+    python launch/pretrain_shapes.py out=my_shapes            # all parts, on 2 cores in about three hours
     torchrun --nproc_per_node=2 launch/pretrain_shapes.py parts=shapes threads=1      # the generator on two ranks of one thread, faster than one of two
     torchrun --nproc_per_node=2 launch/pretrain_shapes.py parts=shapes threads=1 init=shapes:shapes out=longer     # go on from shipped weights
 
@@ -11,7 +11,19 @@ Parts are done in order and resume where they stopped (state under <out>/.work).
 import sys
 from pathlib import Path
 
-from rlstitch.shapes.pretrain import run
+from rlstitch import cli
+
+
+def run(arguments: list[str]) -> None:
+    from rlstitch.shapes.pretrain import run as pretrain
+
+    if code := pretrain.main(arguments, Path(pretrain.__file__).parents[1] / "weights"):
+        sys.exit(code)
+
+
+def main() -> None:
+    cli.main(run)
+
 
 if __name__ == "__main__":
-    sys.exit(run.main(sys.argv[1:], Path(run.__file__).parents[1] / "weights"))
+    main()

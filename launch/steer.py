@@ -13,5 +13,9 @@ def run(arguments: list[str]) -> None:
     print(json.dumps({k: v for k, v in result.items() if k != "images"}, indent=1))
 
 
-if __name__ == "__main__":
+def main() -> None:
     cli.main(run)
+
+
+if __name__ == "__main__":
+    main()

@@ -10,5 +10,9 @@ def run(arguments: list[str]) -> None:
     surrogate.run(surrogate.checked(given, name))
 
 
-if __name__ == "__main__":
+def main() -> None:
     cli.main(run)
+
+
+if __name__ == "__main__":
+    main()

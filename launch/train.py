@@ -24,5 +24,9 @@ def run(arguments: list[str]) -> None:
         trainer.engine.close()
 
 
-if __name__ == "__main__":
+def main() -> None:
     cli.main(run)
+
+
+if __name__ == "__main__":
+    main()

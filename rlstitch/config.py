@@ -23,7 +23,8 @@ from rlstitch.ranges import Name, Weights, misfit
 from rlstitch.schema import RunConfig
 from rlstitch.types import UserError
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+HERE = Path(__file__).parent
+RECIPES = HERE / "recipes" if (HERE / "recipes").is_dir() else HERE.parent / "recipes"  # of an installed package, or of a checkout
 
 INJECTED = (  # given by the job, not by the recipe
     *("self", "backbone", "rewards", "values", "policy", "images_per_prompt"),

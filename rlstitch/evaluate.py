@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from rlstitch import sampling
+from rlstitch import sampling, telling
 from rlstitch.asking import ask
 from rlstitch.data import PromptSet
 from rlstitch.distributed import Engine
@@ -67,7 +66,7 @@ def evaluate(
     shown: list[Tensor] = []
     drawn = -(-keep // engine.world)  # of this rank's pictures
     columns: dict[str, list[Tensor]] = {name: [] for name in rewards}
-    bar = tqdm(total=count, desc=label, disable=not (progress and engine.is_main), leave=False, unit="image")
+    bar = telling.progress(count, label, "image", shown=progress and engine.is_main)
     with policy.use(adapter):
         for start in range(0, len(mine), batch_size):
             index = mine[start : start + batch_size]

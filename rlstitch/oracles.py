@@ -18,6 +18,7 @@ from rlstitch.distributed import autocast
 from rlstitch.figures import exact
 from rlstitch.ranges import AutoShift, GridSteps, Range, Seed, Weights
 from rlstitch.stitch.model import OtherDenoiser, StitchedValueModel, build, read_card, values
+from rlstitch.telling import say
 from rlstitch.types import Backbone, Batch, Latent, Oracle, Reward, UserError, Velocity
 
 
@@ -246,7 +247,7 @@ def load_values(
             spec = read_card(paths[name]).get("backbone", {})
             key = json.dumps(spec, sort_keys=True)
             if key not in donors:
-                print(f"{paths[name]} was stitched on {spec.get('path')}: its first blocks are loaded beside {backbone.path}", flush=True)
+                say(f"{paths[name]} was stitched on {spec.get('path')}: its first blocks are loaded beside {backbone.path}")
                 donors[key] = build(spec, "model", str(backbone.device))
             return StitchedValueModel.from_pretrained(paths[name], backbone=donors[key], reward=rewards[name], share=share)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from rlstitch.files import require
 from rlstitch.prompts import COLUMNS, no_text, read_table, read_text
 from rlstitch.ranges import Side, Text
+from rlstitch.telling import say
 from rlstitch.types import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -162,7 +163,7 @@ def _read_all(files: list[Path], size: int, where: str, skip_unreadable: bool) -
     lines = [f"left out {len(bad)} unreadable pictures of {len(files)}: {_some(bad)}"] if bad else []
     lines += [f"{len(names)} of {len(files)} pictures under {where} {note}: {_some(names)}" for note, names in noted.items()]
     if lines and os.environ.get("RANK", "0") == "0":
-        print("\n".join(lines), flush=True)
+        say(*lines)
     if not good:
         raise UserError(f"none of the {len(files)} pictures under {where} can be read")
     return good

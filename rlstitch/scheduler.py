@@ -10,6 +10,7 @@ from typing import Any
 from rlstitch.config import load_class
 from rlstitch.files import read_json, require
 from rlstitch.schedule import Shift
+from rlstitch.telling import say
 from rlstitch.types import UserError
 
 AUTO = "auto"
@@ -107,7 +108,7 @@ def of_directory(where: str, stated: float | str, model: str | Path, tokens: int
     ):
         _told.add(line)
         if os.environ.get("RANK", "0") == "0":
-            print(line, flush=True)
+            say(line)
     return stands
 
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from rlstitch.distributed import Engine
 from rlstitch.figures import known
 from rlstitch.metrics import Clock
 from rlstitch.oracles import Terminal
+from rlstitch.telling import say
 from rlstitch.types import Oracle, Rollout, UserError
 
 
@@ -94,6 +94,6 @@ class Scorer:
         if lost:
             self.told = True
             shown = "; ".join(f"{name}: {len(rows)} groups, e.g. number {rows[0]}" for name, rows in lost.items())
-            tqdm.write(
+            say(
                 f"update {update}: no score for any picture of some prompts ({shown}). They take no part; this is said once, `masked` in metrics.jsonl counts on"
             )

@@ -17,11 +17,10 @@ from typing import Annotated, Any, Literal
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor
-from tqdm import tqdm
 
 from rlstitch import config as cfg
 from rlstitch import lengths, sampling, schedule, scheduler
-from rlstitch.asking import ask
+from rlstitch.asking import ask, probe_rewards
 from rlstitch.checks import answered, attempt, judge_faults, part_faults, unknown_rewards, value_cards, without_gradient
 from rlstitch.data import encode
 from rlstitch.distributed import autocast
@@ -36,6 +35,7 @@ from rlstitch.schema import SamplerConfig
 from rlstitch.steering import value_spread
 from rlstitch.steering.model import Steered
 from rlstitch.steering.particles import Trace
+from rlstitch.telling import progress
 from rlstitch.types import Batch, Latent, UserError, noise_like
 
 
@@ -197,12 +197,13 @@ class Job:
         self.backbone = cfg.build(config.model, device=device)
         names = dict.fromkeys([*config.oracle["weights"], *config.judges])
         self.rewards = {name: cfg.build(config.rewards[name], device=device) for name in names}
+        prompts = read_prompts(config.prompts, config.column)
+        probe_rewards(self.rewards, names, prompts.two(), self.backbone.image_size, device)
         values = load_values(config.oracle, config.values, self.backbone, self.rewards)
         if config.lora:
             self.backbone.load_lora(config.lora)  # after the values, whose prefixes are the base's
         self.oracle = cfg.build(config.oracle, backbone=self.backbone, rewards=self.rewards, values=values)
         self.terminal = Terminal(self.backbone, self.rewards, config.oracle["weights"])
-        prompts = read_prompts(config.prompts, config.column)
         count = min(config.max_prompts or len(prompts), len(prompts))
         rows = [i for i in range(count) for _ in range(config.images_per_prompt)]
         self.prompts = encode(
@@ -286,7 +287,7 @@ class Job:
         shown: dict[str, list[Tensor]] = {k: [] for k in kinds}  # for the grid; every other picture is on disk only
         scores: dict[str, dict[str, list[Tensor]]] = {k: {n: [] for n in config.judges} for k in kinds}
         seconds, trace = dict.fromkeys(kinds, 0.0), Trace()
-        bar = tqdm(total=len(self.prompts), desc=config.name, unit="image", disable=not config.progress)
+        bar = progress(len(self.prompts), config.name, "image", shown=config.progress)
         for first in range(0, len(self.prompts), config.prompts_per_batch):
             rows = list(range(first, min(first + config.prompts_per_batch, len(self.prompts))))
             for kind in kinds:
@@ -303,7 +304,7 @@ class Job:
                 for name, column in judged.items():
                     scores[kind][name].append(column)
             bar.update(len(rows))
-            bar.set_postfix({n: f"{torch.cat(c).nanmean():.3f}" for n, c in scores["steered"].items()})
+            bar.set_postfix_str(", ".join(f"{n} {torch.cat(c).nanmean():.3f}" for n, c in scores["steered"].items()))
         bar.close()
         return self._write(work, shown, scores, seconds, trace)
 

@@ -16,6 +16,7 @@ import torch
 
 from rlstitch import config as cfg
 from rlstitch import scheduler
+from rlstitch.asking import probe_rewards
 from rlstitch.checks import attempt, part_faults, unknown_rewards
 from rlstitch.data import build_pictures, encode, read_prompts
 from rlstitch.distributed import resolve_precision
@@ -129,7 +130,9 @@ class Comparison:
 
     @cached_property
     def rewards(self) -> dict[str, Any]:
-        return {name: cfg.build(self.config.rewards[name], device=self.device) for name in self.config.compare}
+        rewards = {name: cfg.build(self.config.rewards[name], device=self.device) for name in self.config.compare}
+        probe_rewards(rewards, rewards, self.prompts[:1].interleave(2), self.backbone.image_size, self.device)
+        return rewards
 
     @cached_property
     def references(self) -> dict[str, Reference]:

@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from rlstitch import sampling, schedule, scheduler
 from rlstitch.cache import keep, kept
@@ -20,6 +19,7 @@ from rlstitch.files import cache_folder, weights_fingerprint
 from rlstitch.lengths import fitting
 from rlstitch.prompts import PromptSet
 from rlstitch.ranges import AutoShift, Count, CountOrNone, GridSteps, Guidance, NotEmpty, Seed, Text
+from rlstitch.telling import progress, say
 from rlstitch.types import noise_like
 
 
@@ -67,21 +67,21 @@ def generate(backbone: Any, prompts: PromptSet, config: GenerateConfig, label: s
         return found["latents"].to(backbone.device), index, float(found["seconds"])
     started = time.perf_counter()
     grid, out, batch_size = schedule.sigmas(config.num_steps, shift, "plain"), [], config.batch_size
-    for start in tqdm(range(0, config.count, batch_size), desc=label, unit="batch", leave=False):
+    bar = progress(config.count, label, "picture")
+    for start in range(0, config.count, batch_size):
         rows = index[start : start + batch_size]
         guidance = config.guidance[start // batch_size % len(config.guidance)]
         batch = prompts.batch(rows, torch.arange(start, start + len(rows)) + config.seed * 1_000_003)
         z = noise_like(backbone.latent_shape, batch.seeds, device=backbone.device)
         with autocast(device_type, config.precision):
             out.append(sampling.sample(backbone.bind(batch.text, guidance), z, grid).z.float())
+        bar.update(len(rows))
+    bar.close()
     latents, seconds = torch.cat(out), time.perf_counter() - started
     try:
         keep(file, {"latents": latents, "seconds": torch.tensor(seconds)})
     except OSError as error:
-        print(
-            f"{label} cannot be kept for the next time ({error}); set XDG_CACHE_HOME to a folder with room. This run goes on with them.",
-            flush=True,
-        )
+        say(f"{label} cannot be kept for the next time ({error}); set XDG_CACHE_HOME to a folder with room. This run goes on with them.")
     return latents, index, seconds
 
 

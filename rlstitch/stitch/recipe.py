@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from rlstitch import config as cfg
-from rlstitch import scheduler
+from rlstitch import scheduler, telling
+from rlstitch.asking import probe_rewards
 from rlstitch.checks import model_faults, reward_faults
 from rlstitch.data import build_pictures, encode, read_prompts
 from rlstitch.distributed import resolve_precision
@@ -153,9 +153,8 @@ def assemble(
     pictures = images[: recipe.search_images].float() / 255
     result = search(backbone, reward, pictures, max_reward_block=recipe.max_reward_block, seed=recipe.seed, ridge=recipe.ridge)
     pair, seconds = choose(result, recipe), time.perf_counter() - started
-    print(
-        f"{recipe.name}: search over {len(result.table)} pairs took {seconds:.1f} s; best {result.best.i, result.best.j} ({result.best.normalised:.4f} of the variance), taken {pair.i, pair.j} ({pair.normalised:.4f})",
-        flush=True,
+    telling.say(
+        f"{recipe.name}: search over {len(result.table)} pairs took {seconds:.1f} s; best {result.best.i, result.best.j} ({result.best.normalised:.4f} of the variance), taken {pair.i, pair.j} ({pair.normalised:.4f})"
     )
     return StitchedValueModel.from_search(
         backbone,
@@ -182,6 +181,7 @@ def run(recipe: StitchRecipe) -> StitchedValueModel:
     if recipe.kind == "stitch" and recipe.max_reward_block > reward.num_blocks:
         raise UserError(f"'max_reward_block' is {recipe.max_reward_block}, but the reward has {reward.num_blocks} blocks")
     images, _ = build_pictures("images", recipe.images)
+    probe_rewards({"reward": reward}, ["reward"], measure.batch_of(["", ""]), backbone.image_size, device)
     started = time.perf_counter()
     latents = latents_of(backbone, images)
     made, kept = {}, 0.0
@@ -212,12 +212,12 @@ def run(recipe: StitchRecipe) -> StitchedValueModel:
         **made,
     }
     model = assemble(recipe, backbone, reward, images, latents, norm, card)
-    bar = tqdm(total=recipe.distill.steps, desc=recipe.name, unit="step")
+    bar = telling.progress(recipe.distill.steps, recipe.name, "step")
 
     def progress(step: int, metrics: dict[str, float]) -> None:
         bar.update()
         if step % 20 == 0:
-            bar.set_postfix({k: f"{v:.4f}" for k, v in metrics.items()})
+            bar.set_postfix_str(", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
 
     seconds = distill(model, latents, targets, tokens, recipe.distill, progress=progress)
     bar.close()
@@ -234,5 +234,7 @@ def run(recipe: StitchRecipe) -> StitchedValueModel:
         model.card["clean_recall_at_1"] = round(measure.recall(held_targets, reward.embed_texts(prompts)), 4)
     folder = Path(recipe.out) / recipe.name
     model.save_pretrained(folder)
-    print(f"{recipe.name}: saved to {folder}; by sigma: {model.card['quality']}", flush=True)
+    rows = [[sigma, *(f"{v:.3f}" for v in figures.values())] for sigma, figures in model.card["quality"].items()]
+    hours = f"{model.card['device_hours']:.3g}"
+    telling.say(telling.table(["sigma", *next(iter(model.card["quality"].values()))], rows), f"device-hours {hours}; saved to {folder}")
     return model

@@ -16,11 +16,10 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from rlstitch import config as cfg
 from rlstitch import scheduler
-from rlstitch.asking import ask
+from rlstitch.asking import ask, probe_rewards
 from rlstitch.checks import part_faults
 from rlstitch.data import PromptSet, encode, read_prompts
 from rlstitch.distributed import autocast
@@ -30,6 +29,7 @@ from rlstitch.ranges import Count, Name, Range, Rate, Seed, Text, Threads
 from rlstitch.stitch import measure
 from rlstitch.stitch.generate import GenerateConfig, generate, pictures_of
 from rlstitch.stitch.generate import faults as generate_faults
+from rlstitch.telling import progress, say
 from rlstitch.types import Batch, Reward, UserError
 
 
@@ -121,8 +121,8 @@ def fit(student: Student, images: Tensor, prompts: list[str], truth: Tensor, con
     ).input_ids
     optimiser, losses = torch.optim.AdamW(student.parameters(), lr=config.lr, weight_decay=0.02), []
     student.train()
-    bar = tqdm(range(config.steps), desc=config.name, unit="step")
-    for step in bar:
+    bar = progress(config.steps, config.name, "step")
+    for step in range(config.steps):
         for group in optimiser.param_groups:
             group["lr"] = config.lr * min(1.0, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / config.steps)))
         index = torch.randint(len(truth), (config.batch_size,), generator=generator)
@@ -135,7 +135,9 @@ def fit(student: Student, images: Tensor, prompts: list[str], truth: Tensor, con
         optimiser.zero_grad(set_to_none=True)
         losses.append(loss.item())
         if step % 20 == 0:
-            bar.set_postfix(loss=f"{sum(losses[-20:]) / len(losses[-20:]):.4f}")
+            bar.set_postfix_str(f"loss {sum(losses[-20:]) / len(losses[-20:]):.4f}")
+        bar.update()
+    bar.close()
     student.eval()
     tail = losses[-max(1, len(losses) // 10) :]
     return sum(tail) / len(tail)
@@ -164,6 +166,8 @@ def run(config: SurrogateConfig) -> dict[str, Any]:
         encode(backbone, read_prompts(path, column), truncate=config.generate.truncate, allow="generate.truncate")
         for path, column in ((config.generate.prompts, config.generate.column), (config.held_out, ""))
     )
+    for rows in (seen, held_out):
+        probe_rewards({name: black_box}, [name], rows.two(), backbone.image_size, device)
     latents, rows, seconds = generate(backbone, seen, config.generate, "pictures")
     images = pictures_of(backbone, latents)
     asked, truth = pairs_of(name, black_box, images, seen, rows, config.others)
@@ -203,8 +207,7 @@ def run(config: SurrogateConfig) -> dict[str, Any]:
         "hardware": cfg.hardware(),
     }
     write_json(folder / "surrogate.json", card)
-    print(
-        f"{config.name}: surrogate of '{name}' saved to {folder}; correlation with the truth on held-out prompts {card['held_out_correlation']:.3f}",
-        flush=True,
+    say(
+        f"{config.name}: surrogate of '{name}' saved to {folder}; correlation with the truth on held-out prompts {card['held_out_correlation']:.3f}"
     )
     return card
