@@ -1,16 +1,21 @@
 """Steer generation: `python launch/steer.py recipe=fk_stitch prompts=prompts.txt 'judges=[clip, hps]' [key=value ...]`. Pictures, a captioned grid and scores.json in steered/NAME."""
 
-import json
+from pathlib import Path
 
 from rlstitch import cli
+from rlstitch.telling import means_table, say
 
 
 def run(arguments: list[str]) -> None:
-    from rlstitch import steer
+    from rlstitch import describe, steer
 
     name, given = cli.recipe_and_overrides(arguments, script=__file__)
-    result = steer.Job(steer.checked(given, name)).run()
-    print(json.dumps({k: v for k, v in result.items() if k != "images"}, indent=1))
+    config = steer.checked(given, name)
+    if config.check:
+        return say(describe.steering(config))
+    result, folder = steer.Job(config).run(), Path(config.out) / config.name
+    seconds = ", ".join(f"{kind} {v:.3g} s" for kind, v in result["seconds_per_image"].items())
+    say(means_table(result["means"], ("a picture", seconds), ("results", str(folder))))
 
 
 def main() -> None:

@@ -13,8 +13,7 @@ def run(arguments: list[str]) -> None:
     name, given = cli.recipe_and_overrides(arguments, script=__file__)
     config = checked(given, name)
     if config.check:
-        say(describe(config))
-        return
+        return say(describe(config))
     resumable(config)
     say(*goals(config))
     trainer = Trainer(config)

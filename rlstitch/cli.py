@@ -5,14 +5,16 @@ from __future__ import annotations
 import ctypes.util
 import os
 import re
+import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from rlstitch.telling import is_main, last_word
+from rlstitch.telling import is_main, last_word, say
 from rlstitch.types import UserError
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of malloc.h
@@ -83,18 +85,37 @@ def help_page(script: str, about: str) -> str:
     lines = [about.strip(), ""]
     if script != "pretrain_shapes.py":
         lines += [
-            f"{key} key=value ...   dots go deeper: optimiser.lr=1e-4; lists and mappings in quotes: 'oracle.weights={{clip: 1.0}}'".replace(
-                "{{", "{"
-            ).replace("}}", "}"),
-            "check=true            prints what would be done, and every fault at once; nothing is built or written",
-            "keys=true             every key with its default, range and meaning; with a recipe also what its parts take",
-            "RLSTITCH_TRACEBACK=1  in the environment: where inside a part of your own something went wrong",
+            f"{key + ' key=value ...':<25} dots go deeper: threads=2 sampler.num_steps=20; lists and mappings in quotes: 'oracle.weights={{clip: 1.0}}'",
+            "check=true                prints what would be done, and every fault at once; nothing is built or written",
+            "keys=true                 every key with its default, range and meaning; with a recipe also what its parts take",
+            "RLSTITCH_TRACEBACK=1      in the environment: where inside a part of your own something went wrong",
         ]
     if own:
         wide = max(map(len, own))
         lines += ["", "recipes (or a path to one of your own, which names pieces under `use`):"]
         lines += [f"  {name:<{wide}}  {header}" for name, header in own.items()]
     return "\n".join(lines)
+
+
+SCHEMAS = {  # of each launcher: the module and name of its recipe's schema
+    "train.py": ("rlstitch.schema", "RunConfig"),
+    "evaluate.py": ("rlstitch.schema", "RunConfig"),
+    "steer.py": ("rlstitch.steer", "SteerConfig"),
+    "stitch.py": ("rlstitch.stitch.recipe", "StitchRecipe"),
+    "evaluate_value.py": ("rlstitch.stitch.compare", "CompareConfig"),
+    "surrogate.py": ("rlstitch.stitch.surrogate", "SurrogateConfig"),
+}
+
+
+def key_reference(script: str, arguments: list[str]) -> None:
+    """Print every key of a launcher, and what the parts of a recipe take where one is named."""
+    from rlstitch.keys import reference
+
+    if script not in SCHEMAS:
+        raise UserError(f"{script} has no recipes and no such keys: --help says what it takes")
+    module, name = SCHEMAS[script]
+    given = recipe_and_overrides(arguments, script=script)[1] if any(a.startswith("recipe=") for a in arguments) else {}
+    say(reference(getattr(import_module(module), name), given))
 
 
 def wants(arguments: list[str], *words: str) -> bool:
@@ -116,8 +137,7 @@ def main(run: Callable[[list[str]], None], *, default: str = "") -> None:
     number; --help and, where there is no `default` recipe, no argument at all in a page about it."""
     arguments, script = sys.argv[1:], Path(run.__code__.co_filename).name
     if wants(arguments, "--help", "-h", "help") or not (arguments or default):
-        if is_main():
-            print(help_page(script, str(sys.modules[run.__module__].__doc__)))
+        say(help_page(script, str(sys.modules[run.__module__].__doc__)))
         sys.exit(0 if arguments else 2)
     keep_freed_memory()
     quiet()
@@ -127,7 +147,10 @@ def main(run: Callable[[list[str]], None], *, default: str = "") -> None:
 
     try:
         with naming(), memory.told():
-            run(arguments)
+            if wants(arguments, "keys=true", "--keys"):
+                key_reference(script, [a for a in arguments if a not in ("keys=true", "--keys")])
+            else:
+                run(arguments)
         watch.leave()
     except UserError as error:
         watch.leave(str(error), said=is_main() or "TORCHELASTIC_ERROR_FILE" in os.environ)
@@ -135,6 +158,9 @@ def main(run: Callable[[list[str]], None], *, default: str = "") -> None:
             traceback.print_exc()
         last_word(f"rlstitch: {error}")
         sys.exit(2)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except Interrupted as stop:
         watch.leave()
         last_word("rlstitch: stopped on a signal; a checkpoint was written, the same command resumes")

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from rlstitch import checkpoint, lengths, schedule, scheduler, stages
 from rlstitch import config as cfg
-from rlstitch import lengths, schedule, scheduler, stages
 from rlstitch.checks import counted, geometry, halts
+from rlstitch.data import read_prompts
 from rlstitch.schema import RunConfig
+from rlstitch.types import UserError
 
 
 def goals(config: RunConfig) -> list[str]:
@@ -32,8 +39,89 @@ def goals(config: RunConfig) -> list[str]:
     return lines + lengths.unseen(stages.expand(config))
 
 
+def unread(rewards: dict[str, Any], prompts: list[str]) -> list[str]:
+    """A line for each reward that does not see the ends of some prompts."""
+    found = {name: cut for name, node in rewards.items() if (cut := lengths.cut_by(node, prompts))}
+    return [f"reward '{n}' reads the first {c[0][2]} tokens of a prompt, and not the ends of {len(c)} of {len(prompts)}" for n, c in found.items()]
+
+
+def whole(goals: list[str], config: Any, more: list[str]) -> str:
+    """What would be done, the resolved recipe, and what else is known of it."""
+    return "\n".join([*goals, "", OmegaConf.to_yaml(OmegaConf.structured(config)).rstrip(), *([""] if more else []), *more])
+
+
+def part(node: dict[str, Any]) -> str:
+    """A part in a few words: its class or function with what it is given."""
+    return f"{node['_target_'].rsplit('.', 1)[-1]}({', '.join(f'{k}={v}' for k, v in node.items() if k != '_target_')})"
+
+
+def weighed(weights: dict[str, float]) -> str:
+    return " + ".join(f"{name} x{weight:g}" for name, weight in weights.items())
+
+
+def steering(config: Any) -> str:
+    """Of a steering job."""
+    prompts = read_prompts(config.prompts, config.column)
+    count = min(config.max_prompts or len(prompts), len(prompts)) * config.images_per_prompt
+    goals = [
+        f"steers {count} pictures of {config.prompts} by {part(config.method)} with {config.oracle['_target_'].rsplit('.', 1)[-1]} of {weighed(config.oracle['weights'])}",
+        f"{config.sampler.num_steps} steps from noise to picture ({config.kernel}), guidance {config.sampler.guidance:g}"
+        + (", the same noise unsteered beside it" if config.baseline else ""),
+        f"judged by {', '.join(config.judges) or 'nobody (judges=[...])'}; results in {Path(config.out) / config.name}",
+    ]
+    return whole(goals, config, unread(config.rewards, prompts.prompts))
+
+
+def stitching(config: Any) -> str:
+    """Of a stitch job."""
+    d, where = config.distill, {"best": "where it fits best", "cheapest": f"as early as fits within {config.margin:g} of the best"}
+    cut = where.get(config.blocks, f"after block {config.blocks}") if config.kind == "stitch" else f"as a baseline ({config.kind})"
+    goals = [
+        f"stitches {part(config.reward)} onto {part(config.model)}, {cut}, sigma {config.sigma_low:g} to {config.sigma_high:g}",
+        f"pictures: {part(config.images)}" + (f" and {config.generate.count} of the model's own" if config.generate.count else ""),
+        f"search on {config.search_images} of them, then {d.steps} steps of distillation on {d.batch_size} at a time; measured on {part(config.held_out)}",
+        f"saved to {Path(config.out) / config.name}",
+    ]
+    return whole(goals, config, [])
+
+
+def surrogate(config: Any) -> str:
+    """Of a surrogate job."""
+    (name, node), g = next(iter(config.rewards.items())), config.generate
+    goals = [
+        f"distils reward '{name}', {part(node)}, into {part(config.start)}",
+        f"on {g.count} pictures of the model's own under {1 + config.others} prompts each, {config.steps} steps of {config.batch_size}; measured on {config.held_generations} of {config.held_out}",
+        f"saved to {Path(config.out) / config.name}",
+    ]
+    return whole(goals, config, unread(config.rewards, read_prompts(config.held_out).prompts))
+
+
+def comparing(config: Any) -> str:
+    """Of a comparison of value models."""
+    c = config.calibration
+    goals = [f"{name}: {', '.join(rows)} beside {', '.join(config.rivals) or 'nothing'}" for name, rows in config.compare.items()]
+    goals += [
+        f"at sigma {', '.join(f'{s:g}' for s in config.sigmas)}, against {c.rollouts} finished rollouts from each of {c.count} latents at every level",
+        f"written to {Path(config.out) / config.name}",
+    ]
+    return whole(goals, config, unread(config.rewards, read_prompts(c.prompts, c.column).prompts))
+
+
+def evaluating(folder: Path, config: RunConfig) -> str:
+    """Of the evaluation of a run."""
+    e, newest = config.evaluation, checkpoint.newest(folder, keep_aside=False)
+    if newest is None:
+        raise UserError(f"{folder} has no complete checkpoint to evaluate")
+    prompts = read_prompts(e.prompts, e.column)
+    goals = [
+        f"evaluates {', '.join(e.final)} of {newest} on {min(e.max_prompts or len(prompts), len(prompts))} prompts of {e.prompts} by {', '.join(e.rewards)}",
+        f"{e.num_steps} steps, guidance {e.guidance:g}; written to {folder / 'evaluation.json'}",
+    ]
+    return whole(goals, config, unread({n: config.rewards[n] for n in e.rewards}, prompts.prompts))
+
+
 def describe(config: RunConfig) -> str:
-    """What `check=true` prints: resolved recipe, geometry, parameters and a memory estimate, from the model's configuration alone."""
+    """Of a training run: resolved recipe, geometry, parameters and a memory estimate, from the model's configuration alone."""
     from accelerate import init_empty_weights
 
     cut = geometry(config, counted(config))
@@ -43,8 +131,15 @@ def describe(config: RunConfig) -> str:
     base, trained = sum(v for k, v in sizes.items() if k != "lora"), sizes["lora"]
     partitions = cut.world if config.distributed.zero_stage else 1
     memory = base * width + trained * 4 * 3 + trained * 8 / partitions
+    e = config.evaluation
+    held = read_prompts(e.prompts, e.column)
+    count = min(e.max_prompts or len(held), len(held))
+    steps = [
+        f"{config.updates} updates, then an evaluation of {', '.join(e.final)} on {count} prompts by {', '.join(e.rewards) or 'no reward'}, in {e.num_steps} steps each; results in {Path(config.out) / config.name}",
+    ]
     lines = [
         *goals(config),
+        *steps,
         "",
         cfg.to_yaml(config).rstrip(),
         "",

@@ -11,7 +11,7 @@ from rlstitch.asking import PartError
 from rlstitch.distributed import AgreedError, Engine
 from rlstitch.protocols import naming
 from rlstitch.scoring import NoScore
-from rlstitch.telling import table
+from rlstitch.telling import means_table
 
 
 @contextmanager
@@ -36,13 +36,6 @@ def keep_alone(engine: Engine, step: int, save: Callable[[], None]) -> str:
     if alone := step and engine.world == 1:
         save()
     return ". The same command goes on from " + (f"update {step}" if alone else "the last checkpoint")
-
-
-def means_table(evaluations: Mapping[str, Mapping[str, float]], *more: tuple[str, str]) -> str:
-    """Means of each set of weights, a column a reward (its classes are in the report), and further rows of a name and a text."""
-    rewards = [n for n in dict.fromkeys(n for means in evaluations.values() for n in means) if "/" not in n]
-    rows = [[name, *(f"{means[r]:.4g}" if r in means else "" for r in rewards)] for name, means in evaluations.items()]
-    return table(["", *rewards], [*rows, *map(list, more)])
 
 
 def run_table(summary: Mapping[str, Any], unit: str, report: Path) -> str:

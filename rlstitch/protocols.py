@@ -164,7 +164,7 @@ def _takes(cls: type, name: str, count: int | None) -> bool:
 
 
 def hints(part: Any) -> dict[str, Any]:
-    """Annotations of a function, or of what builds a class; none where they cannot be read."""
+    """Annotations of a function, or of what builds a class, with their ranges; none where they cannot be read."""
     try:
         return typing.get_type_hints(part.__init__ if inspect.isclass(part) else part, include_extras=True)
     except Exception:  # an annotation is code of the user's, and may name what is not there

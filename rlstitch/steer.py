@@ -59,6 +59,7 @@ class SteerConfig:
     threads: Threads = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     progress: bool = True
+    check: bool = False
     baseline: bool = False
     grid: Annotated[int, Range(0, 1024)] = 16
     kernel: Literal["ode", "sde"] = "sde"

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,13 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         else:
             lines.append("  ".join([f"{row[0]:<{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:]))]).rstrip())
     return "\n".join(lines)
+
+
+def means_table(evaluations: Mapping[str, Mapping[str, float]], *more: tuple[str, str]) -> str:
+    """Means of each set of weights, a column a reward (its classes are in the report), and further rows of a name and a text."""
+    rewards = [n for n in dict.fromkeys(n for means in evaluations.values() for n in means) if "/" not in n]
+    rows = [[name, *(f"{means[r]:.4g}" if r in means else "" for r in rewards)] for name, means in evaluations.items()]
+    return table(["", *rewards], [*rows, *map(list, more)])
 
 
 # ---------------------------------------------------------------------------------------------------- last words

@@ -16,7 +16,6 @@ from typing import Annotated, Any
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from rlstitch.backbones import directory
@@ -24,6 +23,7 @@ from rlstitch.backbones.attention import PlainJointAttention
 from rlstitch.cache import is_kept, keep, kept
 from rlstitch.files import hash_tensors, quick_fingerprint, read_json, read_tensors, require
 from rlstitch.ranges import DeviceName, Dtype, Range, Side, Text
+from rlstitch.telling import progress
 from rlstitch.types import Conditioning, UserError
 from rlstitch.weights import load_strictly
 
@@ -251,7 +251,7 @@ class SD3Backbone:
         if not files:
             return
         pipeline, prompts = self._text_pipeline(), list(files)
-        bar = tqdm(total=len(prompts), desc="encoding prompts", unit="prompt", leave=False, disable=len(prompts) <= 8 * batch_size)
+        bar = progress(len(prompts), "encoding prompts", "prompt", shown=len(prompts) > 8 * batch_size)
         for start in range(0, len(prompts), batch_size):
             part = prompts[start : start + batch_size]
             with torch.no_grad(), torch.autocast(self.device.type, enabled=False):  # text is the same whatever it is asked in the midst of

@@ -58,6 +58,7 @@ class CompareConfig:
     name: Name = ""
     out: Text = "values"
     threads: Threads = 0
+    check: bool = False
     model: dict[str, Any] = field(default_factory=dict)
     rewards: dict[str, Any] = field(default_factory=dict)
     values: dict[str, Text] = field(default_factory=dict)

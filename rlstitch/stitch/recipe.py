@@ -59,6 +59,7 @@ class StitchRecipe:
     sigma_low: Share = 0.0
     sigma_high: Share = 1.0
     threads: Threads = 0
+    check: bool = False
     seed: Seed = 0
     distill: DistillConfig = field(default_factory=DistillConfig)
 

@@ -45,6 +45,7 @@ class SurrogateConfig:
     out: Text = "values"
     seed: Seed = 0
     threads: Threads = 0
+    check: bool = False
     model: dict[str, Any] = field(default_factory=dict)
     rewards: dict[str, Any] = field(default_factory=dict)
     start: dict[str, Any] = field(default_factory=dict)
