@@ -193,7 +193,7 @@ def value_cards(config: Any, faults: list[str]) -> dict[str, dict[str, Any]]:
 
 def part_faults(config: Any) -> list[str]:
     """Faults of the parts that every recipe has: model and rewards, with their files."""
-    faults = cfg.check_part("model", config.model, kind="model") + model_faults(config.model)
+    faults = cfg.check_part("model", config.model, kind="model") or model_faults(config.model)
     for name, node in config.rewards.items():
         faults += reward_faults(f"rewards.{name}", node)
     return faults

@@ -108,8 +108,12 @@ def made_anew(cache: Path) -> None:
 
 def require(path: str | Path, what: str) -> Path:
     """The resolved path, or a UserError that says what is missing and what there is beside it."""
-    found = resolve(path)
-    if not found.exists():
+    try:
+        found = resolve(path)
+        there = found.exists()
+    except (OSError, ValueError) as error:  # no name that a file can have
+        raise UserError(f"{what} {str(path)[:80]!r} cannot be looked for ({str(error)[:80]})") from error
+    if not there:
         parent = found.parent
         beside = sorted(p.name for p in parent.iterdir() if not p.name.startswith(".")) if parent.is_dir() else []
         raise UserError(

@@ -70,8 +70,8 @@ def resolve(where: str, stated: float | str, backbone: Any) -> Shift:
 def of_recipe(where: str, stated: Any, model: dict[str, Any], faults: list[str]) -> Shift | None:
     """The shift that a recipe's key `where` states for its `model`, before anything loads; None where it cannot be told, which is one more of `faults` unless the
     model is what is wrong."""
-    if stated == AUTO and any(f.startswith(("'model", "unknown key 'model")) for f in faults):
-        return None
+    if any(f.startswith(("'model", "unknown key 'model")) for f in faults):
+        return None if stated == AUTO else Shift(float(stated))
     try:
         path = require(model.get("path", ""), "the model directory")
         count = getattr(load_class(model["_target_"]), "count_image_tokens", None)

@@ -1,10 +1,15 @@
 """How a recipe is read: what lies over what, what YAML's words mean, and what a run says it trains on."""
 
 import pytest
+import torch
 
 from rlstitch import config as cfg
+from rlstitch import steer
 from rlstitch.checks import checked
 from rlstitch.describe import goals
+from rlstitch.files import write_weights
+from rlstitch.stitch import compare
+from rlstitch.stitch import recipe as stitch
 from rlstitch.types import UserError
 
 DARK = {"_target_": "rlstitch.rewards.simple.Darkness"}
@@ -143,3 +148,50 @@ def test_files_that_are_no_text_and_overrides_that_are_none(tmp_path):
     for argument in ("seed", "--seed=3", "=3", "seed=[1", ".=1", "a..b=1", "seed={1: 2}"):
         with pytest.raises(UserError, match="cannot read"):
             cfg.parse_overrides([argument])
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "..", ".", "/abs", "a//b", "a/../b", "a/", "a\nb", "x" * 300, "a.", " a", "~/a", "a\\b", "taken", "taken/a", "link/a"]
+)
+def test_a_name_is_a_folder_below_out(name, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "taken").write_text("mine")
+    (tmp_path / "out" / "link").symlink_to(tmp_path)
+    for recipe, check in (("draft", checked), ("fk", steer.checked), ("stitch_clip", stitch.checked), ("evaluate_value", compare.checked)):
+        given = cfg.merge(cfg.compose(recipe), {"name": name, "out": str(tmp_path / "out")})
+        with pytest.raises(UserError, match="'name'"):
+            check(given, recipe)
+    assert sorted(p.name for p in tmp_path.rglob("*") if "link" not in p.parts) == ["out", "taken"]
+    assert checked(over("name=tries/first 1", f"out={tmp_path}"), "draft").name == "tries/first 1"
+
+
+def test_a_recipe_s_own_keys_stand_for_values_and_nothing_of_the_environment_does(monkeypatch):
+    monkeypatch.setenv("SECRET", "hidden")
+    config, faults = cfg.structure({"seed": 3, "name": "s${seed}", "updates": "${evaluation.batch_size}", "evaluation": {"batch_size": 7}})
+    assert not faults and config.name == "s3" and config.updates == 7
+    for value in (
+        "${oc.env:SECRET}",
+        "a${oc.env:SECRET}",
+        "${${oc.env:SECRET}}",
+        "${oc.decode:1}",
+        "${name}",
+        "${none}",
+        "${evaluation}",
+        "${",
+        "${a b}",
+    ):
+        _, (fault,) = cfg.structure({"name": value})
+        assert "'name'" in fault and "hidden" not in fault
+    _, (fault,) = cfg.structure({"model": {"path": ["${oc.env:SECRET}"]}})
+    assert "'model.path.0'" in fault
+    doubled = {f"k{n}": {"a": f"${{k{n + 1}.a}}${{k{n + 1}.a}}"} for n in range(40)} | {"k40": {"a": "x"}}
+    assert cfg.structure({"model": doubled})[1]
+
+
+def test_weights_that_are_not_finite_are_not_written(tmp_path):
+    write_weights(tmp_path / "w.safetensors", {"a": torch.ones(2)})
+    before = (tmp_path / "w.safetensors").read_bytes()
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(UserError, match="1 of 2 tensors hold NaN or Inf, e.g. b"):
+            write_weights(tmp_path / "w.safetensors", {"a": torch.ones(2), "b": torch.tensor([1.0, bad])})
+    assert (tmp_path / "w.safetensors").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
