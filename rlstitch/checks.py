@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -65,6 +66,7 @@ def _faults(config: RunConfig) -> list[str]:
     if config.resume not in ("auto", "never"):
         attempt(faults, "resume", require, config.resume, "the checkpoint to resume from")
     cards = value_cards(config, faults)
+    faults += refresh_faults(config)
     if config.refresh.fraction and not cards:
         faults.append(
             "'refresh' measures value models against their rewards, and this oracle has none: use rlstitch.oracles.Stitched, or refresh.fraction=0"
@@ -146,6 +148,19 @@ def trained_on(config: RunConfig) -> list[str]:
     """Names of the rewards that a run trains on, as far as its oracle can be read."""
     weights = config.oracle.get("weights", {})
     return list(weights) if isinstance(weights, dict) else []
+
+
+def refresh_faults(config: RunConfig) -> list[str]:
+    """A watch that would never see enough to act on."""
+    refresh, samples = config.refresh, config.batch.prompts_per_update * config.batch.images_per_prompt
+    if not refresh.fraction:
+        return []
+    if refresh.fraction * samples < 1:
+        return [f"'refresh.fraction' is {refresh.fraction}, which is no sample of the {samples} of an update: set it to {1 / samples:.4g} or more, or to 0"]
+    seen = math.ceil(refresh.fraction * samples) * config.updates
+    if seen < refresh.pairs:
+        return [f"'refresh.pairs' is {refresh.pairs}, but {config.updates} updates give {seen} at refresh.fraction={refresh.fraction}: it would never act; lower refresh.pairs, or raise refresh.fraction"]
+    return []
 
 
 def guard_faults(config: RunConfig) -> list[str]:

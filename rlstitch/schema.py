@@ -123,10 +123,12 @@ class CheckpointConfig:
 
 @dataclass
 class RefreshConfig:
-    """Value models against the true reward while training; fraction 0 is off. threshold counts spreads of the reward."""
+    """Value models against the true reward while training. fraction: of the samples of an update, that are finished and scored; 0 is off. Once `pairs` of value and
+    reward are known, a correlation below `agreement` starts `steps` of distillation on the last `buffer` finished latents."""
 
     fraction: Share = 0.0
-    threshold: Positive = 0.5
+    agreement: Annotated[float, Range(-1, 1)] = 0.5
+    pairs: Annotated[int, Range(4, 1_000_000)] = 64
     steps: Count = 30
     lr: Rate = 1e-4
     batch_size: Count = 64

@@ -30,7 +30,7 @@ from rlstitch.scoring import Scorer
 from rlstitch.stitch.refresh import Refresher
 from rlstitch.stops import End
 from rlstitch.telling import progress, say
-from rlstitch.types import Rollout, UserError
+from rlstitch.types import Latent, Rollout, UserError
 
 
 class Trainer:
@@ -187,8 +187,10 @@ class Trainer:
                 self._learn(rollout, sums)
                 scores.append(rollout.scores.detach())
                 groups.append(batch.group)
-            if self.algorithm.collects or not rollouts:
+            if self.algorithm.collects:
                 rollouts.append(rollout)
+            elif self.refresher is not None:
+                rollouts.append(Rollout(batch, Latent(rollout.latent.z.detach(), rollout.latent.sigma), scores[-1]))
         if self.algorithm.collects:
             self.scorer.finish()
             rollouts = [part for rollout in rollouts for part in rollout.split(self.geometry.micro_batch)]
@@ -209,7 +211,7 @@ class Trainer:
         if self.refresher is not None:
             try:
                 with clock.phase("refresh"):
-                    drift = self.refresher.after(rollouts[0], stage.oracle.names, self.grid, stop)
+                    drift = self.refresher.after(rollouts, stage.oracle.names, self.grid, stop)
             except PartError as error:  # the weights have moved: this update is whole
                 failed = error
         self.step, self.whole = self.step + 1, True

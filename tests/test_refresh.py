@@ -1,22 +1,97 @@
 """A value model that has drifted from its reward is noticed and brought back on the policy's own latents."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
 import torch
 
 from rlstitch import sampling, schedule
+from rlstitch.checks import checked
+from rlstitch.config import compose, merge
 from rlstitch.distributed import Engine
 from rlstitch.oracles import Stitched
 from rlstitch.schema import RefreshConfig
 from rlstitch.stitch.refresh import Refresher
-from rlstitch.types import Batch, Rollout, noise_like
+from rlstitch.types import Batch, Latent, Rollout, UserError, noise_like
 from tests.test_stitch import stitched
 
 PROMPTS = ["a red circle", "two blue stars"] * 16
 
 
-def test_the_gap_is_measured_and_closes(backbone, reward):
+class Seen:
+    """An engine of one rank that runs in float32."""
+
+    together = staticmethod(lambda action: action())
+    gather, world, autocast = staticmethod(lambda tensor: tensor), 1, nullcontext
+
+
+class Told:
+    """A reward whose scores are told beforehand."""
+
+    def __init__(self, scores):
+        self.scores = iter(scores)
+
+    def score(self, images, batch):
+        return next(self.scores)[: len(images)]
+
+
+def watched(backbone, updates, **options):
+    """A watcher that has seen these updates, each (V [B], r [B], prompts [B]), cut into micro-batches of two, and what `after` said of each; nothing is distilled."""
+    settings = RefreshConfig(**(dict(fraction=1.0, agreement=0.5, pairs=8, buffer=4) | options))
+    told = Told([part for _, r, _ in updates for part in r.split(2)])
+    watcher = Refresher(settings, {"r": SimpleNamespace()}, backbone, {"r": told}, Seen(), guidance=1.0)
+    acted, figures = [], []
+    watcher.refresh = lambda name: (acted.append(name), watcher.pairs.update({name: watcher.pairs[name][:0]}))
+    for value, _, group in updates:
+        z = torch.zeros(len(value), *backbone.latent_shape)
+        batch = Batch(["a star"] * len(value), group, group, [{}] * len(value))
+        figures.append(watcher.after(Rollout(batch, Latent(z, torch.zeros(len(z))), value[:, None]).split(2), ["r"], schedule.sigmas(2), 2))
+    return watcher, figures
+
+
+def test_what_is_acted_on_is_agreement_within_prompts(backbone, generator):
+    """Right values: Pearson's, by hand. An error shared by all samples of a prompt does no harm, whatever its size; a value that tells prompts apart but not their
+    samples does; scores that are not known are left out; too few pairs say nothing; one image a prompt is compared across prompts and updates."""
+    r = torch.randn(3, 8, generator=generator)
+    group = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
+    shift = torch.where(group == 0, 50.0, -50.0)
+    _, figures = watched(backbone, [(r[k] + shift, r[k], group) for k in range(3)])
+    assert [f["refreshed"] for f in figures] == [0, 0, 0] and figures[-1]["correlation/r"] == pytest.approx(1, abs=1e-6)
+    values = 0.1 * torch.randn(3, 8, generator=generator)
+    watcher, figures = watched(backbone, [(values[k] + shift, r[k] + shift, group) for k in range(3)], pairs=16)
+    assert [f["refreshed"] for f in figures] == [0, 1, 0]
+    inside = [(x - x.view(-1, 4).mean(1).repeat_interleave(4)).double() for x in (values[:2].flatten(), r[:2].flatten())]
+    assert figures[1]["correlation/r"] == pytest.approx(float((inside[0] * inside[1]).sum() / (inside[0].norm() * inside[1].norm())), abs=1e-4)
+    lost = r.clone()
+    lost[0, 0], lost[1, 2] = torch.nan, torch.inf
+    watcher, figures = watched(backbone, [(r[k], lost[k], group) for k in range(3)], pairs=22)
+    assert figures[-1]["refreshed"] == 0 and figures[-1]["correlation/r"] == pytest.approx(1) and len(watcher.pairs["r"]) == 22
+    assert figures[0]["gap/r"] == pytest.approx(0)
+    _, figures = watched(backbone, [(values[k], r[k], torch.arange(8)) for k in range(3)], pairs=24)
+    flat = torch.corrcoef(torch.stack([values.flatten(), r.flatten()]))[0, 1]
+    assert figures[-1]["correlation/r"] == pytest.approx(float(flat), abs=1e-5) and figures[-1]["refreshed"] == float(flat < 0.5)
+    _, figures = watched(backbone, [(torch.ones(8), r[k], group) for k in range(1)])
+    assert figures[-1]["correlation/r"] == 0 and figures[-1]["refreshed"] == 1  # says the same of everything
+    watcher, _ = watched(backbone, [(r[k], r[k], group) for k in range(3)], fraction=0.3, agreement=-1.0)
+    assert len(watcher.pairs["r"]) == 8 and watcher.updates == 3  # of 3 an update, rounded up
+    again = Refresher(watcher.config, {}, backbone, {}, Seen(), guidance=1.0)
+    again.models = {"r": SimpleNamespace(load_state_dict=lambda *a, **o: None, state_dict=dict)}
+    watcher.models = again.models
+    again.restore(watcher.tensors(), watcher.progress())
+    assert torch.equal(again.pairs["r"], watcher.pairs["r"]) and again.updates == 3
+
+
+def test_a_watch_that_could_never_act_is_refused():
+    for options, told in (({"fraction": 0.001}, "'refresh.fraction' is 0.001, which is no sample of the"), ({"fraction": 0.02, "pairs": 10_000}, "'refresh.pairs' is 10000, but")):
+        with pytest.raises(UserError, match=told):
+            checked(merge(compose("draft_stitch"), {"refresh": options}), "draft_stitch")
+
+
+def test_a_value_that_has_lost_its_reward_is_brought_back(backbone, reward):
     model = stitched(backbone, reward)[0].requires_grad_(False).eval()
-    with torch.no_grad():  # a value model that says too much, as one does when its policy has moved away
-        model.tail.projection.weight.mul_(4.0)
+    with torch.no_grad():  # a value model that says the opposite
+        model.tail.projection.weight.mul_(-1.0)
     index = torch.arange(len(PROMPTS))
     batch = Batch(PROMPTS, index, index, [{}] * len(PROMPTS), backbone.encode_prompts(PROMPTS))
     grid, oracle = schedule.sigmas(6, 3.0, "plain"), Stitched({"r": model}, {"r": 1.0})
@@ -28,22 +103,21 @@ def test_the_gap_is_measured_and_closes(backbone, reward):
             return Rollout(batch, latent, oracle(latent, batch))
 
     def refresher(**options):
-        settings = dict(fraction=1.0, threshold=0.5, steps=120, lr=2e-3, batch_size=32, buffer=96) | options
+        settings = dict(fraction=1.0, agreement=0.5, pairs=32, steps=120, lr=2e-3, batch_size=32, buffer=96) | options
         return Refresher(RefreshConfig(**settings), {"r": model}, backbone, {"r": reward}, engine, guidance=1.0)
 
-    watcher = refresher(threshold=1e9)
-    for seed in range(3):
-        before = watcher.after(rollout(seed), ["r"], grid, 4)
-    assert before["refreshed"] == 0 and before["gap/r"] > 0.5
-    assert watcher.after(Rollout(batch, rollout(0).latent, torch.zeros(len(PROMPTS), 1)), ["of another stage"], grid, 4) == {
-        "refreshed": 0.0
-    }
+    watcher = refresher(agreement=-1.0)
+    for seed in range(2):
+        before = watcher.after([rollout(seed)], ["r"], grid, 4)
+    assert before["refreshed"] == 0 and before["correlation/r"] < 0
+    other = watcher.after([Rollout(batch, rollout(0).latent, torch.zeros(len(PROMPTS), 1))], ["of another stage"], grid, 4)
+    assert other == {"refreshed": 0.0}
     weights = {k: v.clone() for k, v in model.state_dict().items()}
     mender = refresher()
-    acted = [mender.after(rollout(seed), ["r"], grid, 4)["refreshed"] for seed in range(3)]
+    acted = [mender.after([rollout(seed)], ["r"], grid, 4)["refreshed"] for seed in range(3)]
     assert acted[0] == 0 and 1 in acted  # never on a buffer too small to learn from
     assert not any(p.requires_grad for p in model.parameters())
     moved = {k for k, v in model.state_dict().items() if not torch.equal(v, weights[k])}
     assert moved and all(k.startswith(("stitch.", "tail.")) for k in moved)
-    after = refresher(threshold=1e9).after(rollout(9), ["r"], grid, 4)["gap/r"]
-    assert after < 0.4 * before["gap/r"], (before, after)
+    after = refresher(agreement=-1.0).after([rollout(9)], ["r"], grid, 4)["correlation/r"]
+    assert after > before["correlation/r"] + 0.5, (before, after)

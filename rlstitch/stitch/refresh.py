@@ -1,7 +1,8 @@
-"""Refresh: a value model drifts as its policy moves. Measure V against the true reward on some rollouts; where the gap opens, distil on the policy's own latents."""
+"""Refresh: a value model drifts as its policy moves. Measure V against the true reward on some rollouts; where the two part, distil on the policy's own latents."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from rlstitch import sampling
 from rlstitch.asking import ask
 from rlstitch.distributed import Engine
+from rlstitch.figures import correlation
 from rlstitch.schema import RefreshConfig
 from rlstitch.stitch.distill import DistillConfig, distill, targets_of
 from rlstitch.stitch.model import StitchedValueModel
@@ -22,8 +24,10 @@ from rlstitch.types import Rollout
 class Refresher:
     """Watches the value models of a Stitched oracle during training.
 
-    After every update `fraction` of the first micro-batch is finished by the current policy, decoded and scored by the true rewards. The gap of a value
-    model is |mean(V - r)| over the spread of r, both running means; one above `threshold` starts `steps` of distillation on the last `buffer` finished latents.
+    After every update the first `fraction` of each rank's samples are finished by the current policy, decoded and scored by the true rewards. The last `pairs` known
+    (V, r) of a value model are kept, over updates and prompts. Once there are so many, a correlation below `agreement` starts `steps` of distillation on the last
+    `buffer` finished latents, and the watching begins anew. Where prompts have several samples the correlation is the one within a prompt's samples of an update,
+    which is what advantages are made of: an error that all of them share does no harm. With one image a prompt it is the one across prompts and updates.
     """
 
     def __init__(
@@ -39,46 +43,59 @@ class Refresher:
         self.config, self.models, self.backbone, self.engine, self.guidance = config, dict(models), backbone, engine, guidance
         self.rewards = {name: rewards[name] for name in models}
         self.latents = torch.empty(0, *backbone.latent_shape)
-        self.error = dict.fromkeys(models, 0.0)
-        self.spread = dict.fromkeys(models, 0.0)
-        self.seen, self.count = 0, 0
+        self.pairs = {name: torch.empty(0, 3, dtype=torch.float64) for name in models}  # V, r, which prompt of which update
+        self.updates, self.count = 0, 0
 
     @torch.no_grad()
-    def measure(self, rollout: Rollout, names: Sequence[str], grid: Tensor, stop: int) -> dict[str, float]:
-        """Finish some of the rollout, compare, remember the latents; -> the gap of every value model that its scores [B, K] have a column of, called `names`."""
-        rows = max(1, round(self.config.fraction * len(rollout.batch)))
-        part, z = rollout.batch[slice(0, rows)], rollout.latent.z[:rows].detach()
-        with self.engine.autocast():
-            if stop < len(grid) - 1:
-                z = sampling.sample(self.backbone.bind(part.text, self.guidance), z, grid[stop:]).z
-            images = self.backbone.decode(z)
-            truths = {
-                name: self.engine.together(lambda: ask(name, self.rewards[name], images, part)) for name in names if name in self.rewards
-            }
-        gaps = {}
-        self.seen += 1
-        keep = 1 - max(0.1, 1 / self.seen)  # a plain mean at first, then about the last ten updates
-        for k, name in enumerate(names):
-            if name not in truths:
-                continue
-            pair = torch.stack([rollout.scores[:rows, k].detach().float(), truths[name]], 1)
-            pair = self.engine.gather(pair)
-            error = float((pair[:, 0] - pair[:, 1]).mean())
-            spread = float(pair[:, 1].std()) if len(pair) > 1 else 1.0
-            self.error[name] = keep * self.error[name] + (1 - keep) * error
-            self.spread[name] = keep * self.spread[name] + (1 - keep) * spread
-            gaps[name] = abs(self.error[name]) / max(self.spread[name], 1e-8)
-        self.latents = torch.cat([self.latents, self.engine.gather(z.float()).cpu()])[-self.config.buffer :]
-        return gaps
+    def measure(self, rollouts: Sequence[Rollout], names: Sequence[str], grid: Tensor, stop: int) -> None:
+        """Finish some of an update's samples, this rank's `rollouts`, and remember their latents, and their pairs for every value model that the scores [B, K] have a
+        column of, called `names`."""
+        wanted, zs, columns = math.ceil(self.config.fraction * sum(len(r.batch) for r in rollouts)), [], []
+        for rollout in rollouts:
+            rows = slice(0, min(wanted, len(rollout.batch)))
+            if not rows.stop:
+                break
+            wanted -= rows.stop
+            part, z = rollout.batch[rows], rollout.latent.z[rows].detach()
+            with self.engine.autocast():
+                if stop < len(grid) - 1:
+                    z = sampling.sample(self.backbone.bind(part.text, self.guidance), z, grid[stop:]).z
+                images = self.backbone.decode(z)
+                asked = [(k, name) for k, name in enumerate(names) if name in self.rewards]
+                truths = [self.engine.together(lambda n=n: ask(n, self.rewards[n], images, part)) for _, n in asked]
+            zs.append(z.float())
+            told = [x for (k, _), truth in zip(asked, truths) for x in (rollout.scores[rows, k].detach().to(z), truth.to(z))]
+            columns.append(torch.stack([part.group.to(z), *told], 1).double())
+        every = self.engine.gather(torch.cat(columns)).cpu()
+        place = every[:, 0] + self.updates * 2.0**32
+        for k, (_, name) in enumerate(asked):
+            pairs = torch.cat([every[:, 1 + 2 * k : 3 + 2 * k], place[:, None]], 1)
+            self.pairs[name] = torch.cat([self.pairs[name], pairs[pairs.isfinite().all(1)]])[-self.config.pairs :]
+        self.updates += 1
+        self.latents = torch.cat([self.latents, self.engine.gather(torch.cat(zs)).cpu()])[-self.config.buffer :]
 
-    def after(self, rollout: Rollout, names: Sequence[str], grid: Tensor, stop: int) -> dict[str, float]:
-        """What the trainer calls after an update, `names` the oracle's columns in it; -> figures for the log."""
-        gaps = self.measure(rollout, names, grid, stop)
-        wide = [name for name, gap in gaps.items() if gap > self.config.threshold]
-        full = len(self.latents) >= min(self.config.buffer, 64)
-        for name in wide if full else []:
+    def agreement(self, name: str) -> float:
+        """Correlation of V with r over the pairs kept; 0 where V is the same whatever r is, NaN where r is."""
+        value, truth, place = self.pairs[name].unbind(1)
+        together = place if len(place.unique()) < len(place) else None
+        found = correlation(value, truth, together)
+        return 0.0 if math.isnan(found) and not math.isnan(correlation(truth, truth, together)) else found
+
+    def after(self, rollouts: Sequence[Rollout], names: Sequence[str], grid: Tensor, stop: int) -> dict[str, float]:
+        """What the trainer calls after an update with this rank's rollouts, `names` the oracle's columns in it; -> figures for the log: `correlation/NAME`, and
+        `gap/NAME`, the mean error in spreads of r, which nothing is decided by."""
+        self.measure(rollouts, names, grid, stop)
+        figures: dict[str, float] = {}
+        full, apart = len(self.latents) >= min(self.config.buffer, 64), []
+        for name in (n for n in names if n in self.pairs):
+            value, truth, _ = self.pairs[name].unbind(1)
+            found = self.agreement(name)
+            figures |= {f"correlation/{name}": found, f"gap/{name}": float((value - truth).mean().abs() / truth.std().clamp(min=1e-8))}
+            if full and len(truth) >= self.config.pairs and found < self.config.agreement:
+                apart.append(name)
+        for name in apart:
             self.refresh(name)
-        return {f"gap/{name}": gap for name, gap in gaps.items()} | {"refreshed": float(bool(wide) and full)}
+        return figures | {"refreshed": float(bool(apart))}
 
     def refresh(self, name: str) -> None:
         """A few steps of distillation of one value model on the policy's own latents, noised anew; all ranks do the same."""
@@ -96,24 +113,24 @@ class Refresher:
             for p in (*model.stitch.parameters(), *model.tail.parameters()):
                 dist.broadcast(p.data, 0)
         model.freeze()
-        self.error[name] = 0.0  # what was measured is about the model as it was
-        self.seen = 0
+        self.pairs[name] = self.pairs[name][:0]  # what was measured is about the model as it was
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything a resume needs beside `progress`: the refreshed weights and the buffer."""
-        out = {"latents": self.latents}
+        """Everything a resume needs beside `progress`: the refreshed weights, the latents and the pairs."""
+        out = {"latents": self.latents} | {f"pairs/{name}": pairs for name, pairs in self.pairs.items()}
         for name, model in self.models.items():
             out |= {f"{name}.{k}": v.detach() for k, v in model.state_dict().items() if k.startswith(("stitch.", "tail."))}
         return out
 
     def progress(self) -> dict[str, Any]:
-        return {"error": self.error, "spread": self.spread, "seen": self.seen, "count": self.count}
+        return {"updates": self.updates, "count": self.count}
 
     def restore(self, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
         self.latents = tensors["latents"]
         for name, model in self.models.items():
             own = {k.removeprefix(f"{name}."): v.to(self.backbone.device) for k, v in tensors.items() if k.startswith(f"{name}.")}
             model.load_state_dict(own, strict=False)
-        self.error, self.spread, self.seen, self.count = progress["error"], progress["spread"], progress["seen"], progress["count"]
+        self.pairs = {name: tensors[f"pairs/{name}"] for name in self.models}
+        self.updates, self.count = progress["updates"], progress["count"]
