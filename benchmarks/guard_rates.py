@@ -1,6 +1,6 @@
 """How often the guard stops a run that nothing is wrong with, and how soon one that is: its own rule on simulated judges.
 
-    python -m benchmarks.guard_rates [runs=4000] [prompts=64] [patience=3] [seed=0]
+    python -m benchmarks.guard_rates [runs=1000] [prompts=64] [patience=3] [seed=0]
 
 A judge's score of a prompt is that prompt's own level, plus noise that is new at every evaluation (correlation 0) or follows the one before (.5, .8: weights move
 slowly and the noise seeds are shared), plus a mean that stays, or falls after the first evaluation by so many standard errors of a difference of two evaluations each.
@@ -36,7 +36,7 @@ def rate(*, evaluations: int, runs: int, seed: int, fall: float = 0.0, memory: f
 
 
 def main() -> None:
-    options = arguments({"runs": "4000", "prompts": "64", "patience": "3", "seed": "0"})
+    options = arguments({"runs": "1000", "prompts": "64", "patience": "3", "seed": "0"})
     common = {k: int(options[k]) for k in ("runs", "prompts", "patience", "seed")}
     cases = {
         "flat, noise new at every evaluation": {},

@@ -83,7 +83,10 @@ def test_what_is_acted_on_is_agreement_within_prompts(backbone, generator):
 
 
 def test_a_watch_that_could_never_act_is_refused():
-    for options, told in (({"fraction": 0.001}, "'refresh.fraction' is 0.001, which is no sample of the"), ({"fraction": 0.02, "pairs": 10_000}, "'refresh.pairs' is 10000, but")):
+    for options, told in (
+        ({"fraction": 0.001}, "'refresh.fraction' is 0.001, which is no sample of the 32 "),
+        ({"fraction": 0.04, "pairs": 10_000}, "'refresh.pairs' is 10000, but "),
+    ):
         with pytest.raises(UserError, match=told):
             checked(merge(compose("draft_stitch"), {"refresh": options}), "draft_stitch")
 
