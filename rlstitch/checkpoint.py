@@ -15,6 +15,7 @@ import torch
 from rlstitch.distributed import Engine
 from rlstitch.files import read_json, read_tensors, sha256, write_json, write_tensors, write_weights
 from rlstitch.policy import Policy
+from rlstitch.telling import say
 from rlstitch.types import Algorithm, UserError
 
 DONE = "complete.json"
@@ -65,7 +66,7 @@ def fault(folder: Path) -> str:
         if not (folder / name).is_file():
             return f"{folder / name} is missing"
         if (is_now := sha256(folder / name)) != wanted:
-            return f"{folder / name} is not the file that was saved: sha256 {is_now[:16]}... instead of {wanted[:16]}..."
+            return f"{folder / name} is not the file that was saved: sha256 {is_now[:16]}... instead of {str(wanted)[:16]}..."
     return ""
 
 
@@ -89,7 +90,7 @@ def newest(run: Path, *, keep_aside: bool) -> Path | None:
         return None
     for other, why in broken:
         kept = f"kept as {_aside(other).name}; " if keep_aside else ""
-        print(f"checkpoint {other.name} is broken: {why}; {kept}going on from {folder.name}", flush=True)
+        say(f"checkpoint {other.name} is broken: {why}; {kept}going on from {folder.name}")
     return folder
 
 
@@ -111,8 +112,20 @@ def _seal(progress: dict[str, Any]) -> str:
 # ---------------------------------------------------------------------------------------------------- what is removed
 
 
+def _hidden() -> str:
+    """A name for what is being written or removed, that no glob finds."""
+    return f".writing-{secrets.token_hex(8)}"
+
+
 def discard(folder: Path) -> None:
-    """Remove a checkpoint's files, and its folder where nothing else lies in it. DONE goes first: a part of a checkpoint is none."""
+    """Remove a checkpoint, first from sight, so that a part of one is never seen. Where files of the user's lie in its folder, they and it stay."""
+    if all(_OURS.fullmatch(path.name) for path in folder.iterdir()):
+        _empty(folder.rename(folder.with_name(_hidden())))
+    else:
+        _empty(folder)
+
+
+def _empty(folder: Path) -> None:
     (folder / DONE).unlink(missing_ok=True)
     for path in list(folder.iterdir()):
         if _OURS.fullmatch(path.name):
@@ -128,7 +141,7 @@ def tidy(run: Path) -> None:
             file.unlink()
     for folder in (run / "checkpoints").glob(".writing-*"):
         if _WRITING.fullmatch(folder.name):
-            discard(folder)
+            _empty(folder)
 
 
 def prune(run: Path, keep: int, spare: int) -> None:
@@ -177,7 +190,7 @@ def save(
     A collective; raises UserError where the disk is full, or where weights are not finite.
     """
     final = run / "checkpoints" / f"step-{step:06d}"
-    temporary = final.with_name(engine.by_main(lambda: f".writing-{secrets.token_hex(8)}"))
+    temporary = final.with_name(engine.by_main(_hidden))
     weights = policy.state_dict()
 
     def together(write: Callable[[], None]) -> None:
@@ -191,7 +204,7 @@ def save(
             problem = str(error)
         if engine.any(bool(problem)):
             if engine.is_main and temporary.exists():
-                discard(temporary)
+                _empty(temporary)
             raise UserError(
                 f"checkpoint {final.name} could not be written; the last good one is {folders(run)[-1].name if folders(run) else 'none'}. {problem or 'Another rank failed'}, and start again: the run resumes from there."
             )

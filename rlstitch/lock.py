@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
+from rlstitch.telling import say
 from rlstitch.types import UserError
 
 LOCK = ".lock"
@@ -63,7 +64,7 @@ def _flock(file: IO[Any], kind: int, folder: Path, patience: float = 0.0) -> Non
                 ) from error
             time.sleep(0.05)
         except OSError as error:
-            print(f"{folder}: this file system keeps no locks ({error.strerror}); see to it that no other run writes there", flush=True)
+            say(f"{folder}: this file system keeps no locks ({error.strerror}); see to it that no other run writes there")
             return None
 
 

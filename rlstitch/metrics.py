@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from rlstitch.figures import plain
 from rlstitch.files import replacing, write_text
+from rlstitch.telling import say
 from rlstitch.tracker import Tracker
 
 TRAINING = ("rollout", "oracle", "update", "refresh", "wait", "checkpoint")
@@ -92,7 +93,7 @@ class Log:
             return
         found, lost = _rows(self.path)
         if lost:
-            print(f"{self.path}: {lost} row{'s' * (lost > 1)} cut or damaged, left out", flush=True)
+            say(f"{self.path}: {lost} row{'s' * (lost > 1)} cut or damaged, left out")
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in found if row["step"] <= start_step))
         self.tracker = Tracker(run, mode=wandb_mode, project=project, x_axis=x_axis, config=config)
 

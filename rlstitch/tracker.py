@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlstitch.files import write_text
+from rlstitch.telling import say
 
 ID = "wandb-id"
 SECONDS = 6  # to reach the service when a run starts
@@ -62,7 +63,7 @@ class Tracker:
         last.start()
         last.join(LAST_SECONDS)
         if last.is_alive():
-            print(f"W&B has not taken everything in {LAST_SECONDS} s: `wandb sync {self.folder}/latest-run` sends the rest", flush=True)
+            say(f"W&B has not taken everything in {LAST_SECONDS} s: `wandb sync {self.folder}/latest-run` sends the rest")
         self.run = None
 
     def _say(self, send: Callable[[Any], None]) -> None:
@@ -74,7 +75,7 @@ class Tracker:
             action()
         except Exception as error:  # of a service, its network, its files: none of them is worth the run
             told = next(iter(str(error).splitlines()), type(error).__name__)
-            print(f"{what} does not work ({told[:200]}); the run goes on, with metrics.jsonl as its log", flush=True)
+            say(f"{what} does not work ({told[:200]}); the run goes on, with metrics.jsonl as its log")
             return False
         return True
 

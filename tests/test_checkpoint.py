@@ -149,6 +149,25 @@ def test_checkpoints_of_a_resumed_run_are_those_of_the_uninterrupted_one(world, 
     assert names(run) == ["step-000002", "step-000004"]
 
 
+def test_a_removal_that_is_cut_short_leaves_no_part_of_a_checkpoint(steps, tmp_path, monkeypatch):
+    shutil.copytree(steps / "checkpoints", tmp_path / "checkpoints")
+    true, left = Path.unlink, [2]
+
+    def killed(path, missing_ok=False):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        true(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.prune(tmp_path, 2, 0)
+    monkeypatch.undo()
+    assert [name for name in names(tmp_path) if name.startswith("step")] == ["step-000003", "step-000004"]
+    checkpoint.tidy(tmp_path)
+    assert names(tmp_path) == ["step-000003", "step-000004"]
+
+
 def test_one_process_trains_in_a_folder(world, steps):  # noqa: F811
     """The second is told who is there before anything is written, reading goes on, and a kill lets go."""
 
