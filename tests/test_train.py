@@ -273,6 +273,9 @@ class Late:
     def __init__(self, path: str):
         self.differentiable = path == "a word"
 
+    def score(self, images, batch):
+        return images.mean((1, 2, 3))
+
 
 def test_a_run_of_another_recipe_is_not_gone_on_with(world, reference):
     run = world / "runs" / reference
