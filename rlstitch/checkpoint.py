@@ -195,18 +195,18 @@ def save(
 
     def together(write: Callable[[], None]) -> None:
         """Every rank writes its part, and all give up where one cannot."""
-        problem = ""
+        problem, remedy = "", "Free some space and start again"
         try:
             write()
         except OSError as error:
-            problem = f"{error}. Free some space"
-        except UserError as error:
             problem = str(error)
+        except UserError as error:
+            problem, remedy = str(error), "Mend that and start again"
         if engine.any(bool(problem)):
             if engine.is_main and temporary.exists():
                 _empty(temporary)
             raise UserError(
-                f"checkpoint {final.name} could not be written; the last good one is {folders(run)[-1].name if folders(run) else 'none'}. {problem or 'Another rank failed'}, and start again: the run resumes from there."
+                f"checkpoint {final.name} could not be written ({problem or 'another rank failed'}); the last good one is {folders(run)[-1].name if folders(run) else 'none'}. {remedy}: the run resumes from there."
             )
 
     def begin() -> None:

@@ -308,9 +308,18 @@ def test_long_prompts_are_named_and_cut_only_on_request(world):
     assert output.count("reward 'clip' reads the first 24 tokens of a prompt: 1 of 9 are longer") == 1
 
 
+class Cliff:
+    """A reward whose score is a number and whose gradient is none."""
+
+    differentiable = True
+
+    def score(self, images, batch):
+        return (0 * images.mean((1, 2, 3))).sqrt()
+
+
 def test_nan_is_skipped_then_given_up_with_weights_untouched(world):
-    """An infinite weight on the reward makes every loss infinite."""
-    code, output = start(world, "name=nan", "oracle.weights.clip=.inf", "max_bad_steps=3")
+    cliff = ("rewards.cliff={_target_: tests.test_train.Cliff}", "oracle={_target_: rlstitch.oracles.Terminal, weights: {cliff: 1.0}}")
+    code, output = start(world, "name=nan", *cliff, "stop={_target_: rlstitch.stops.End}", "max_bad_steps=3")
     assert code == 2 and "3 updates in a row" in output and "Traceback" not in output, output
     assert [r["skipped"] for r in rows(world, "nan")] == [True, True]
 
