@@ -38,17 +38,17 @@ METHODS = {  # the shipped recipe whose algorithm it is, its keys that four step
 }
 RANKS = {"one": (1, ()), "two": (2, ("distributed.zero_stage=2",))}
 AIMED = {  # killed before call n of a function; of a checkpoint of four, the third is aimed at where it is named by call
-    "a tensor file": ("rlstitch.checkpoint.write_tensors", 8),
+    "a tensor file": ("rlstitch.checkpoint.write_tensors", 5),
     "a tensor file's rename": ("rlstitch.files.os.replace", 14),
     "complete.json": ("rlstitch.checkpoint.write_json", 3),
     "the rename": ("rlstitch.checkpoint.Path.rename", 3),
     "pruning": ("rlstitch.checkpoint.prune", 4),
     "half pruned": ("rlstitch.checkpoint.Path.rmdir", 1),
     "final evaluation": ("rlstitch.trainer.evaluate", 5),
-    "export": ("rlstitch.policy.StableDiffusion3Pipeline.save_lora_weights", 1),
+    "export": ("rlstitch.policy.write_weights", 1),
     "summary": ("rlstitch.trainer.write_json", 1),
     "report": ("rlstitch.report.write_text", 1),
-    "last checkpoint": ("rlstitch.checkpoint.Path.rename", 4),
+    "last checkpoint": ("rlstitch.checkpoint.Path.rename", 5),
     "last pruned": ("rlstitch.checkpoint.prune", 5),
 }
 
