@@ -12,7 +12,15 @@ import json  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+FIRST = ("zero", "train", "jobs", "schedule", "sampling", "losses", "advantages", "policy", "draft", "nft", "flow_grpo", "marble")  # what matters most
+
+
+def pytest_collection_modifyitems(items):
+    """The job and the maths come first, in this order; the rest as it stands."""
+    place = {f"test_{name}": k for k, name in enumerate(FIRST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 @pytest.fixture(scope="session", autouse=True)
