@@ -34,7 +34,7 @@ def fitting(
     except UserError as error:
         faults.append(f"'{where}': {error}")
         return None
-    if truncate or "path" not in model or any(f.startswith(("'model", "unknown key 'model")) for f in faults):
+    if truncate or not {"path", "_target_"} <= model.keys() or any(f.startswith(("'model", "unknown key 'model")) for f in faults):
         return prompts
     try:
         if cut := cut_by(model, prompts.prompts):

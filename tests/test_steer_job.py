@@ -121,10 +121,11 @@ def test_a_trained_policy_is_steered(tmp_path, sd3_dir, clip_dir):
 def test_what_is_no_result_of_steering_is_never_replaced(tmp_path, sd3_dir, clip_dir):
     run = tmp_path / "out" / "tiny"
     run.mkdir(parents=True)
-    (run / "metrics.jsonl").write_text("{}")
-    with pytest.raises(UserError, match="no result of steering, which would be replaced"):
-        steer.checked(given(tmp_path, sd3_dir, clip_dir), "tiny")
     (run / "scores.json").write_text("{}")
+    (run / "metrics.jsonl").write_text("{}")
+    with pytest.raises(UserError, match="metrics.jsonl, which is no result of steering, which would be replaced"):
+        steer.checked(given(tmp_path, sd3_dir, clip_dir), "tiny")
+    (run / "metrics.jsonl").unlink()
     assert steer.checked(given(tmp_path, sd3_dir, clip_dir), "tiny").name == "tiny"
 
 
@@ -153,7 +154,7 @@ def test_all_faults_at_once(tmp_path, sd3_dir, clip_dir):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(method={"_target_": "rlstitch.steering.fk", "num_particles": 0, "resample_steps": [], "lam": 1.0}), "at least 1"),
+        (dict(method={"_target_": "rlstitch.steering.fk", "num_particles": 0, "resample_steps": [], "lam": 1.0}), "'method.num_particles' must be positive, not 0"),
         (dict(method={"_target_": "rlstitch.steering.fk", "num_particles": 2, "resample_steps": [7], "lam": 1.0}), "beyond the grid"),
         (dict(kernel="ode"), "adds no noise"),
         (
