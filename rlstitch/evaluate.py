@@ -28,11 +28,6 @@ class Evaluation:
     scores: dict[str, Tensor]
     images: Tensor
 
-    def unscored(self, label: str) -> list[str]:
-        """What there is to say of pictures without a score."""
-        lost = {n: int((~torch.isfinite(column)).sum()) for n, column in self.scores.items()}
-        return [f"{label}: '{n}' gave no score for {k} of {len(self.scores[n])} pictures (NaN or infinite); its mean is over the others" for n, k in lost.items() if k]
-
     def captions(self, prompts: list[str]) -> list[str]:
         names = [n for n in self.scores if not n.startswith("detector/")]
         return [f"{p} | " + " ".join(f"{n} {self.scores[n][i]:.3f}" for n in names) for i, p in enumerate(prompts)]
@@ -82,6 +77,17 @@ def evaluate(
     bar.close()
     scores = {name: engine.in_order(torch.cat(column), count).cpu() for name, column in columns.items()}
     return Evaluation(means_of(scores, rewards, prompts.rows), scores, engine.in_order(torch.cat(shown), min(keep, count)).cpu())
+
+
+def unscored(label: str, scores: Mapping[str, Tensor]) -> list[str]:
+    """What there is to say of pictures that have no score, of scores [N] by reward; label: whose pictures."""
+    lost = {name: int((~torch.isfinite(column)).sum()) for name, column in scores.items()}
+    return [
+        f"{label}: '{n}' gave no score for {k} of {len(scores[n])} pictures (NaN or infinite); "
+        + ("its mean is over the others" if k < len(scores[n]) else "it has no mean")
+        for n, k in lost.items()
+        if k
+    ]
 
 
 def means_of(scores: Mapping[str, Tensor], rewards: Mapping[str, Reward], rows: list[dict[str, Any]]) -> dict[str, float]:

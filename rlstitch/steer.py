@@ -24,7 +24,7 @@ from rlstitch.asking import ask, probe_rewards
 from rlstitch.checks import answered, attempt, judge_faults, part_faults, unknown_rewards, value_cards, without_gradient
 from rlstitch.data import encode
 from rlstitch.distributed import autocast
-from rlstitch.evaluate import means_of
+from rlstitch.evaluate import means_of, unscored
 from rlstitch.files import require, write_json, write_text
 from rlstitch.metrics import grid as draw_grid
 from rlstitch.metrics import peak_memory_mb, to_image
@@ -35,7 +35,7 @@ from rlstitch.schema import SamplerConfig
 from rlstitch.steering import value_spread
 from rlstitch.steering.model import Steered
 from rlstitch.steering.particles import Trace
-from rlstitch.telling import progress
+from rlstitch.telling import progress, say
 from rlstitch.types import Batch, Latent, UserError, noise_like
 
 
@@ -315,6 +315,7 @@ class Job:
         config, count = self.config, len(self.prompts)
         table = {k: {n: torch.cat(c) for n, c in columns.items()} for k, columns in scores.items()}
         means = {k: means_of(columns, self.rewards, self.prompts.rows) for k, columns in table.items()}
+        say(*(line for k, columns in table.items() for line in unscored(k, columns)))
         listing = []
         for k in range(count):
             listing.append(

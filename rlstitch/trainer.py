@@ -16,7 +16,7 @@ from rlstitch.checks import geometry
 from rlstitch.data import UpdateStream, encode, read_data, read_prompts
 from rlstitch.distributed import Engine, world_size
 from rlstitch.endings import keep_alone, kept, run_table
-from rlstitch.evaluate import Evaluation, evaluate
+from rlstitch.evaluate import Evaluation, evaluate, unscored
 from rlstitch.figures import known_sum, means_over
 from rlstitch.files import write_json, write_text
 from rlstitch.guard import Guard, probe
@@ -332,7 +332,7 @@ class Trainer:
                 self.engine,
                 guidance=e.guidance, batch_size=e.batch_size, seed=e.seed, limit=limit, keep=e.grid, label=label, progress=self.config.logging.progress,
             )  # fmt: skip
-        say(*result.unscored(label))
+        say(*unscored(label, result.scores))
         return result
 
     def evaluate_all(self) -> dict[str, Evaluation]:

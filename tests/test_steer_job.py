@@ -5,8 +5,10 @@ import json
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 
+from launch import steer as launcher
 from rlstitch import config as cfg
 from rlstitch import steer
 from rlstitch.config import RECIPES
@@ -48,6 +50,22 @@ def test_a_job_writes_pictures_scores_and_a_grid(tmp_path, sd3_dir, clip_dir):
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["tiny"]
     again = steer.Job(steer.checked(cfg.compose(str(folder / "recipe.yaml")), "tiny")).run()
     assert [row["r"] for row in again["images"]] == [row["r"] for row in result["images"]]
+
+
+def test_pictures_without_a_score_are_told_and_are_null_in_the_results(tmp_path, sd3_dir, clip_dir, capsys):
+    recipe = given(tmp_path, sd3_dir, clip_dir, judges=["r", "partial", "silent"])
+    for name, lost in (("partial", [1]), ("silent", [0, 1, 2])):
+        recipe["rewards"][name] = {"_target_": "tests.test_jobs.Partial", "lost": lost, "instead": float("inf")}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    launcher.run([f"recipe={tmp_path / 'tiny.yaml'}"])
+    told = capsys.readouterr().out
+    assert "steered: 'partial' gave no score for 1 of 3 pictures" in told and "'silent' gave no score for 3 of 3 pictures" in told
+    (row,) = [line.split() for line in told.splitlines() if line.startswith("steered ")]
+    assert row[-1] == "-" and 0 < float(row[-2]) < 1
+    text = (tmp_path / "out" / "tiny" / "scores.json").read_text()
+    saved = json.loads(text, parse_constant=lambda token: pytest.fail(f"{token} is no JSON"))
+    assert saved["means"]["steered"]["silent"] is None and saved["means"]["steered"]["unscored/partial"] == 1
+    assert [row["partial"] is None for row in saved["images"]] == [False, True, False]
 
 
 @pytest.mark.parametrize(

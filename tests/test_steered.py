@@ -76,6 +76,24 @@ def test_sharing_changes_nothing(backbone, reward, values, which, guidance, guid
         torch.testing.assert_close(shared, alone, atol=2e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("which", ["stitched", "tweedie", "terminal"])
+def test_siblings_do_not_tie_inside_autocast(backbone, reward, values, which):
+    """Children that differ little: a total rounded to bf16 would be the same for most of them, and the first would win. The best is that of the total in float64."""
+    oracle = oracles(backbone, reward, values)[which]
+    oracle.weights = [1.0 + 0.3 * k for k in range(len(oracle.weights))]
+    steered = Steered(backbone, oracle, batch_of(backbone))
+    m, sigma = 16, 0.0 if which == "terminal" else 0.4
+    z = noise_like(backbone.latent_shape, torch.arange(2)).repeat_interleave(m, 0)
+    z = z + 0.05 * noise_like(backbone.latent_shape, 10 + torch.arange(2 * m))
+    levels = torch.full((2 * m,), sigma)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        told = steered.value(z, levels)
+        exact = (oracle(Latent(z, levels), batch_of(backbone).interleave(m)).double() * torch.tensor(oracle.weights)).sum(1)
+    assert told.dtype == torch.float32 and all(len(row.unique()) == m for row in told.view(2, m))
+    assert all(len(row.bfloat16().unique()) < m for row in exact.view(2, m))  # in bf16 many would tie
+    torch.testing.assert_close(told.double(), exact, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("share, branches", [(True, 2), (False, 3)])
 def test_the_null_prefix_runs_once_a_step(backbone, reward, values, share, branches):
     """Guided DPS: the first block runs for the conditional branch and once for the null text, which guidance and value share."""
