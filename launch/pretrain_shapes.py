@@ -8,17 +8,14 @@
 Parts are done in order and resume where they stopped (state under <out>/.work). A part that has a card.json is left alone.
 """
 
-import sys
-from pathlib import Path
-
 from rlstitch import cli
 
 
 def run(arguments: list[str]) -> None:
+    from rlstitch import config as cfg
     from rlstitch.shapes.pretrain import run as pretrain
 
-    if code := pretrain.main(arguments, Path(pretrain.__file__).parents[1] / "weights"):
-        sys.exit(code)
+    pretrain.run(pretrain.checked(cfg.merge({}, cfg.parse_overrides(arguments)), "pretrain_shapes"))
 
 
 def main() -> None:

@@ -104,6 +104,7 @@ SCHEMAS = {  # of each launcher: the module and name of its recipe's schema
     "stitch.py": ("rlstitch.stitch.recipe", "StitchRecipe"),
     "evaluate_value.py": ("rlstitch.stitch.compare", "CompareConfig"),
     "surrogate.py": ("rlstitch.stitch.surrogate", "SurrogateConfig"),
+    "pretrain_shapes.py": ("rlstitch.shapes.pretrain.run", "PretrainConfig"),
 }
 
 
@@ -111,8 +112,6 @@ def key_reference(script: str, arguments: list[str]) -> None:
     """Print every key of a launcher, and what the parts of a recipe take where one is named."""
     from rlstitch.keys import reference
 
-    if script not in SCHEMAS:
-        raise UserError(f"{script} has no recipes and no such keys: --help says what it takes")
     module, name = SCHEMAS[script]
     given = recipe_and_overrides(arguments, script=script)[1] if any(a.startswith("recipe=") for a in arguments) else {}
     say(reference(getattr(import_module(module), name), given))

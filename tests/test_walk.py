@@ -15,6 +15,7 @@ import pytest
 from rlstitch import checks, config, protocols, steer
 from rlstitch.filling import hints_of
 from rlstitch.schema import RunConfig, StageConfig
+from rlstitch.shapes.pretrain import run as pretrain
 from rlstitch.stitch import compare, surrogate
 from rlstitch.stitch import recipe as stitch
 from rlstitch.types import UserError
@@ -139,3 +140,10 @@ def test_a_launcher_ends_with_exit_2_and_the_key(launcher, tmp_path):
     key = arguments[1].split("=")[0]
     assert done.returncode == 2 and f"'{key}'" in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_pretraining_refuses_by_name_too():
+    hints = hints_of(pretrain.PretrainConfig)
+    assert not [fault for key, hint in hints.items() for value in VALUES for fault in ask(pretrain.checked, {}, (key,), hint, value, "shapes")]
+    with pytest.raises(UserError, match="'clp', which there is not .did you mean 'clip'"):
+        pretrain.checked({"parts": "vae,clp"}, "pretrain_shapes")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 
-from rlstitch.files import resolve
+from rlstitch import config as cfg
+from rlstitch.files import SHAPES, below, require, resolve
+from rlstitch.ranges import Seed, Text, Threads
 from rlstitch.shapes import prompts
 from rlstitch.shapes.pretrain import generator, grow, rewards, vae
+from rlstitch.types import UserError
 
 # Minutes are wall time on one core (vae, clip, the rewards and shapes-large) or two (shapes: two ranks under torchrun); a part ends with its steps or its minutes, whichever comes first.
 BUDGET = {
@@ -50,38 +54,52 @@ def trainers(out: Path, work: Path, seed: int, init: str = "") -> dict[str, Call
     }
 
 
-def main(arguments: list[str], default_out: Path) -> int:
-    options = {
-        "parts": "prompts,vae,clip,shapes,hps,aesthetic,preference_b,shapes-large",
-        "seed": "0",
-        "out": str(default_out),
-        "threads": "0",
-        "init": "",  # a pipeline whose weights the generator goes on from
-    }
-    for argument in arguments:
-        key, found, value = argument.partition("=")
-        if not found or key not in options:
-            print(f"pretrain_shapes: cannot read '{argument}'; use key=value with one of {', '.join(options)}", file=sys.stderr)
-            return 2
-        options[key] = value
-    if int(options["threads"]):
-        torch.set_num_threads(int(options["threads"]))
-    out = Path(options["out"])
+@dataclass
+class PretrainConfig:
+    """parts: names with commas between them, done in this order. init: a pipeline whose weights the generator goes on from."""
+
+    parts: Text = ",".join(("prompts", *SEEDS))
+    seed: Seed = 0
+    out: Text = str(SHAPES)
+    threads: Threads = 0
+    init: str = ""
+
+
+def checked(given: dict[str, Any], name: str) -> PretrainConfig:
+    """The typed options, or one UserError that lists every fault."""
+    config, faults = cfg.fill(PretrainConfig, given)
+    parts = ("prompts", *SEEDS)
+    faults += [
+        f"'parts' names {part!r}, which there is not{cfg.nearest(part, parts)}" for part in config.parts.split(",") if part not in parts
+    ]
+    if config.init:
+        try:
+            require(f"{config.init}/vae", "the autoencoder of the pipeline to go on from")
+        except UserError as error:
+            faults.append(f"'init': {error}")
+    try:
+        below(config.out, ".work")
+    except UserError as error:
+        faults.append(f"'out': {error}")
+    if faults:
+        raise cfg.report(faults, name)
+    return config
+
+
+def run(config: PretrainConfig) -> None:
+    """Train the parts that have no card.json yet."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    out = Path(config.out)
     work = out / ".work"
     work.mkdir(parents=True, exist_ok=True)
-    steps = trainers(out, work, int(options["seed"]), options["init"])
+    steps = trainers(out, work, config.seed, config.init)
     steps["prompts"] = lambda: [
-        prompts.write_prompts(out / f"{name}.jsonl", rows) for name, rows in prompts.make_splits(int(options["seed"])).items()
+        prompts.write_prompts(out / f"{name}.jsonl", rows) for name, rows in prompts.make_splits(config.seed).items()
     ]
-    wanted = options["parts"].split(",")
-    unknown = [p for p in wanted if p not in steps]
-    if unknown:
-        print(f"pretrain_shapes: no part named {', '.join(unknown)}; there are {', '.join(steps)}", file=sys.stderr)
-        return 2
-    for part in wanted:
+    for part in config.parts.split(","):
         folder = vae_folder(out) if part == "vae" else out / part
         if (folder / "card.json").exists():
             print(f"{part}: done already ({folder / 'card.json'})")
             continue
         steps[part]()
-    return 0
