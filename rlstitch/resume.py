@@ -44,6 +44,14 @@ def resumable(config: RunConfig) -> None:
         )
 
 
+def gone_on(source: Path | None, step: int, updates: int) -> str:
+    """What a run's first line says of the checkpoint that it goes on from."""
+    if source is None:
+        return ""
+    beyond = f"is beyond the {updates} updates asked for" if step > updates else "is the last"
+    return f"; resumed from {source.name}" + (f", which {beyond}: nothing is left to train, it is evaluated as it is" if step >= updates else "")
+
+
 def hashes(config: RunConfig) -> dict[str, str]:
     """`key = path` of every file and folder that the maths reads -> hash: prompt files and heads whole, value models by their weights, model folders by size, first
     and last MiB of their files, pictures by name and size."""

@@ -290,7 +290,7 @@ class Trainer:
             for stale in ("metrics.jsonl", "summary.json", "evaluation.json", tracker.ID) if source is None else ():
                 (self.run / stale).unlink(missing_ok=True)
             write_text(self.run / "recipe.yaml", cfg.to_yaml(config))
-            say(f"{self.run}: {self.geometry}" + (f"; resumed from {source.name}" if source else ""))
+            say(f"{self.run}: {self.geometry}{resume.gone_on(source, self.step, config.updates)}")
         self.log = Log(
             self.run,
             active=self.engine.is_main,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlstitch import checkpoint, cli, lock, zero
+from rlstitch import checkpoint, cli, lock, resume, zero
 from rlstitch.checks import checked
 from rlstitch.resume import resumable
 from rlstitch.trainer import Trainer
@@ -324,3 +324,10 @@ def test_wandb_never_stops_a_run(tmp_path, monkeypatch, capsys):
     assert nowhere.run is None and capsys.readouterr().out.count("\n") == 2
     nowhere.log({"step": 1}), nowhere.close()
     assert Tracker(tmp_path / "off", mode="off", project="rlstitch", **settings).run is None and not (tmp_path / "off").exists()
+
+
+def test_a_run_that_is_done_says_that_nothing_is_left_to_train():
+    source = Path("step-000009")
+    assert resume.gone_on(None, 0, 4) == "" and resume.gone_on(source, 9, 12) == "; resumed from step-000009"
+    assert "is beyond the 4 updates asked for: nothing is left to train" in resume.gone_on(source, 9, 4)
+    assert "which is the last: nothing is left to train" in resume.gone_on(source, 9, 9)
