@@ -128,7 +128,13 @@ def quiet() -> None:
     for name in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS"):
         os.environ.setdefault(name, "1")
     warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters on one base are what we want
+    warnings.filterwarnings("ignore", message="OMP_NUM_THREADS")  # what accelerate sets of it by itself
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch|diffusers|deepspeed")
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    for library in (of_diffusers, of_transformers):
+        library.disable_progress_bar()
 
 
 def main(run: Callable[[list[str]], None], *, default: str = "") -> None:
