@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -19,7 +20,7 @@ from rlstitch.figures import exact
 from rlstitch.ranges import AutoShift, GridSteps, Range, Seed, Weights
 from rlstitch.stitch.model import OtherDenoiser, StitchedValueModel, build, read_card, values
 from rlstitch.telling import say
-from rlstitch.types import Backbone, Batch, Latent, Oracle, Reward, UserError, Velocity
+from rlstitch.types import Backbone, Batch, Latent, Oracle, Reward, UserError, Velocity, noise_like
 
 
 class _Mixed:
@@ -124,7 +125,7 @@ class MonteCarlo(_Pixel):
     """Mean r over n completed rollouts from the latent, by a stochastic kernel: the reference that every value is compared with. No gradient.
 
     shift: a number, or auto for the model's own. precision: fp32, bf16 or auto, of the denoiser's passes alone; None is the caller's. at_once: latents that the models
-    see at a time (0: all); the noise is the same.
+    see at a time (0: all). A row's noise is drawn from (seed, the row's own seed) alone, so that neither ranks nor batch sizes change its score.
     """
 
     sigma_range = (0.0, 1.0)
@@ -159,12 +160,14 @@ class MonteCarlo(_Pixel):
         if start == 0:
             return self._finished(latent.z, batch)[None]
         grid = torch.cat([torch.tensor([start]), self.grid[self.grid < start]])
-        generator = torch.Generator().manual_seed(self.seed)
-        kernel, out = sampling.stochastic(sampling.linear_sde), []
+        seeds, draws, out = batch.seeds + 1_000_003 * (1 + self.seed), itertools.count(), []
+        kernel = sampling.stochastic(
+            sampling.linear_sde, noise=lambda z: noise_like(z.shape[1:], seeds, stream=next(draws), device=z.device).to(z.dtype)
+        )
         velocity = bound(self.backbone, batch, self.at_once)
         for _ in range(self.rollouts):
             with autocast(latent.z.device.type, self.precision) if self.precision else nullcontext():
-                done = sampling.sample(velocity, latent.z, grid, kernel=kernel, generator=generator)
+                done = sampling.sample(velocity, latent.z, grid, kernel=kernel)
             out.append(self._finished(done.z, batch))
         return torch.stack(out)
 

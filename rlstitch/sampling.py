@@ -54,14 +54,16 @@ def log_prob(z_next: Tensor, mean: Tensor, std: float) -> Tensor:
     return (-error - math.log(std) - 0.5 * math.log(2 * math.pi)).flatten(1).mean(1)
 
 
-def stochastic(step: Callable[..., tuple[Tensor, float]], **options) -> Kernel:
-    """Turn a (mean, std) step into a kernel that draws from it."""
+def stochastic(step: Callable[..., tuple[Tensor, float]], *, noise: Callable[[Tensor], Tensor] | None = None, **options) -> Kernel:
+    """Turn a (mean, std) step into a kernel that draws from it; noise: the standard normal draw for a state, by default the generator's for the whole batch."""
+
+    def drawn(z: Tensor, generator: torch.Generator | None) -> Tensor:
+        device = generator.device if generator else z.device
+        return torch.randn(z.shape, generator=generator, device=device, dtype=z.dtype).to(z.device)
 
     def kernel(z: Tensor, v: Tensor, sigma: float, sigma_next: float, generator: torch.Generator | None = None) -> Tensor:
         mean, std = step(z, v, sigma, sigma_next, **options)
-        return mean + std * torch.randn(z.shape, generator=generator, device=generator.device if generator else z.device, dtype=z.dtype).to(
-            z.device
-        )
+        return mean + std * (drawn(z, generator) if noise is None else noise(z))
 
     return kernel
 

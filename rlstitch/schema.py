@@ -123,7 +123,7 @@ class CheckpointConfig:
 
 @dataclass
 class RefreshConfig:
-    """Value models against the true reward while training. fraction: of the samples of an update, that are finished and scored; 0 is off. Once `pairs` of value and
+    """Value models against the true reward while training. fraction: of an update's groups, whose samples are finished and scored; 0 is off. Once `pairs` of value and
     reward are known, a correlation below `agreement` starts `steps` of distillation on the last `buffer` finished latents."""
 
     fraction: Share = 0.0

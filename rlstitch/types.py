@@ -62,6 +62,16 @@ class Batch:
         clean = None if self.clean is None else self.clean[index]
         return Batch(self.prompts[index], self.group[index], self.seeds[index], self.facts[index], text, clean)
 
+    @staticmethod
+    def joined(parts: Sequence[Batch]) -> Batch:
+        """Batches of the same kind, one behind the other."""
+        text = [p.text for p in parts if p.text is not None]
+        clean = [p.clean for p in parts if p.clean is not None]
+        return Batch(
+            [x for p in parts for x in p.prompts], torch.cat([p.group for p in parts]), torch.cat([p.seeds for p in parts]), [x for p in parts for x in p.facts],
+            Conditioning(torch.cat([t.tokens for t in text]), torch.cat([t.pooled for t in text])) if text else None, torch.cat(clean) if clean else None,
+        )  # fmt: skip
+
     def interleave(self, copies: int) -> Batch:
         """Every row `copies` times, the copies side by side; seeds are repeated, too."""
         if copies == 1:
@@ -105,14 +115,20 @@ class Rollout:
         """The same samples, `size` at a time; for rollouts without gradient (no states, no velocities)."""
         if len(self.batch) <= size:
             return [self]
-        rows = [slice(k, k + size) for k in range(0, len(self.batch), size)]
-        return [
-            Rollout(
-                self.batch[r], Latent(self.latent.z[r], self.latent.sigma[r]), None if self.scores is None else self.scores[r],
-                transitions=[t.rows(r) for t in self.transitions],
-            )
-            for r in rows
-        ]  # fmt: skip
+        return [self.rows(slice(k, k + size)) for k in range(0, len(self.batch), size)]
+
+    def rows(self, index: slice) -> Rollout:
+        """Some of its samples; those behind them in `latent`, as DRaFT-LV's copies are, are left out."""
+        scores = None if self.scores is None else self.scores[index]
+        return Rollout(
+            self.batch[index], Latent(self.latent.z[index], self.latent.sigma[index]), scores, transitions=[t.rows(index) for t in self.transitions]
+        )
+
+    @staticmethod
+    def joined(parts: Sequence[Rollout]) -> Rollout:
+        """Batch, latents and scores of several, one behind the other."""
+        latent = Latent(torch.cat([p.latent.z for p in parts]), torch.cat([p.latent.sigma for p in parts]))
+        return Rollout(Batch.joined([p.batch for p in parts]), latent, torch.cat([p.scores for p in parts]))
 
 
 class Backbone(Protocol):

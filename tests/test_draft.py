@@ -1,6 +1,7 @@
 """DRaFT and the oracles: the loss by hand, the gradient by finite differences, who is allowed to score what."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -228,7 +229,14 @@ def test_oracles(setup, reward):
         assert not torch.allclose(null[:, 0], direct)
         carlo = MonteCarlo(backbone, {"clip": reward}, {"clip": 1.0}, rollouts=2, num_steps=3)
         torch.testing.assert_close(carlo(clean, batch)[:, 0], reward.score(backbone.decode(z), batch))
-        assert torch.equal(carlo(noisy, batch), carlo(noisy, batch)) and carlo(noisy, batch).shape == (2, 1)
+        each = carlo.each(noisy, batch)
+        assert torch.equal(each, carlo.each(noisy, batch)) and carlo(noisy, batch).shape == (2, 1) and not torch.allclose(each[0], each[1])
+        apart = [carlo.each(Latent(z[k : k + 1], noisy.sigma[:1]), batch[k : k + 1]) for k in range(2)]  # as other ranks or micro-batches have them
+        torch.testing.assert_close(torch.cat(apart, 1), each, atol=1e-5, rtol=0)
+        twice = carlo.each(Latent(z[:1].repeat(2, 1, 1, 1), noisy.sigma), dataclasses.replace(batch, prompts=[batch.prompts[0]] * 2))
+        assert not torch.allclose(twice[:, 0], twice[:, 1])  # each sample has noise of its own
+        other = MonteCarlo(backbone, {"clip": reward}, {"clip": 1.0}, rollouts=2, num_steps=3, seed=1)
+        assert not torch.allclose(other.each(noisy, batch), each)
         both = Weighted([oracles["stitched"], tweedie], [0.5, 3.0])
         scores = both(noisy, batch)
         torch.testing.assert_close(both.total(scores), 0.5 * oracles["stitched"].total(scores[:, :1]) + 3.0 * scores[:, 1])

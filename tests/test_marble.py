@@ -167,7 +167,7 @@ def test_a_full_solve_is_the_same_however_the_update_is_cut(made, first):
     found = []
     for size in (8, 2):
         method, rollout, w, parameters = made(kl=0.3, every=1)
-        method.coefficients = {} if first else {"clip": 0.5, "dark": 0.3, "picky": 0.2}
+        method.before, method.coefficients = None, {} if first else {"clip": 0.5, "dark": 0.3, "picky": 0.2}
         cut = rollout.split(size)
         method.compare(cut, rollout.scores, rollout.batch.group)
         steps = [part for r, rows in zip(cut, w.split(size)) for part in method.losses(r, rows, 2)]
@@ -208,6 +208,20 @@ def test_when_a_full_solve_is_due_and_how_the_coefficients_move(made, monkeypatc
     assert method.first and not method.coefficients  # a stage with other rewards begins anew
 
 
+def test_a_skipped_update_leaves_the_coefficients_as_they_were(made):
+    """Neither what is saved nor the next update knows of a solve whose update was not taken."""
+    method, rollout, w, _ = made(every=1)
+    for k in range(2):
+        before = method.state()
+        for _ in ("skipped", "taken"):
+            method.compare([rollout], rollout.scores, rollout.batch.group)
+            assert method.state() == before and method.first is (k == 0)
+            assert len(list(method.losses(rollout, w * torch.tensor([1.0, 1.0 + 2 * k, 1.0]), 2))) == 2
+            assert method.state() == before
+        method.end_step(k)
+        assert method.state() != before
+
+
 def test_between_full_solves_c_keeps_the_direction_that_a_loses(made):
     """g_1 = 10 u_1, g_2 = u_2 at 120 degrees to it, g_3 = u_3 at right angles to both: a = (.4, .4, .2), c = 4 a / |g| as the mean length is 4. The solution's
     cosine is .4 / 20^.5 / .2 = .447 with each; a's own mixture, 4 u_1 + .4 u_2 + .2 u_3, has -1.6 / 14.6^.5 with g_2."""
@@ -231,6 +245,7 @@ def test_between_full_solves_c_keeps_the_direction_that_a_loses(made):
     first, second = torch.tensor([0.16, 1.6, 0.8]), torch.tensor([0.5, 0.5, 0.0])
     once = 0.7 * first + 0.3 * second
     torch.testing.assert_close(torch.tensor(list(method.scaled.values())), 0.7 * (0.7 * once + 0.3 * first) + 0.3 * second)
+    method.end_step(0)
     old = {k: v for k, v in method.state().items() if not k.startswith("scaled")}
     with pytest.raises(UserError, match="set algorithm.mixture=a"):
         made()[0].load_state(old)

@@ -14,6 +14,7 @@ from rlstitch.oracles import Stitched
 from rlstitch.schema import RefreshConfig
 from rlstitch.stitch.refresh import Refresher
 from rlstitch.types import Batch, Latent, Rollout, UserError, noise_like
+from tests.test_guard import OneOf
 from tests.test_stitch import stitched
 
 PROMPTS = ["a red circle", "two blue stars"] * 16
@@ -23,7 +24,7 @@ class Seen:
     """An engine of one rank that runs in float32."""
 
     together = staticmethod(lambda action: action())
-    gather, world, autocast = staticmethod(lambda tensor: tensor), 1, nullcontext
+    gather, world, rank, autocast = staticmethod(lambda tensor: tensor), 1, 0, nullcontext
 
 
 class Told:
@@ -74,12 +75,51 @@ def test_what_is_acted_on_is_agreement_within_prompts(backbone, generator):
     _, figures = watched(backbone, [(torch.ones(8), r[k], group) for k in range(1)])
     assert figures[-1]["correlation/r"] == 0 and figures[-1]["refreshed"] == 1  # says the same of everything
     watcher, _ = watched(backbone, [(r[k], r[k], group) for k in range(3)], fraction=0.3, agreement=-1.0)
-    assert len(watcher.pairs["r"]) == 8 and watcher.updates == 3  # of 3 an update, rounded up
+    assert len(watcher.pairs["r"]) == 8 and watcher.updates == 3  # of one group of 4 an update
     again = Refresher(watcher.config, {}, backbone, {}, Seen(), guidance=1.0)
     again.models = {"r": SimpleNamespace(load_state_dict=lambda *a, **o: None, state_dict=dict)}
     watcher.models = again.models
     again.restore(watcher.tensors(), watcher.progress())
     assert torch.equal(again.pairs["r"], watcher.pairs["r"]) and again.updates == 3
+
+
+@pytest.mark.parametrize("images, fraction, watched_groups", [(2, 0.1, [0]), (2, 0.4, [0, 2, 4]), (1, 0.5, [0, 2, 4, 6, 8, 10]), (3, 1.0, [0, 1, 2, 3])])
+def test_the_same_samples_are_watched_on_any_number_of_ranks(backbone, images, fraction, watched_groups):
+    """Whole groups of 12 samples, whatever ranks and micro-batches they lie in; each rank asks about as many, and the latents keep the update's order."""
+    groups = torch.arange(12) // images
+    value, truth = torch.arange(12.0), torch.arange(12.0) * 0.5
+    z = value.view(-1, 1, 1, 1).expand(-1, *backbone.latent_shape)
+    wanted = torch.isin(groups, torch.tensor(watched_groups))
+
+    class Shown:
+        def score(self, pictures, batch):
+            asked.append(len(batch))
+            return truth[batch.seeds]
+
+    def rank_of(world, rank, parts):
+        engine = OneOf(world, rank, parts)
+        settings = RefreshConfig(fraction=fraction, agreement=0.5, pairs=12, buffer=12)
+        watcher = Refresher(settings, {"r": SimpleNamespace()}, backbone, {"r": Shown()}, engine, guidance=1.0)
+        engine.gather = lambda own: (queue := parts.setdefault(len(engine.calls), {}), engine.calls.append(0), queue.update({rank: own}))[0] and torch.cat(
+            [queue.get(k, own) for k in range(world)]
+        )
+        engine.calls = []
+        share = 12 // world
+        mine = torch.arange(rank * share, (rank + 1) * share)
+        batch = Batch(["a star"] * share, groups[mine], mine, [{}] * share)
+        watcher.measure(Rollout(batch, Latent(z[mine], torch.zeros(share)), value[mine, None]).split(3), ["r"], schedule.sigmas(2), 2)
+        return watcher
+
+    for world in (1, 2, 4):
+        parts, counts = {}, []
+        for _ in range(3):  # what the others give is known by the last time
+            for rank in range(world):
+                asked = []
+                watcher = rank_of(world, rank, parts)
+                counts.append(sum(asked))
+        assert len(set(counts[-world:])) == 1
+        torch.testing.assert_close(watcher.pairs["r"][:, :2], torch.stack([value, truth], 1)[wanted].double())
+        assert torch.equal(watcher.latents[:, 0, 0, 0], value[wanted])
 
 
 def test_a_watch_that_could_never_act_is_refused():

@@ -193,6 +193,7 @@ class MARBLE:
         self.every, self.rho, self.by, self.solve = every, rho, mixture, solve
         self.coefficients: dict[str, float] = {}  # a of each reward, averaged over the full solves so far
         self.scaled: dict[str, float] = {}  # c of each, likewise
+        self.before: tuple[dict[str, float], dict[str, float]] | None = None  # both, until the update that moves them is taken
         self.updates = 0
         self.due = self.first = False  # has this update a full solve; is every slot of it one
         self.parts = self.seen = 0  # micro-batches of this update, and those begun
@@ -226,8 +227,11 @@ class MARBLE:
 
     def compare(self, rollouts: Sequence[Rollout], scores: Tensor, group_ids: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Weights w [B, K] of each reward by itself, NaN where it is not known; `sum` has the total's behind them, [B, K + 1]."""
+        if self.before is not None:  # the last update was skipped
+            self.coefficients, self.scaled = self.before
         if set(self.coefficients) != set(self.oracle.names):
             self.coefficients, self.scaled = {}, {}
+        self.before = self.coefficients, self.scaled
         self.first = not self.coefficients
         self.due = self.first or self.updates % self.every == 0
         self.parts, self.seen, self.held, self.mixture = len(rollouts), 0, {}, self._amortised(self.by)
@@ -325,11 +329,12 @@ class MARBLE:
     def end_step(self, step: int) -> None:
         """NFT's; one update more."""
         self.nft.end_step(step)
+        self.before = None
         self.updates += 1
 
     def state(self) -> dict[str, Tensor]:
         """Count of updates, a and c of each reward."""
-        kept = {"coefficient": self.coefficients, "scaled": self.scaled}
+        kept = dict(zip(("coefficient", "scaled"), self.before or (self.coefficients, self.scaled)))
         numbers = {f"{kind}/{n}": torch.tensor(x, dtype=torch.float64) for kind, known in kept.items() for n, x in known.items()}
         return {"updates": torch.tensor(self.updates)} | numbers
 

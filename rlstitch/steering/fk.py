@@ -120,7 +120,9 @@ def fk(
             trace.queries += len(z)
         if children > 1 and weighted:
             kept, mean = _weighted(values, children, potentials, last=k == last, generator=generator)
-            z, values, carried = z[kept], None, carried + mean
+            blind = torch.isneginf(mean).all(1, keepdim=True)  # of a prompt without any known value all children are as good
+            trace.fallbacks += int(blind.sum())
+            z, values, carried = z[kept], None, carried + torch.where(blind, 0.0, mean)
         elif children > 1:
             kept = _keep(values, children, 0.0, generator)
             z, values = z[kept], values[kept]

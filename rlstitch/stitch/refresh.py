@@ -24,7 +24,7 @@ from rlstitch.types import Rollout
 class Refresher:
     """Watches the value models of a Stitched oracle during training.
 
-    After every update the first `fraction` of each rank's samples are finished by the current policy, decoded and scored by the true rewards. The last `pairs` known
+    After every update a `fraction` of its groups are finished by the current policy, decoded and scored by the true rewards. The last `pairs` known
     (V, r) of a value model are kept, over updates and prompts. Once there are so many, a correlation below `agreement` starts `steps` of distillation on the last
     `buffer` finished latents, and the watching begins anew. Where prompts have several samples the correlation is the one within a prompt's samples of an update,
     which is what advantages are made of: an error that all of them share does no harm. With one image a prompt it is the one across prompts and updates.
@@ -46,33 +46,48 @@ class Refresher:
         self.pairs = {name: torch.empty(0, 3, dtype=torch.float64) for name in models}  # V, r, which prompt of which update
         self.updates, self.count = 0, 0
 
+    def watched(self, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], Tensor]:
+        """This rank's samples that are watched, as much at a time as it sampled at once, and which [n] of the samples that all ranks give count.
+
+        They are whole groups, spread evenly over the update's, so that they are the same on any number of ranks. All ranks give as many, or some would be waited for
+        in vain (ZeRO-3 gathers weights in every forward): what is missing is made up by a sample again.
+        """
+        own = torch.cat([r.batch.group for r in rollouts]).to(self.backbone.device)
+        every = self.engine.gather(own).cpu()
+        _, place, sizes = every.unique_consecutive(return_inverse=True, return_counts=True)
+        wanted = math.ceil(self.config.fraction * len(sizes))
+        chosen = torch.isin(place, torch.arange(wanted) * len(sizes) // wanted).view(self.engine.world, -1)
+        counts = chosen.sum(1)
+        rows = chosen[self.engine.rank].nonzero()[:, 0].tolist()
+        rows += [0] * (int(counts.max()) - len(rows))
+        size = len(rollouts[0].batch)
+        picked = [rollouts[k // size].rows(slice(k % size, k % size + 1)) for k in rows]
+        counted = torch.arange(len(rows)) < counts[:, None]
+        return [Rollout.joined(picked[k : k + size]) for k in range(0, len(picked), size)], counted.flatten()
+
     @torch.no_grad()
     def measure(self, rollouts: Sequence[Rollout], names: Sequence[str], grid: Tensor, stop: int) -> None:
         """Finish some of an update's samples, this rank's `rollouts`, and remember their latents, and their pairs for every value model that the scores [B, K] have a
         column of, called `names`."""
-        wanted, zs, columns = math.ceil(self.config.fraction * sum(len(r.batch) for r in rollouts)), [], []
-        for rollout in rollouts:
-            rows = slice(0, min(wanted, len(rollout.batch)))
-            if not rows.stop:
-                break
-            wanted -= rows.stop
-            part, z = rollout.batch[rows], rollout.latent.z[rows].detach()
+        zs, columns, asked = [], [], [(k, name) for k, name in enumerate(names) if name in self.rewards]
+        parts, counted = self.watched(rollouts)
+        for rollout in parts:
+            part, z = rollout.batch, rollout.latent.z
             with self.engine.autocast():
                 if stop < len(grid) - 1:
                     z = sampling.sample(self.backbone.bind(part.text, self.guidance), z, grid[stop:]).z
                 images = self.backbone.decode(z)
-                asked = [(k, name) for k, name in enumerate(names) if name in self.rewards]
                 truths = [self.engine.together(lambda n=n: ask(n, self.rewards[n], images, part)) for _, n in asked]
             zs.append(z.float())
-            told = [x for (k, _), truth in zip(asked, truths) for x in (rollout.scores[rows, k].detach().to(z), truth.to(z))]
+            told = [x for (k, _), truth in zip(asked, truths) for x in (rollout.scores[:, k].to(z), truth.to(z))]
             columns.append(torch.stack([part.group.to(z), *told], 1).double())
-        every = self.engine.gather(torch.cat(columns)).cpu()
+        every = self.engine.gather(torch.cat(columns)).cpu()[counted]
         place = every[:, 0] + self.updates * 2.0**32
         for k, (_, name) in enumerate(asked):
             pairs = torch.cat([every[:, 1 + 2 * k : 3 + 2 * k], place[:, None]], 1)
             self.pairs[name] = torch.cat([self.pairs[name], pairs[pairs.isfinite().all(1)]])[-self.config.pairs :]
         self.updates += 1
-        self.latents = torch.cat([self.latents, self.engine.gather(torch.cat(zs)).cpu()])[-self.config.buffer :]
+        self.latents = torch.cat([self.latents, self.engine.gather(torch.cat(zs)).cpu()[counted]])[-self.config.buffer :]
 
     def agreement(self, name: str) -> float:
         """Correlation of V with r over the pairs kept; 0 where V is the same whatever r is, NaN where r is."""
