@@ -15,6 +15,7 @@ from rlstitch.asking import ask
 from rlstitch.data import PromptSet
 from rlstitch.distributed import Engine
 from rlstitch.figures import correlation, exact, known, plain
+from rlstitch.oracles import rewards_of
 from rlstitch.schema import GuardConfig
 from rlstitch.stops import Stop
 from rlstitch.types import Latent, Oracle, noise_like
@@ -36,7 +37,7 @@ class Guard:
 
     Rule: an evaluation is *fallen* when the judge, prompt by prompt against its own best evaluation, is lower by more than 1 + `flattery` standard errors of that
     difference, while the trained reward of the same prompts is higher than it was then. The best of m evaluations is the luckiest of them, too, and looks the
-    better the larger m is; without `flattery` a judge that does not move at all stops two runs in three of 16 evaluations, with it one in forty
+    better the larger m is; without `flattery` a judge that does not move at all stops two runs in three of 16 evaluations, with it one in thirty
     (benchmarks/guard_rates.py). `patience` fallen evaluations in a row end the run; 0 never does. The checkpoint of the best evaluation is kept.
     """
 
@@ -124,7 +125,7 @@ def probe(
     last = len(grid) - 1
     halts = stop.steps(last)
     middle = min((halts.start + halts.stop - 1) // 2, last)
-    asked = [n for n in oracle.names if n in rewards] if oracle is not None and middle < last else []
+    asked = {n: about for n, about in zip(oracle.names, rewards_of(oracle)) if about in rewards} if oracle is not None and middle < last else {}
     count, found = min(config.prompts, len(prompts)), []
     mine, together = engine.share(count), max(1, batch_size // config.images)
     for some in (mine[k : k + together] for k in range(0, len(mine), together)):
@@ -140,7 +141,8 @@ def probe(
                 done: Latent = z if middle == last else sampling.sample(velocity, z.z, grid[middle:])
                 images = backbone.decode(done.z)
                 values = dict(zip(oracle.names, oracle(z, batch).float().unbind(1))) if asked else {}
-                told = [x.to(images) for n in asked for x in (values[n], engine.together(lambda n=n: ask(n, rewards[n], images, batch)))]
+                truths = {n: engine.together(lambda n=n: ask(n, rewards[n], images, batch)) for n in dict.fromkeys(asked.values())}
+                told = [x.to(images) for n, about in asked.items() for x in (values[n], truths[about])]
             pictures.append(images)
             pairs.append(torch.stack(told, 1) if told else images.new_empty(len(images), 0))
         apart = [square_distance(x) for x in torch.cat(pictures).unflatten(0, (len(some), -1))]

@@ -49,6 +49,11 @@ class _Mixed:
         return scores
 
 
+def rewards_of(oracle: Oracle | None) -> list[str]:
+    """The reward that each column is about [K]: by default its name; several columns of a Weighted oracle may be about one."""
+    return [] if oracle is None else getattr(oracle, "about", oracle.names)
+
+
 def recomputed(oracle: Oracle, latent: Latent, batch: Batch) -> Tensor:
     """An oracle's scores [B, K] with gradient, asked row by row, each row's graph (decoder, reward, prefix, tail) made again in the backward pass and freed with it.
 
@@ -202,7 +207,8 @@ class Stitched(_Mixed):
 
 
 class Weighted(_Mixed):
-    """Several oracles side by side, e.g. a stitched and a Tweedie one; columns and totals are joined, each total times its weight."""
+    """Several oracles side by side, e.g. a stitched and a Tweedie one; columns and totals are joined, each total times its weight. A column is called
+    `PLACE.NAME`, and is `about` the reward that it is in its own oracle. For code alone: a recipe's oracle has its weights by name."""
 
     def __init__(self, oracles: Sequence[Oracle], weights: Sequence[float]):
         if len(oracles) != len(weights):
@@ -210,6 +216,7 @@ class Weighted(_Mixed):
         super().__init__(
             {f"{i}.{name}": w * inner for i, (o, w) in enumerate(zip(oracles, weights)) for name, inner in zip(o.names, o.weights)}
         )
+        self.about = [name for o in oracles for name in rewards_of(o)]
         self.oracles, self.shares = list(oracles), list(weights)
         self.differentiable = all(o.differentiable for o in oracles)
         self.sigma_range = (max(o.sigma_range[0] for o in oracles), min(o.sigma_range[1] for o in oracles))

@@ -23,7 +23,7 @@ from rlstitch.guard import Guard, probe
 from rlstitch.interrupt import Interrupted, noted
 from rlstitch.metrics import Clock, Log, peak_memory_mb
 from rlstitch.metrics import grid as draw_grid
-from rlstitch.oracles import load_values
+from rlstitch.oracles import load_values, rewards_of
 from rlstitch.policy import CURRENT, EMA, SETS, Policy
 from rlstitch.schema import RunConfig
 from rlstitch.scoring import Scorer
@@ -124,7 +124,7 @@ class Trainer:
             raise UserError(
                 f"'algorithm' {config.algorithm['_target_']} needs gradients, and {', '.join(blind[0].names)} together have none: use rewards that say `differentiable`, or a StitchVM of a surrogate"
             )
-        trained = {name for stage in self.stages if stage.oracle for name in stage.oracle.names}
+        trained = {name for stage in self.stages for name in rewards_of(stage.oracle)}
         self.guard = Guard(config.guard, [n for n in config.evaluation.rewards if n not in trained])
         self.scorer = Scorer(self.engine, self.clock)
 
@@ -211,7 +211,7 @@ class Trainer:
         if self.refresher is not None:
             try:
                 with clock.phase("refresh"):
-                    drift = self.refresher.after(rollouts, stage.oracle.names, self.grid, stop)
+                    drift = self.refresher.after(rollouts, rewards_of(stage.oracle), self.grid, stop)
             except PartError as error:  # the weights have moved: this update is whole
                 failed = error
         self.step, self.whole = self.step + 1, True
@@ -358,7 +358,7 @@ class Trainer:
                     self.backbone, stage.oracle, self.rewards, stage.stop, self.grid, self.held_out, self.engine, self.config.guard,
                     guidance=self.config.sampler.guidance, batch_size=e.batch_size, seed=e.seed,
                 )  # fmt: skip
-        goal = zip(stage.oracle.names, stage.oracle.weights) if stage.oracle else ()
+        goal = zip(rewards_of(stage.oracle), stage.oracle.weights) if stage.oracle else ()
         self.guard.see(result.scores, stage.name, sum(w * result.scores[n].double() for n, w in goal if w and n in result.scores), self.step)
         if self.engine.is_main:
             self.log.write({"step": self.step, "eval": result.means, **self.clock.row})

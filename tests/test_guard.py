@@ -12,6 +12,7 @@ from rlstitch.config import compose, merge
 from rlstitch.data import PromptSet
 from rlstitch.distributed import Engine
 from rlstitch.guard import Guard, probe
+from rlstitch.oracles import Weighted
 from rlstitch.schema import GuardConfig
 from rlstitch.stops import Fixed, UniformWindow
 from rlstitch.types import UserError
@@ -119,7 +120,7 @@ def test_probe_measures_the_gap_of_a_biased_value_however_it_is_cut(backbone):
             return torch.where(batch.seeds == 5 * 1_000_003 + 4, torch.nan, light)
 
     class Biased:
-        names, weights = ["r"], [1.0]
+        names, weights, differentiable, sigma_range = ["r"], [1.0], True, (0.0, 1.0)
 
         def __call__(self, latent, batch):
             sigmas.append(float(latent.sigma[0]))
@@ -151,6 +152,9 @@ def test_probe_measures_the_gap_of_a_biased_value_however_it_is_cut(backbone):
     for rank in (0, 1, 0):  # the last one has both parts at hand
         shared = figures(64, OneOf(2, rank, gathered))
     assert shared == pytest.approx(out, rel=1e-3)
+    joined = figures(64, oracle=Weighted([Biased(), Biased()], [0.5, 2.0]))  # both columns are about one reward
+    for name in ("gap", "correlation"):
+        assert [joined[f"{name}/{k}.r"] for k in (0, 1)] == pytest.approx([out[f"{name}/r"]] * 2, rel=1e-3)
     alone = figures(64, oracle=None, rewards={}, stop=Fixed(4))
     assert set(alone) == {"diversity"} and alone["diversity"] == pytest.approx(out["diversity"], rel=1e-4)
 
