@@ -211,7 +211,7 @@ def structure(given: dict[str, Any]) -> tuple[RunConfig, list[str]]:
 
 def check_part(where: str, node: dict[str, Any], *, kind: str) -> list[str]:
     """Faults of one `_target_` node against the protocol of its kind (see rlstitch.protocols), and against the signature it names with the ranges that stand
-    there; `weights` are finite numbers by name in any part."""
+    there; `weights` are finite numbers by name in any part, and those of an oracle always."""
     if not isinstance(node, dict):
         return [f"'{where}' must be a group of keys with a '_target_', e.g. {{_target_: {node}}}, not {node!r}"]
     if "_target_" not in node:
@@ -230,7 +230,7 @@ def check_part(where: str, node: dict[str, Any], *, kind: str) -> list[str]:
             continue
         if key not in settable:
             faults.append(f"unknown key '{where}.{key}'{nearest(key, settable)}")
-        elif fault := misfit(value, hints.get(key, Weights if key == "weights" else Any)):
+        elif fault := misfit(value, Weights if (kind, key) == ("oracle", "weights") else hints.get(key, Weights if key == "weights" else Any)):
             faults.append(f"'{where}.{key}' {fault}")
     missing = [n for n, p in settable.items() if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and n not in node]
     return faults + [f"'{where}.{name}' is missing: {node['_target_']} needs it" for name in missing]

@@ -1,15 +1,17 @@
 """One-line mutations of the rooms that carry maths, each to be caught by the tests of its room.
 
-    python -m tests.mutations [ROOM ...] [check] [workers=2] [timeout=900] [only=TEXT] [out=FILE.json]
+    python -m tests.mutations [ROOM ...] [check] [workers=2] [timeout=300] [longest=20] [only=TEXT] [out=FILE.jsonl]
 
 tests/mutations.txt holds them: `= ROOM: pytest arguments` begins a room, `@ FILE` names the file, and each `- old` with its `+ new` is one mutation, `old` a part
-of one line that stands once in the file (`\\n` for the line's beginning, where that tells it from others). Every room's tests are run on the code as it is first;
-then each mutation is put into a copy of the tree and they are run again. A mutation is caught where they fail, or take longer than the time that is allowed.
-`check` only asks whether every `old` stands where it should.
+of one line that stands once in the file (`\\n` for the line's beginning, where that tells it from others). The rooms' tests are run on the code as it is first,
+which tells what each takes and which lines it runs. Then each mutation is put into a copy of the tree, and those of its room's tests that run its line, and take at
+most `longest` seconds, are run until one fails, the quick ones first. A mutation is caught where one does, or where all take longer than `timeout` together.
+`out` gets a row a mutation as they come; what it says was caught is not tried again. `check` only asks whether every `old` stands where it should.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -19,12 +21,14 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT, LIST = Path(__file__).parent.parent, Path(__file__).with_suffix(".txt")
 PARTS = ("rlstitch", "tests", "recipes", "launch", "benchmarks", "pyproject.toml", "setup.py", "README.md")  # of the tree, what tests read
@@ -117,12 +121,74 @@ def copies(count: int) -> Iterator[queue.Queue[Path]]:
         yield trees
 
 
-def run(tree: Path, arguments: Sequence[str], timeout: float) -> tuple[int | None, str]:
-    """(pytest's exit status, None after too long; the end of what it said) of a room's tests in a tree."""
+@dataclass
+class Test:
+    """What the code as it is showed of a test: seconds with its set-up, and the lines `FILE:NUMBER` that it runs."""
+
+    seconds: float
+    lines: set[str]
+
+
+class Seen:
+    """A plugin of pytest: keeps of every test what `Test` holds, of the mutated files alone, in a file."""
+
+    def __init__(self, tree: str, files: Sequence[str], path: str):
+        self.files, self.path, self.tests = {f"{tree}/{f}": f for f in files}, path, {}
+
+    def pytest_runtest_protocol(self, item: Any, nextitem: Any) -> None:
+        self.now: set[str] = set()
+        self.began = time.perf_counter()
+        threading.settrace(self._trace)
+        sys.settrace(self._trace)
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        sys.settrace(None)
+        threading.settrace(None)
+        self.tests[nodeid] = [time.perf_counter() - self.began, sorted(self.now)]
+
+    def pytest_sessionfinish(self) -> None:
+        Path(self.path).write_text(json.dumps(self.tests))
+
+    def _trace(self, frame: Any, event: str, argument: Any) -> Callable[..., Any] | None:
+        if (file := self.files.get(frame.f_code.co_filename)) is None:
+            return None
+
+        def line(frame: Any, event: str, argument: Any) -> Callable[..., Any]:
+            self.now.add(f"{file}:{frame.f_lineno}")
+            return line
+
+        return line(frame, event, argument)
+
+
+class Only:
+    """A plugin of pytest: these tests, in this order."""
+
+    def __init__(self, wanted: Sequence[str]):
+        self.place = {name: k for k, name in enumerate(wanted)}
+
+    def pytest_collection_finish(self, session: Any) -> None:
+        items = session.items
+        items[:] = sorted((i for i in items if i.nodeid in self.place), key=lambda i: self.place[i.nodeid])
+
+
+def chosen(mutation: Mutation, text: str, tests: Mapping[str, Test], longest: float) -> list[str]:
+    """The tests that run a line of a mutation of `text`, those of the quickest file first; all where it is of none, as what is run on import is."""
+    first = text[: text.index(mutation.old)].count("\n") + 1
+    lines = {f"{mutation.file}:{first + k}" for k in range(mutation.old.count("\n") + 1)}
+    known = {name: test for name, test in tests.items() if test.seconds <= longest}
+    known = {name: test for name, test in known.items() if test.lines & lines} or known
+    of_file: dict[str, float] = {}
+    for name, test in known.items():
+        of_file[name.split("::")[0]] = of_file.get(name.split("::")[0], 0.0) + test.seconds
+    return sorted(known, key=lambda name: (of_file[name.split("::")[0]], name.split("::")[0], known[name].seconds))
+
+
+def run(tree: Path, arguments: Sequence[str], timeout: float, plugin: Sequence[Any] = ()) -> tuple[int | None, str]:
+    """(pytest's exit status, None after too long; the end of what it said) of tests in a tree; plugin: a class of here and what it is made with."""
     scratch, said = tree.with_name(f"{tree.name}-tmp"), tree.with_name(f"{tree.name}.log")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    process = context.Process(target=_tests, args=(str(tree), [f"--basetemp={scratch}", *arguments], str(said)))
+    process = context.Process(target=_tests, args=(str(tree), [f"--basetemp={scratch}", *arguments], str(said), plugin))
     process.start()
     process.join(timeout)
     late = process.is_alive()
@@ -133,7 +199,7 @@ def run(tree: Path, arguments: Sequence[str], timeout: float) -> tuple[int | Non
     return None if late else process.exitcode, said.read_text()[-3000:] if said.exists() else ""
 
 
-def _tests(tree: str, arguments: list[str], said: str) -> None:
+def _tests(tree: str, arguments: list[str], said: str, plugin: Sequence[Any]) -> None:
     """A process of its own, forked from one that has the libraries loaded: pytest on the code of `tree` and on no other."""
     os.setsid()
     out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -146,7 +212,8 @@ def _tests(tree: str, arguments: list[str], said: str) -> None:
         del sys.modules[name]
     import pytest
 
-    code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *arguments]))
+    plain = ["-x", "-q", "-o", "addopts=", "-m", "not slow and not gpu", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    code = int(pytest.main([*plain, *arguments], plugins=[plugin[0](*plugin[1:])] if plugin else []))
     sys.stdout.flush()
     os._exit(code)
 
@@ -156,43 +223,80 @@ def judged(status: int | None) -> str:
     return "caught" if status is not None and status < 0 else {0: "survived", 1: "caught", None: "slow", 2: "broken"}.get(status, "error")
 
 
-def campaign(rooms: dict[str, list[str]], mutations: Sequence[Mutation], *, workers: int, timeout: float) -> list[dict[str, object]]:
+def surveyed(trees: queue.Queue[Path], pool: ThreadPoolExecutor, rooms: dict[str, list[str]], out: str) -> dict[str, dict[str, Test]]:
+    """By room, its tests; each is run once, whatever rooms it is of, and not again where `out` tells of the same file of tests.
+
+    Raises ValueError where one does not pass on the code as it is.
+    """
+    mutated, kept = sorted({m.file for m in read()[1]}), Path(f"{out}.tests")
+    before = json.loads(kept.read_text()) if out and kept.exists() else {}
+
+    def tried(arguments: tuple[str, ...]) -> tuple[str, dict[str, Any]]:
+        key = shlex.join([hashlib.sha256((ROOT / arguments[0]).read_bytes()).hexdigest(), *arguments])
+        if key in before:
+            return key, before[key]
+        tree = trees.get()
+        seen = tree.with_name(f"{tree.name}.json")
+        status, said = run(tree, arguments, 1800, (Seen, str(tree), mutated, str(seen)))
+        trees.put(tree)
+        if judged(status) != "survived":
+            raise ValueError(f"{' '.join(arguments)} does not pass on the code as it is:\n{said}")
+        print(f"{time.perf_counter() - began:6.0f} s: {' '.join(arguments)}", flush=True)
+        return key, json.loads(seen.read_text())
+
+    began = time.perf_counter()
+    jobs = {
+        room: [(a, *(b for b in arguments if not b.endswith(".py"))) for a in arguments if a.endswith(".py")] for room, arguments in rooms.items()
+    }
+    different = list(dict.fromkeys(job for js in jobs.values() for job in js))
+    found = dict(zip(different, pool.map(tried, different)))
+    if out:
+        kept.write_text(json.dumps(before | dict(found.values())))
+    return {room: {name: Test(spent, set(lines)) for job in js for name, (spent, lines) in found[job][1].items()} for room, js in jobs.items()}
+
+
+def campaign(
+    rooms: dict[str, list[str]], mutations: Sequence[Mutation], *, workers: int, timeout: float, longest: float = 20.0, out: str = ""
+) -> list[dict[str, Any]]:
     """Every mutation against its room's tests; raises ValueError where a room's tests do not pass without one."""
     if wrong := faults(mutations):
         raise ValueError("\n".join(wrong))
-    used = list(dict.fromkeys(m.room for m in mutations))
+    before = [json.loads(line) for line in Path(out).read_text().splitlines()] if out and Path(out).exists() else []
+    done = {(row["file"], row["old"], row["new"]): row for row in before if row["verdict"] != "survived"}
+    rows = [done[key] for m in mutations if (key := (m.file, m.old, m.new)) in done]
+    mutations = [m for m in mutations if (m.file, m.old, m.new) not in done]
+    used = {m.room: rooms[m.room] for m in mutations}
     with copies(workers) as trees, ThreadPoolExecutor(workers) as pool:
+        tests = surveyed(trees, pool, used, out)
+        for room, known in tests.items():
+            spent, short = sum(t.seconds for t in known.values()), sum(t.seconds <= longest for t in known.values())
+            print(f"{room}: {len(known)} tests of {spent:.0f} s, {short} of them short enough", flush=True)
 
-        def tested(job: str | Mutation) -> tuple[str, float, str]:
+        def tried(mutation: Mutation) -> dict[str, Any]:
             tree, began = trees.get(), time.perf_counter()
-            before = None
+            text = mutation.apply(tree)
             try:
-                before = job.apply(tree) if isinstance(job, Mutation) else None
-                status, said = run(tree, rooms[job if isinstance(job, str) else job.room], timeout)
+                names = chosen(mutation, text, tests[mutation.room], longest)
+                status, said = run(tree, list(dict.fromkeys(n.split("::")[0] for n in names)), timeout, (Only, names))
             finally:
-                if before is not None:
-                    (tree / job.file).write_text(before)
+                (tree / mutation.file).write_text(text)
                 trees.put(tree)
-            return judged(status), time.perf_counter() - began, said
-
-        for room, (verdict, seconds, said) in zip(used, pool.map(tested, used)):
-            print(f"{room}: its tests take {seconds:.0f} s", flush=True)
-            if verdict != "survived":
-                raise ValueError(f"the tests of {room} do not pass on the code as it is:\n{said}")
-        rows = []
-        for mutation, (verdict, seconds, said) in zip(mutations, pool.map(tested, mutations)):
-            print(f"{verdict:9}{seconds:6.0f} s  {mutation}", flush=True)
+            verdict, seconds = judged(status), round(time.perf_counter() - began, 1)
+            print(f"{verdict:9}{seconds:6.0f} s of {len(names)} tests  {mutation}", flush=True)
             if verdict == "error":
                 raise ValueError(said)
-            by = next((line.split()[1] for line in said.splitlines() if line.startswith("FAILED")), "")
-            rows.append(
-                {"room": mutation.room, "file": mutation.file, "old": mutation.old, "new": mutation.new, "verdict": verdict, "by": by}
-            )
-    return rows
+            by = next((line.split()[1] for line in said.splitlines() if line.startswith(("FAILED", "ERROR"))), "")
+            row = {"room": mutation.room, "file": mutation.file, "old": mutation.old, "new": mutation.new, "verdict": verdict, "by": by, "seconds": seconds}
+            if out:
+                with open(out, "a") as file:
+                    file.write(json.dumps(row) + "\n")
+            return row
+
+        return rows + list(pool.map(tried, mutations))
 
 
 def main(arguments: Sequence[str]) -> int:
-    options = {"workers": "2", "timeout": "900", "only": "", "out": ""} | dict(a.split("=", 1) for a in arguments if "=" in a)
+    options = {"workers": "2", "timeout": "300", "longest": "20", "only": "", "out": ""} | dict(a.split("=", 1) for a in arguments if "=" in a)
     rooms, mutations = read()
     asked = [a for a in arguments if "=" not in a and a != "check"]
     if unknown := set(asked) - set(rooms):
@@ -203,7 +307,8 @@ def main(arguments: Sequence[str]) -> int:
         print("\n".join(wrong := faults(mutations)) or f"{len(mutations)} mutations of {len(rooms)} rooms fit the code")
         return 1 if wrong else 0
     try:
-        rows = campaign(rooms, mutations, workers=int(options["workers"]), timeout=float(options["timeout"]))
+        timeout, longest = float(options["timeout"]), float(options["longest"])
+        rows = campaign(rooms, mutations, workers=int(options["workers"]), timeout=timeout, longest=longest, out=options["out"])
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
@@ -211,8 +316,6 @@ def main(arguments: Sequence[str]) -> int:
     print(f"\n{len(rows) - len(alive)} of {len(rows)} caught; survived:" if alive else f"\nall {len(rows)} caught")
     for row in alive:
         print(f"  {row['room']}: {row['file']}: {str(row['old']).strip()} -> {str(row['new']).strip()}")
-    if options["out"]:
-        Path(options["out"]).write_text(json.dumps(rows, indent=1) + "\n")
     return 0 if len(alive) <= (1 - GOAL) * len(rows) else 1
 
 

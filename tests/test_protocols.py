@@ -151,3 +151,8 @@ def test_what_goes_wrong_inside_a_part_names_it_and_what_is_our_own_mistake_does
             1 / 0  # noqa: B018
     with pytest.raises(PartError, match="^theirs_late.images failed: TypeError"):
         cfg.build({"_target_": "theirs_late.images", "n": torch.zeros(2)})
+
+
+def test_an_oracles_weights_are_by_name_whatever_its_class_says():
+    node = {"_target_": "rlstitch.oracles.Weighted", "oracles": [], "weights": [1.0]}
+    assert cfg.check_part("oracle", node, kind="oracle") == ["'oracle.weights' must be a group of keys, not [1.0]"]
