@@ -30,7 +30,7 @@ def recipe_and_overrides(arguments: list[str], default: str | None = None, scrip
         raise UserError("name one recipe, as recipe=NAME; --help lists those there are")
     name = chosen[0].removeprefix("recipe=") if chosen else str(default)
     look_in(Path.cwd())
-    look_in(cfg.find_recipe(name, only=recipes_of(Path(script).name)).parent)  # where a recipe of the user's has its own parts
+    look_in(cfg.find_recipe(name, only=lambda: recipes_of(Path(script).name)).parent)  # where a recipe of the user's has its own parts
     given = cfg.compose(name)
     return name, cfg.merge(given, cfg.parse_overrides([a for a in arguments if not a.startswith("recipe=")]))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,13 +35,13 @@ INJECTED = (  # given by the job, not by the recipe
 # ---------------------------------------------------------------------------------------------------- reading
 
 
-def find_recipe(name: str, folder: Path | None = None, only: Iterable[str] = ()) -> Path:
-    """A recipe by name under recipes/, or by path. `only`: names to list where there is none such, by default all."""
+def find_recipe(name: str, folder: Path | None = None, only: Callable[[], Iterable[str]] = list) -> Path:
+    """A recipe by name under recipes/, or by path. `only` gives the names to list where there is none such, by default all; it is not asked before."""
     folder = folder or RECIPES
     for path in (folder / f"{name}.yaml", Path(name)):
         if path.is_file():
             return path
-    names = list(only) or [str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml")]
+    names = list(only()) or [str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml")]
     names.sort(key=lambda n: -difflib.SequenceMatcher(None, name, n).ratio())
     raise UserError(f"no recipe '{name}' (did you mean '{names[0]}'?), and no file of that name; there are: {', '.join(names)}")
 

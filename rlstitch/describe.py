@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from rlstitch import checkpoint, lengths, schedule, scheduler, stages
 from rlstitch import config as cfg
 from rlstitch.checks import counted, geometry, halts
@@ -20,14 +18,13 @@ def goals(config: RunConfig) -> list[str]:
     lines = []
     for name, part in zip(stages.names(config), stages.expand(config)):
         if part.oracle:
-            weights = " + ".join(f"{reward} x{weight:g}" for reward, weight in part.oracle["weights"].items())
             stop, steps, s = halts(part), part.sampler.num_steps, part.sampler
             shift = scheduler.of_recipe("sampler.shift", s.shift, part.model, [])
             grid = [f"{v:.2f}".removeprefix("0") if v else "0" for v in schedule.sigmas(steps, shift, s.spacing).tolist()]
             low, high = (stop.start, stop.stop - 1) if stop else (0, 0)
             after, sigma = (f"{low}..{high}", f"{grid[low]} to {grid[high]}") if high > low else (f"{low}", grid[low])
             where = f"after {after} of {steps} steps, sigma {sigma}" if stop else f"where {part.stop['_target_']} says"
-            line = f"trains on {weights}; stops {where}"
+            line = f"trains on {weighed(part.oracle['weights'])}; stops {where}"
         else:
             images = part.data.images
             line = (
@@ -36,18 +33,12 @@ def goals(config: RunConfig) -> list[str]:
                 else f"learns from the pictures of {images.get('path', images['_target_'])}"
             )
         lines.append(f"stage {name}, {part.updates} updates: {line}" if config.stages else line)
-    return lines + lengths.unseen(stages.expand(config))
-
-
-def unread(rewards: dict[str, Any], prompts: list[str]) -> list[str]:
-    """A line for each reward that does not see the ends of some prompts."""
-    found = {name: cut for name, node in rewards.items() if (cut := lengths.cut_by(node, prompts))}
-    return [f"reward '{n}' reads the first {c[0][2]} tokens of a prompt, and not the ends of {len(c)} of {len(prompts)}" for n, c in found.items()]
+    return lines + lengths.unread_by(stages.expand(config))
 
 
 def whole(goals: list[str], config: Any, more: list[str]) -> str:
     """What would be done, the resolved recipe, and what else is known of it."""
-    return "\n".join([*goals, "", OmegaConf.to_yaml(OmegaConf.structured(config)).rstrip(), *([""] if more else []), *more])
+    return "\n".join([*goals, "", cfg.to_yaml(config).rstrip(), *([""] if more else []), *more])
 
 
 def part(node: dict[str, Any]) -> str:
@@ -69,7 +60,7 @@ def steering(config: Any) -> str:
         + (", the same noise unsteered beside it" if config.baseline else ""),
         f"judged by {', '.join(config.judges) or 'nobody (judges=[...])'}; results in {Path(config.out) / config.name}",
     ]
-    return whole(goals, config, unread(config.rewards, prompts.prompts))
+    return whole(goals, config, lengths.unread(config.rewards, prompts.prompts))
 
 
 def stitching(config: Any) -> str:
@@ -93,7 +84,7 @@ def surrogate(config: Any) -> str:
         f"on {g.count} pictures of the model's own under {1 + config.others} prompts each, {config.steps} steps of {config.batch_size}; measured on {config.held_generations} of {config.held_out}",
         f"saved to {Path(config.out) / config.name}",
     ]
-    return whole(goals, config, unread(config.rewards, read_prompts(config.held_out).prompts))
+    return whole(goals, config, lengths.unread(config.rewards, read_prompts(config.held_out).prompts))
 
 
 def comparing(config: Any) -> str:
@@ -104,7 +95,7 @@ def comparing(config: Any) -> str:
         f"at sigma {', '.join(f'{s:g}' for s in config.sigmas)}, against {c.rollouts} finished rollouts from each of {c.count} latents at every level",
         f"written to {Path(config.out) / config.name}",
     ]
-    return whole(goals, config, unread(config.rewards, read_prompts(c.prompts, c.column).prompts))
+    return whole(goals, config, lengths.unread(config.rewards, read_prompts(c.prompts, c.column).prompts))
 
 
 def evaluating(folder: Path, config: RunConfig) -> str:
@@ -117,7 +108,7 @@ def evaluating(folder: Path, config: RunConfig) -> str:
         f"evaluates {', '.join(e.final)} of {newest} on {min(e.max_prompts or len(prompts), len(prompts))} prompts of {e.prompts} by {', '.join(e.rewards)}",
         f"{e.num_steps} steps, guidance {e.guidance:g}; written to {folder / 'evaluation.json'}",
     ]
-    return whole(goals, config, unread({n: config.rewards[n] for n in e.rewards}, prompts.prompts))
+    return whole(goals, config, lengths.unread({n: config.rewards[n] for n in e.rewards}, prompts.prompts))
 
 
 def describe(config: RunConfig) -> str:
@@ -137,16 +128,9 @@ def describe(config: RunConfig) -> str:
     steps = [
         f"{config.updates} updates, then an evaluation of {', '.join(e.final)} on {count} prompts by {', '.join(e.rewards) or 'no reward'}, in {e.num_steps} steps each; results in {Path(config.out) / config.name}",
     ]
-    lines = [
-        *goals(config),
-        *steps,
-        "",
-        cfg.to_yaml(config).rstrip(),
-        "",
+    more = [
         f"geometry: {cut}",
         "parameters: " + ", ".join(f"{k} {v / 1e6:.2f} M" for k, v in sizes.items()),
+        f"memory without activations: about {memory / 2**20:.0f} MiB a rank (frozen weights {base * width / 2**20:.0f}, LoRA with gradient, EMA and AdamW {(memory - base * width) / 2**20:.0f})",
     ]
-    lines.append(
-        f"memory without activations: about {memory / 2**20:.0f} MiB a rank (frozen weights {base * width / 2**20:.0f}, LoRA with gradient, EMA and AdamW {(memory - base * width) / 2**20:.0f})"
-    )
-    return "\n".join(lines)
+    return whole([*goals(config), *steps], config, more)

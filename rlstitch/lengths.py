@@ -44,14 +44,19 @@ def fitting(
     return prompts
 
 
-def unseen(parts: list[RunConfig]) -> list[str]:
-    """A line for each reward that a checked run, given stage by stage, asks and that reads no more than the beginning of some prompts."""
-    files = {(p.data.prompts, p.data.column): None for p in parts if not p.data.images}
-    files |= {(p.evaluation.prompts, p.evaluation.column): None for p in parts}
-    prompts = list(dict.fromkeys(prompt for file in files for prompt in read_prompts(*file).prompts))
-    names = dict.fromkeys(name for p in parts for name in (*p.oracle.get("weights", {}), *p.evaluation.rewards))
-    found = {name: cut for name in names if (cut := cut_by(parts[0].rewards[name], prompts))}
+def unread(rewards: dict[str, Any], prompts: list[str]) -> list[str]:
+    """A line for each reward, given by its node, that reads no more than the beginning of some prompts."""
+    found = {name: cut for name, node in rewards.items() if (cut := cut_by(node, prompts))}
     return [
         f"reward '{name}' reads the first {cut[0][2]} tokens of a prompt: {len(cut)} of {len(prompts)} are longer, and it does not see their ends"
         for name, cut in found.items()
     ]
+
+
+def unread_by(parts: list[RunConfig]) -> list[str]:
+    """The same for the rewards that a checked run, given stage by stage, asks, on all of its prompts."""
+    files = {(p.data.prompts, p.data.column): None for p in parts if not p.data.images}
+    files |= {(p.evaluation.prompts, p.evaluation.column): None for p in parts}
+    prompts = list(dict.fromkeys(prompt for file in files for prompt in read_prompts(*file).prompts))
+    names = dict.fromkeys(name for p in parts for name in (*p.oracle.get("weights", {}), *p.evaluation.rewards))
+    return unread({name: parts[0].rewards[name] for name in names}, prompts)

@@ -23,11 +23,6 @@ from rlstitch.types import Batch, UserError
 from rlstitch.weights import load_strictly
 
 
-def preprocess(images: Tensor, size: int, mean: Tensor, std: Tensor, resize: str = "shortest_crop") -> Tensor:
-    """Images [B, 3, H, W] in [0, 1] -> normalised [B, 3, size, size], by one of the words of `preprocessing.stated`."""
-    return preprocessing.stated(resize, size, mean=tuple(mean.flatten().tolist()), std=tuple(std.flatten().tolist()))(images)
-
-
 class VisionTail(nn.Module):
     """A CLIP vision tower from block j on (1-based): tokens [B, N, W] -> (image embedding [B, D], all output tokens [B, N + 1, W]).
 
