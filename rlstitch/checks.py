@@ -156,10 +156,14 @@ def refresh_faults(config: RunConfig) -> list[str]:
     if not refresh.fraction:
         return []
     if refresh.fraction * samples < 1:
-        return [f"'refresh.fraction' is {refresh.fraction}, which is no sample of the {samples} of an update: set it to {1 / samples:.4g} or more, or to 0"]
+        return [
+            f"'refresh.fraction' is {refresh.fraction}, which is no sample of the {samples} of an update: set it to {1 / samples:.4g} or more, or to 0"
+        ]
     seen = math.ceil(refresh.fraction * config.batch.prompts_per_update) * config.batch.images_per_prompt * config.updates
     if seen < refresh.pairs:
-        return [f"'refresh.pairs' is {refresh.pairs}, but {config.updates} updates give {seen} at refresh.fraction={refresh.fraction}: it would never act; lower refresh.pairs, or raise refresh.fraction"]
+        return [
+            f"'refresh.pairs' is {refresh.pairs}, but {config.updates} updates give {seen} at refresh.fraction={refresh.fraction}: it would never act; lower refresh.pairs, or raise refresh.fraction"
+        ]
     return []
 
 

@@ -230,7 +230,9 @@ def check_part(where: str, node: dict[str, Any], *, kind: str) -> list[str]:
             continue
         if key not in settable:
             faults.append(f"unknown key '{where}.{key}'{nearest(key, settable)}")
-        elif fault := misfit(value, Weights if (kind, key) == ("oracle", "weights") else hints.get(key, Weights if key == "weights" else Any)):
+        elif fault := misfit(
+            value, Weights if (kind, key) == ("oracle", "weights") else hints.get(key, Weights if key == "weights" else Any)
+        ):
             faults.append(f"'{where}.{key}' {fault}")
     missing = [n for n, p in settable.items() if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and n not in node]
     return faults + [f"'{where}.{name}' is missing: {node['_target_']} needs it" for name in missing]

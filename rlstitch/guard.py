@@ -125,7 +125,9 @@ def probe(
     last = len(grid) - 1
     halts = stop.steps(last)
     middle = min((halts.start + halts.stop - 1) // 2, last)
-    asked = {n: about for n, about in zip(oracle.names, rewards_of(oracle)) if about in rewards} if oracle is not None and middle < last else {}
+    asked = (
+        {n: about for n, about in zip(oracle.names, rewards_of(oracle)) if about in rewards} if oracle is not None and middle < last else {}
+    )
     count, found = min(config.prompts, len(prompts)), []
     mine, together = engine.share(count), max(1, batch_size // config.images)
     for some in (mine[k : k + together] for k in range(0, len(mine), together)):

@@ -151,7 +151,8 @@ def _table(results: dict[str, dict[str, float]]) -> str:
     names = list(dict.fromkeys(n for result in results.values() for n in result))
     head = "".join(f"<th>{html.escape(who)}</th>" for who in results)
     rows = "".join(
-        f"<tr><td>{html.escape(n)}</td>" + "".join(f"<td>{_figure(result.get(n))}</td>" for result in results.values()) + "</tr>" for n in names
+        f"<tr><td>{html.escape(n)}</td>" + "".join(f"<td>{_figure(result.get(n))}</td>" for result in results.values()) + "</tr>"
+        for n in names
     )
     return f"<table><tr><th></th>{head}</tr>{rows}</table>"
 

@@ -49,7 +49,9 @@ def gone_on(source: Path | None, step: int, updates: int) -> str:
     if source is None:
         return ""
     beyond = f"is beyond the {updates} updates asked for" if step > updates else "is the last"
-    return f"; resumed from {source.name}" + (f", which {beyond}: nothing is left to train, it is evaluated as it is" if step >= updates else "")
+    return f"; resumed from {source.name}" + (
+        f", which {beyond}: nothing is left to train, it is evaluated as it is" if step >= updates else ""
+    )
 
 
 def hashes(config: RunConfig) -> dict[str, str]:

@@ -84,7 +84,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def means_table(evaluations: Mapping[str, Mapping[str, float]], *more: tuple[str, str]) -> str:
     """Means of each set of weights, a column a reward (its classes are in the report), "-" where none is known, and further rows of a name and a text."""
     rewards = [n for n in dict.fromkeys(n for means in evaluations.values() for n in means) if "/" not in n]
-    rows = [[name, *(f"{means[r]:.4g}" if math.isfinite(means.get(r, math.nan)) else "-" for r in rewards)] for name, means in evaluations.items()]
+    rows = [
+        [name, *(f"{means[r]:.4g}" if math.isfinite(means.get(r, math.nan)) else "-" for r in rewards)]
+        for name, means in evaluations.items()
+    ]
     return table(["", *rewards], [*rows, *map(list, more)])
 
 

@@ -359,7 +359,9 @@ class Trainer:
                     guidance=self.config.sampler.guidance, batch_size=e.batch_size, seed=e.seed,
                 )  # fmt: skip
         goal = zip(rewards_of(stage.oracle), stage.oracle.weights) if stage.oracle else ()
-        self.guard.see(result.scores, stage.name, sum(w * result.scores[n].double() for n, w in goal if w and n in result.scores), self.step)
+        self.guard.see(
+            result.scores, stage.name, sum(w * result.scores[n].double() for n, w in goal if w and n in result.scores), self.step
+        )
         if self.engine.is_main:
             self.log.write({"step": self.step, "eval": result.means, **self.clock.row})
             self._draw(result, f"step-{self.step:06d}")

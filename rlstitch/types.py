@@ -121,7 +121,10 @@ class Rollout:
         """Some of its samples; those behind them in `latent`, as DRaFT-LV's copies are, are left out."""
         scores = None if self.scores is None else self.scores[index]
         return Rollout(
-            self.batch[index], Latent(self.latent.z[index], self.latent.sigma[index]), scores, transitions=[t.rows(index) for t in self.transitions]
+            self.batch[index],
+            Latent(self.latent.z[index], self.latent.sigma[index]),
+            scores,
+            transitions=[t.rows(index) for t in self.transitions],
         )
 
     @staticmethod

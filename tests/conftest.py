@@ -14,7 +14,20 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
-FIRST = ("zero", "train", "jobs", "schedule", "sampling", "losses", "advantages", "policy", "draft", "nft", "flow_grpo", "marble")  # what matters most
+FIRST = (
+    "zero",
+    "train",
+    "jobs",
+    "schedule",
+    "sampling",
+    "losses",
+    "advantages",
+    "policy",
+    "draft",
+    "nft",
+    "flow_grpo",
+    "marble",
+)  # what matters most
 
 
 def pytest_collection_modifyitems(items):

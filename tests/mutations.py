@@ -246,13 +246,16 @@ def surveyed(trees: queue.Queue[Path], pool: ThreadPoolExecutor, rooms: dict[str
 
     began = time.perf_counter()
     jobs = {
-        room: [(a, *(b for b in arguments if not b.endswith(".py"))) for a in arguments if a.endswith(".py")] for room, arguments in rooms.items()
+        room: [(a, *(b for b in arguments if not b.endswith(".py"))) for a in arguments if a.endswith(".py")]
+        for room, arguments in rooms.items()
     }
     different = list(dict.fromkeys(job for js in jobs.values() for job in js))
     found = dict(zip(different, pool.map(tried, different)))
     if out:
         kept.write_text(json.dumps(before | dict(found.values())))
-    return {room: {name: Test(spent, set(lines)) for job in js for name, (spent, lines) in found[job][1].items()} for room, js in jobs.items()}
+    return {
+        room: {name: Test(spent, set(lines)) for job in js for name, (spent, lines) in found[job][1].items()} for room, js in jobs.items()
+    }
 
 
 def campaign(
@@ -286,7 +289,15 @@ def campaign(
             if verdict == "error":
                 raise ValueError(said)
             by = next((line.split()[1] for line in said.splitlines() if line.startswith(("FAILED", "ERROR"))), "")
-            row = {"room": mutation.room, "file": mutation.file, "old": mutation.old, "new": mutation.new, "verdict": verdict, "by": by, "seconds": seconds}
+            row = {
+                "room": mutation.room,
+                "file": mutation.file,
+                "old": mutation.old,
+                "new": mutation.new,
+                "verdict": verdict,
+                "by": by,
+                "seconds": seconds,
+            }
             if out:
                 with open(out, "a") as file:
                     file.write(json.dumps(row) + "\n")
@@ -296,7 +307,9 @@ def campaign(
 
 
 def main(arguments: Sequence[str]) -> int:
-    options = {"workers": "2", "timeout": "300", "longest": "20", "only": "", "out": ""} | dict(a.split("=", 1) for a in arguments if "=" in a)
+    options = {"workers": "2", "timeout": "300", "longest": "20", "only": "", "out": ""} | dict(
+        a.split("=", 1) for a in arguments if "=" in a
+    )
     rooms, mutations = read()
     asked = [a for a in arguments if "=" not in a and a != "check"]
     if unknown := set(asked) - set(rooms):

@@ -183,7 +183,9 @@ class Holed:
     score_embedding = score
 
 
-@pytest.mark.parametrize("kind,stop,weight", [("terminal", 4, 1.0), ("stitched", 2, 1.0), ("refl", 3, 1.0), ("terminal", 4, 0.0), ("stitched", 2, 0.0)])
+@pytest.mark.parametrize(
+    "kind,stop,weight", [("terminal", 4, 1.0), ("stitched", 2, 1.0), ("refl", 3, 1.0), ("terminal", 4, 0.0), ("stitched", 2, 0.0)]
+)
 def test_a_sample_without_a_score_adds_only_the_regulariser(setup, reward, kind, stop, weight, monkeypatch):
     """Whatever its reward does to reach no score, the update is that of a reward that never computes it, half that of the other sample alone; a reward that is
     only looked at (weight 0) may fail as it likes."""
@@ -192,7 +194,10 @@ def test_a_sample_without_a_score_adds_only_the_regulariser(setup, reward, kind,
     options = {"grad_steps": 0, "regulariser": 0.0} if kind == "refl" else {"grad_steps": 1, "regulariser": 0.0}
 
     def gradient(divides, rows=slice(0, 2)):
-        holed, weights = Holed(model.reward.score_embedding if kind == "stitched" else reward.score, divides), {"holed": weight, "clip": 1.0 - weight}
+        holed, weights = (
+            Holed(model.reward.score_embedding if kind == "stitched" else reward.score, divides),
+            {"holed": weight, "clip": 1.0 - weight},
+        )
         if kind == "stitched":
             other = copy.copy(model)
             other._modules = model._modules
@@ -231,7 +236,9 @@ def test_oracles(setup, reward):
         torch.testing.assert_close(carlo(clean, batch)[:, 0], reward.score(backbone.decode(z), batch))
         each = carlo.each(noisy, batch)
         assert torch.equal(each, carlo.each(noisy, batch)) and carlo(noisy, batch).shape == (2, 1) and not torch.allclose(each[0], each[1])
-        apart = [carlo.each(Latent(z[k : k + 1], noisy.sigma[:1]), batch[k : k + 1]) for k in range(2)]  # as other ranks or micro-batches have them
+        apart = [
+            carlo.each(Latent(z[k : k + 1], noisy.sigma[:1]), batch[k : k + 1]) for k in range(2)
+        ]  # as other ranks or micro-batches have them
         torch.testing.assert_close(torch.cat(apart, 1), each, atol=1e-5, rtol=0)
         twice = carlo.each(Latent(z[:1].repeat(2, 1, 1, 1), noisy.sigma), dataclasses.replace(batch, prompts=[batch.prompts[0]] * 2))
         assert not torch.allclose(twice[:, 0], twice[:, 1])  # each sample has noise of its own

@@ -71,7 +71,10 @@ def test_totals_and_statistics_are_exact_inside_autocast(generator):
 def test_what_a_bf16_run_logs_is_on_no_bf16_grid(world, oracle):  # noqa: F811
     """The total is the weighted sum of the rewards; neither they nor what is made of them are rounded. Brightness is a mean of bf16 pixels, so that it alone is."""
     stitched = ("oracle={_target_: rlstitch.oracles.Stitched, weights: {clip: .7, again: .45}}", f"values.again={world / 'value'}")
-    stitched += (f"rewards.again={{_target_: rlstitch.rewards.clip.ClipReward, path: {world / 'clip'}}}", "refresh={fraction: 1, pairs: 4, agreement: -1}")
+    stitched += (
+        f"rewards.again={{_target_: rlstitch.rewards.clip.ClipReward, path: {world / 'clip'}}}",
+        "refresh={fraction: 1, pairs: 4, agreement: -1}",
+    )
     terminal = ("oracle={_target_: rlstitch.oracles.Terminal, weights: {clip: .7, dark: .45}}", PIXEL[1])
     train(world, f"bf16-{oracle}", *GUARDED, "distributed.precision=bf16", "updates=2", *(stitched if oracle == "stitched" else terminal))
     updates, evaluations = [], []
@@ -81,16 +84,24 @@ def test_what_a_bf16_run_logs_is_on_no_bf16_grid(world, oracle):  # noqa: F811
     figures = {}
     for row in updates:
         assert row["reward"] == pytest.approx(sum(w * x for w, x in zip((0.7, 0.45), row["rewards"].values())), abs=1e-6)
-        figures |= {f"{row['step']} {k}": v for k, v in {**row, **row["rewards"], **row.get("drift", {})}.items() if k not in ("sigma", "masked", "refreshed", "dark")}
+        figures |= {
+            f"{row['step']} {k}": v
+            for k, v in {**row, **row["rewards"], **row.get("drift", {})}.items()
+            if k not in ("sigma", "masked", "refreshed", "dark")
+        }
     for row in evaluations:
         figures |= {f"at {row['step']} {k}": v for k, v in row["eval"].items() if k != "dark"}
     floats = {k: v for k, v in figures.items() if isinstance(v, float)}
-    wanted = {"reward", "clip", "loss", "diversity"} | ({"gap/clip", "correlation/clip", "correlation/again"} if oracle == "stitched" else set())
+    wanted = {"reward", "clip", "loss", "diversity"} | (
+        {"gap/clip", "correlation/clip", "correlation/again"} if oracle == "stitched" else set()
+    )
     assert wanted <= {k.split()[-1] for k in floats}
     assert not (rounded := {k: v for k, v in floats.items() if v and on_bf16s_grid(v)}), rounded
 
 
-@pytest.mark.parametrize("method", [("batch.images_per_prompt=2", "algorithm.grad_steps=1"), NFT, ONLINE], ids=["draft", "nft", "dpo_online"])
+@pytest.mark.parametrize(
+    "method", [("batch.images_per_prompt=2", "algorithm.grad_steps=1"), NFT, ONLINE], ids=["draft", "nft", "dpo_online"]
+)
 def test_logged_means_do_not_depend_on_how_an_update_is_cut(world, method):  # noqa: F811
     """They are means over samples, of which a third has no score, and those lie unevenly."""
     size = ("batch.prompts_per_update=4", "batch.images_per_prompt=2", "evaluation.rewards=[clip]")
@@ -188,10 +199,19 @@ def test_an_evaluation_is_of_what_is_known_and_says_what_is_not(world, capsys): 
     (row,) = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("raw ")]
     assert row[-1] == "-" and float(row[-2]) == pytest.approx(0.5, abs=0.5)
     kept = [strict((folder / name).read_text()) for name in ("summary.json", "evaluation.json")]
-    means = [kept[0]["eval"]["raw"], kept[1]["raw"], *(r["eval"] for r in map(strict, (folder / "metrics.jsonl").read_text().splitlines()) if "eval" in r)]
+    means = [
+        kept[0]["eval"]["raw"],
+        kept[1]["raw"],
+        *(r["eval"] for r in map(strict, (folder / "metrics.jsonl").read_text().splitlines()) if "eval" in r),
+    ]
     assert len(means) == 4
     for found in means:
-        assert found["silent"] is None and found["unscored/partial"] == 2 and found["unscored/silent"] in (4, 5) and "unscored/clip" not in found
+        assert (
+            found["silent"] is None
+            and found["unscored/partial"] == 2
+            and found["unscored/silent"] in (4, 5)
+            and "unscored/clip" not in found
+        )
     run = trainer(world, *judged)
     result = run.evaluate("reference", 5, "again")
     assert result.means["partial"] == pytest.approx(float(result.scores["partial"][[0, 2, 4]].mean())) and 0 < result.means["partial"] < 1

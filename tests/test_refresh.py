@@ -63,7 +63,9 @@ def test_what_is_acted_on_is_agreement_within_prompts(backbone, generator):
     watcher, figures = watched(backbone, [(values[k] + shift, r[k] + shift, group) for k in range(3)], pairs=16)
     assert [f["refreshed"] for f in figures] == [0, 1, 0]
     inside = [(x - x.view(-1, 4).mean(1).repeat_interleave(4)).double() for x in (values[:2].flatten(), r[:2].flatten())]
-    assert figures[1]["correlation/r"] == pytest.approx(float((inside[0] * inside[1]).sum() / (inside[0].norm() * inside[1].norm())), abs=1e-4)
+    assert figures[1]["correlation/r"] == pytest.approx(
+        float((inside[0] * inside[1]).sum() / (inside[0].norm() * inside[1].norm())), abs=1e-4
+    )
     lost = r.clone()
     lost[0, 0], lost[1, 2] = torch.nan, torch.inf
     watcher, figures = watched(backbone, [(r[k], lost[k], group) for k in range(3)], pairs=22)
@@ -83,7 +85,9 @@ def test_what_is_acted_on_is_agreement_within_prompts(backbone, generator):
     assert torch.equal(again.pairs["r"], watcher.pairs["r"]) and again.updates == 3
 
 
-@pytest.mark.parametrize("images, fraction, watched_groups", [(2, 0.1, [0]), (2, 0.4, [0, 2, 4]), (1, 0.5, [0, 2, 4, 6, 8, 10]), (3, 1.0, [0, 1, 2, 3])])
+@pytest.mark.parametrize(
+    "images, fraction, watched_groups", [(2, 0.1, [0]), (2, 0.4, [0, 2, 4]), (1, 0.5, [0, 2, 4, 6, 8, 10]), (3, 1.0, [0, 1, 2, 3])]
+)
 def test_the_same_samples_are_watched_on_any_number_of_ranks(backbone, images, fraction, watched_groups):
     """Whole groups of 12 samples, whatever ranks and micro-batches they lie in; each rank asks about as many, and the latents keep the update's order."""
     groups = torch.arange(12) // images
@@ -100,8 +104,9 @@ def test_the_same_samples_are_watched_on_any_number_of_ranks(backbone, images, f
         engine = OneOf(world, rank, parts)
         settings = RefreshConfig(fraction=fraction, agreement=0.5, pairs=12, buffer=12)
         watcher = Refresher(settings, {"r": SimpleNamespace()}, backbone, {"r": Shown()}, engine, guidance=1.0)
-        engine.gather = lambda own: (queue := parts.setdefault(len(engine.calls), {}), engine.calls.append(0), queue.update({rank: own}))[0] and torch.cat(
-            [queue.get(k, own) for k in range(world)]
+        engine.gather = lambda own: (
+            (queue := parts.setdefault(len(engine.calls), {}), engine.calls.append(0), queue.update({rank: own}))[0]
+            and torch.cat([queue.get(k, own) for k in range(world)])
         )
         engine.calls = []
         share = 12 // world

@@ -172,7 +172,10 @@ def test_all_faults_at_once(tmp_path, sd3_dir, clip_dir):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(method={"_target_": "rlstitch.steering.fk", "num_particles": 0, "resample_steps": [], "lam": 1.0}), "'method.num_particles' must be positive, not 0"),
+        (
+            dict(method={"_target_": "rlstitch.steering.fk", "num_particles": 0, "resample_steps": [], "lam": 1.0}),
+            "'method.num_particles' must be positive, not 0",
+        ),
         (dict(method={"_target_": "rlstitch.steering.fk", "num_particles": 2, "resample_steps": [7], "lam": 1.0}), "beyond the grid"),
         (dict(kernel="ode"), "adds no noise"),
         (

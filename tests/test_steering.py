@@ -122,7 +122,9 @@ def test_a_particle_weighs_what_its_children_do_in_the_mean():
         denoiser, lambda z, s: next(told), start(2), schedule.sigmas(2, 1.0, "plain"), num_particles=2, num_proposals=2, proposal_steps=(0, 1),
         proposals="weighted", resample_steps=(), lam=1.0, kernel=sampling.stochastic(lambda z, v, s, t: (z, 1.0)), trace=trace,
     )  # fmt: skip
-    assert trace.ess == [pytest.approx(16 / 10)] and trace.fallbacks == 1  # where nothing was known nothing is lost: 1 and 3 weigh as they are
+    assert (
+        trace.ess == [pytest.approx(16 / 10)] and trace.fallbacks == 1
+    )  # where nothing was known nothing is lost: 1 and 3 weigh as they are
 
 
 def test_weighted_proposals_alone_and_at_the_last_step_keep_the_tilted_law():

@@ -104,7 +104,9 @@ def test_a_run_ends_in_a_table_of_six_rows():
     summary = {"steps": 4, "eval": dict.fromkeys(("base", "raw", "ema"), means), "device_hours": {"rollout": 1.0, "eval": 3.0, "stitching": 0.0}}  # fmt: skip
     lines = run_table(summary, "cpu_hours", Path("runs/x/report.html")).splitlines()
     assert len(lines) == 7 and lines[0].split() == ["clip", "detector"] and lines[1].split() == ["base", "0.1235", "0.5"]
-    assert "4 cpu-hours for 4 updates" in lines[4] and "75% of the time" in lines[5] and lines[6].split() == ["report", "runs/x/report.html"]
+    assert (
+        "4 cpu-hours for 4 updates" in lines[4] and "75% of the time" in lines[5] and lines[6].split() == ["report", "runs/x/report.html"]
+    )
 
 
 @pytest.mark.slow

@@ -363,7 +363,12 @@ def test_refreshed_value_models_resume_bit_for_bit(world):
     code, output = start(world, "name=halves", *REFRESH)
     assert code == 0 and "resumed from step-000002" in output, output
     whole, halves = rows(world, "refreshed"), rows(world, "halves")
-    assert whole == halves and [row["drift"]["refreshed"] for row in whole] == [0, 1, 0, 1]  # 4 pairs an update, over two updates 6 are known
+    assert whole == halves and [row["drift"]["refreshed"] for row in whole] == [
+        0,
+        1,
+        0,
+        1,
+    ]  # 4 pairs an update, over two updates 6 are known
     assert all(row["drift"]["gap/clip"] > 0 and row["drift"]["correlation/clip"] < 1 for row in whole)
     for name, file in (("refreshed", "values.safetensors"), ("refreshed", "policy.safetensors")):
         pair = [load_file(world / "runs" / n / "checkpoints" / "step-000004" / file) for n in (name, "halves")]

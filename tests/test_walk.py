@@ -144,6 +144,8 @@ def test_a_launcher_ends_with_exit_2_and_the_key(launcher, tmp_path):
 
 def test_pretraining_refuses_by_name_too():
     hints = hints_of(pretrain.PretrainConfig)
-    assert not [fault for key, hint in hints.items() for value in VALUES for fault in ask(pretrain.checked, {}, (key,), hint, value, "shapes")]
+    assert not [
+        fault for key, hint in hints.items() for value in VALUES for fault in ask(pretrain.checked, {}, (key,), hint, value, "shapes")
+    ]
     with pytest.raises(UserError, match="'clp', which there is not .did you mean 'clip'"):
         pretrain.checked({"parts": "vae,clp"}, "pretrain_shapes")

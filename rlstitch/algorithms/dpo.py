@@ -32,7 +32,11 @@ def _loss(
 def _told(loss: Tensor, margin: Tensor, share: Tensor) -> dict[str, Tensor]:
     """accuracy: the share of pairs that the policy, held against its base, tells apart rightly; pairs of share 0 are left out (NaN)."""
     there, right = share > 0, (margin > 0).float()
-    return {"loss": loss.detach(), "margin": torch.where(there, margin.detach(), torch.nan), "accuracy": torch.where(there, right, torch.nan)}
+    return {
+        "loss": loss.detach(),
+        "margin": torch.where(there, margin.detach(), torch.nan),
+        "accuracy": torch.where(there, right, torch.nan),
+    }
 
 
 def _faults(options: dict[str, Any], levels: int) -> list[str]:
