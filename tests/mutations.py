@@ -262,7 +262,7 @@ def campaign(
     rooms: dict[str, list[str]], mutations: Sequence[Mutation], *, workers: int, timeout: float, longest: float = 20.0, out: str = ""
 ) -> list[dict[str, Any]]:
     """Every mutation against its room's tests; raises ValueError where a room's tests do not pass without one."""
-    if wrong := faults(mutations):
+    if wrong := faults(mutations, ROOT):
         raise ValueError("\n".join(wrong))
     before = [json.loads(line) for line in Path(out).read_text().splitlines()] if out and Path(out).exists() else []
     done = {(row["file"], row["old"], row["new"]): row for row in before if row["verdict"] != "survived"}

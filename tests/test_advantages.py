@@ -38,8 +38,12 @@ def test_a_reward_counts_by_its_weight_and_not_by_its_scale(generator):
         assert torch.allclose(plain, scaled, atol=2e-3) is same
         assert figures["reward"] == pytest.approx(float(Oracle().total(scores).mean()), abs=1e-5)
         assert figures["masked"] == figures["dead_groups"] == 0
-    by_hand = group_normalise(scores, groups) @ torch.tensor([0.25, 0.75])
-    torch.testing.assert_close(advantages.of_samples(Oracle(), scores, groups, per_reward=True)[0], by_hand)
+    scores[groups == 2] *= 3.0
+    for spread in ("global", "group"):
+        by_hand = group_normalise(scores, groups, spread=spread) @ torch.tensor([0.25, 0.75])
+        torch.testing.assert_close(advantages.of_samples(Oracle(), scores, groups, spread=spread, per_reward=True)[0], by_hand)
+        total = group_normalise(Oracle().total(scores)[:, None], groups, spread=spread)[:, 0]
+        torch.testing.assert_close(advantages.of_samples(Oracle(), scores, groups, spread=spread)[0], total)
 
 
 def test_a_failed_reward_masks_the_total_but_only_itself_per_reward():

@@ -1,6 +1,7 @@
 """Flow-GRPO: its steps and log-probabilities against torch.distributions, ratio and KL, the window, and the job resumed."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -84,6 +85,8 @@ def test_clipped_surrogate_by_hand():
     r = new.exp()
     torch.testing.assert_close(ratio, r)
     torch.testing.assert_close(loss, torch.stack([-2.0 * r[0], torch.tensor(-1.1), r[2], torch.tensor(0.9)]))
+    _, guarded = losses.clipped_surrogate(new, old, a, 0.1, guard=torch.tensor([0.2, -0.3, 0.0, 0.1]))
+    torch.testing.assert_close(guarded.log(), torch.tensor([0.2, 0.0, 0.3, -0.2]))
 
 
 @pytest.fixture
@@ -102,11 +105,9 @@ def algorithm(backbone, reward):
     return make
 
 
-def batch_of(backbone, update=0):
+def batch_of(backbone):
     prompts = ["a red circle"] * 4
-    return Batch(
-        prompts, torch.zeros(4, dtype=torch.long), torch.arange(4) + update * 1_000_000, [{}] * 4, backbone.encode_prompts(prompts)
-    )
+    return Batch(prompts, torch.zeros(4, dtype=torch.long), torch.arange(4), [{}] * 4, backbone.encode_prompts(prompts))
 
 
 @pytest.mark.parametrize("kernel, guard", [("sde", False), ("cps", False), ("sde", True)])
@@ -204,20 +205,25 @@ def test_a_step_along_the_loss_makes_the_better_sample_likelier(algorithm, backb
 
 def test_where_the_window_lies(algorithm, backbone):
     method, _ = algorithm(window=2, window_range=4)
-    starts = {method.start_of_window(batch_of(backbone, u), 6) for u in range(40)}
+    batch = batch_of(backbone)
+
+    def at(update):
+        return replace(batch, seeds=batch.seeds + update * 1_000_000)
+
+    starts = {method.start_of_window(at(u), 6) for u in range(40)}
     assert starts == {0, 1, 2}  # wholly within the first four steps
-    assert {method.start_of_window(batch_of(backbone, u), 5) for u in range(9)} == {3}  # halted early: the last steps before the stop
+    assert {method.start_of_window(at(u), 5) for u in range(9)} == {3}  # halted early: the last steps before the stop
     slide, _ = algorithm(window=2, window_range=6, strategy="progressive", every=3)
     seen = []
     for step in range(12):  # it slides by its own length, every third update, whatever the seed
-        seen.append(slide.start_of_window(batch_of(backbone, 77 + step), 6))
+        seen.append(slide.start_of_window(at(77 + step), 6))
         slide.end_step(step)
     assert seen == [0] * 3 + [2] * 3 + [4] * 3 + [0] * 3
     again, _ = algorithm(window=3, window_range=5, strategy="progressive", every=1)
     again.load_state({"updates": slide.state()["updates"] - 11})
-    assert again.start_of_window(batch_of(backbone, 0), 6) == 2  # the last start is where the window just fits
+    assert again.start_of_window(at(0), 6) == 2  # the last start is where the window just fits
     wide, _ = algorithm(window=5)
-    assert wide.start_of_window(batch_of(backbone, 1), 6) == 0
+    assert wide.start_of_window(at(1), 6) == 0
 
 
 def test_a_branched_group_shares_all_but_the_windows_noise(algorithm, backbone):

@@ -35,6 +35,9 @@ def test_unknown_scores_are_masked_and_never_zero():
         assert torch.equal(torch.isnan(a), torch.isnan(scores))
         assert a[0, 0] == -a[1, 0] != 0 and a[1, 1] == a[2, 1] == 0 and a[3].tolist() == [0, 0]
     assert dead_groups(scores[:, 0], groups) == 0.5 and dead_groups(scores[:, 1], groups) == 1.0
+    assert dead_groups(torch.tensor([1.0, 2.0, NAN, NAN, NAN, 3.0]), torch.tensor([0, 0, 1, 1, 2, 2])) == pytest.approx(
+        2 / 3
+    )  # none, or one, known
 
 
 def test_groups_split_over_ranks_give_the_same_advantages(generator):
@@ -61,15 +64,20 @@ def test_the_minimiser_of_nft(w, generator):
 
 
 def test_the_adaptive_loss_is_the_released_one_on_x0(generator):
-    """|x0+ - x0|^2 / mean|x0+ - x0| with x0+ = z - t v+, each over the mean of all but the batch, by hand."""
+    """|x0+ - x0|^2 / mean|x0+ - x0| with x0+ = z - t v+, each over the mean of all but the batch, by hand; its gradient leaves the denominator alone."""
     z0, noise, v, old = torch.randn(4, 3, 2, 4, 4, generator=generator)
+    v.requires_grad_()
     t, w, beta = torch.tensor([0.2, 0.6, 0.95]), torch.tensor([0.1, 0.5, 0.9]), 0.7
     z = schedule.interpolate(z0, noise, t)
-    by_hand = 0.0
-    for share, mixed in ((w, (1 - beta) * old + beta * v), (1 - w, (1 + beta) * old - beta * v)):
-        error = schedule.posterior_mean(z, mixed, t) - z0
-        by_hand = by_hand + share * (error.square() / error.abs().mean((1, 2, 3), keepdim=True)).mean((1, 2, 3)) / beta
-    torch.testing.assert_close(losses.nft(v, old, noise - z0, w, beta, t), by_hand, rtol=1e-4, atol=1e-5)
+    by_hand = slope = 0.0
+    for share, sign, mixed in ((w, 1, (1 - beta) * old + beta * v), (1 - w, -1, (1 + beta) * old - beta * v)):
+        error = (schedule.posterior_mean(z, mixed, t) - z0).detach()
+        size = error.abs().mean((1, 2, 3))
+        by_hand = by_hand + share * error.square().mean((1, 2, 3)) / size / beta
+        slope = slope - sign * (share * t / size).view(-1, 1, 1, 1) * 2 * error / error[0].numel()
+    loss = losses.nft(v, old, noise - z0, w, beta, t)
+    torch.testing.assert_close(loss.detach(), by_hand, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.autograd.grad(loss.sum(), v)[0], slope, rtol=1e-4, atol=1e-6)
 
 
 def test_gradient_variance_near_the_stop_stays_bounded(generator):
@@ -190,6 +198,10 @@ def test_the_base_is_not_asked_where_there_is_no_kl_and_the_kl_is_the_mean_squar
     by_hand = (current - base).square().mean((1, 2, 3))[0] / 2  # the sample without a score takes no part
     torch.testing.assert_close(metrics["deviation"], by_hand, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(loss.detach(), metrics["policy_loss"] + 0.5 * by_hand, rtol=1e-4, atol=1e-7)
+    for k, slot in enumerate(nft.slots(rollout, 3)):  # each time has its own level and its own noise
+        assert torch.equal(slot.sigma, nft.levels(rollout, 3)[:, k])
+        noise = noise_like(backbone.latent_shape, batch.seeds, stream=101 + k)
+        torch.testing.assert_close(slot.target, schedule.bridge(rollout.latent.z, rollout.latent.sigma, slot.sigma, noise)[1])
 
 
 def test_dpm2_is_second_order_and_euler_first_on_a_gaussian():
@@ -206,6 +218,9 @@ def test_dpm2_is_second_order_and_euler_first_on_a_gaussian():
     first, second = errors.values()
     assert first[0] / first[2] == pytest.approx(4, rel=0.3)
     assert second[0] / second[2] > 9 and second[2] < 0.3 * first[2]
+    rough = schedule.sigmas(8, 1.0, "plain")
+    before, done = sampling.sample_dpm2(velocity, z, rough, stop=7), sampling.sample_dpm2(velocity, z, rough)
+    torch.testing.assert_close(done.z, before.z - rough[7].double() * velocity(before.z, before.sigma))  # the step to 0 is Euler's
     with pytest.raises(ValueError, match="1..4"):
         sampling.sample_dpm2(velocity, z, schedule.sigmas(4, 1.0, "plain"), stop=5)
 

@@ -52,6 +52,9 @@ def test_no_gradient_steps_means_no_graph():
     assert not sampling.sample(lambda z, s: theta * z, torch.ones(1, 1), grid).z.requires_grad
     with torch.no_grad():
         assert not sampling.sample(lambda z, s: theta * z, torch.ones(1, 1), grid, num_grad_steps=2).z.requires_grad
+    begin = torch.ones(1, 1, requires_grad=True)  # what enters the steps with gradient is detached, also where all steps have one
+    z = sampling.sample(lambda z, s: theta * z, begin, grid, num_grad_steps=4).z
+    assert torch.autograd.grad(z.sum(), [theta, begin], allow_unused=True)[1] is None
 
 
 @pytest.mark.parametrize(
@@ -68,6 +71,10 @@ def test_linear_sde_mean_and_std_by_hand():
     score = -(1.0 + 0.5 * 0.5) / 0.5
     assert mean.item() == pytest.approx(1.0 + 0.2 * (-0.5 + 0.5 * 0.16 * score))
     assert std == pytest.approx(0.4 * 0.2**0.5)
+    kernel = sampling.stochastic(sampling.linear_sde, g=lambda s: 0.4)
+    done = sampling.sample(lambda *_: v, z, torch.tensor([0.5, 0.3]), kernel=kernel, generator=torch.Generator().manual_seed(5))
+    drawn = torch.randn(1, 1, generator=torch.Generator().manual_seed(5))  # of the generator that was given
+    torch.testing.assert_close(done.z, mean + std * drawn)
 
 
 def test_stops():

@@ -97,8 +97,13 @@ def test_bridge_target_is_the_time_derivative(generator):
 
 
 def test_bridge_refuses_to_run_backwards():
-    with pytest.raises(ValueError, match="tau"):
-        schedule.bridge(torch.zeros(2, 1), 0.5, 0.5, torch.zeros(2, 1))
+    for tau, sigma in (
+        (0.5, 0.5),
+        (0.5, torch.tensor([0.7, 0.5])),
+        (torch.tensor([0.5, 0.8]), torch.tensor([0.7, 0.7])),
+    ):  # one bad row is enough
+        with pytest.raises(ValueError, match="tau"):
+            schedule.bridge(torch.zeros(2, 1), tau, sigma, torch.zeros(2, 1))
 
 
 @pytest.mark.parametrize("given", ["number", "scalar", "rows"])
