@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from rlstitch.telling import is_main, last_word, say
+from rlstitch.telling import is_main, last_word, of_machine, say
 from rlstitch.types import UserError
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of malloc.h
@@ -51,16 +51,20 @@ def recipes_of(script: str) -> dict[str, str]:
 
 def run_and_overrides(arguments: list[str]) -> tuple[Path, dict[str, Any]]:
     """`run=FOLDER key=value ...` -> the folder and the recipe saved in it with overrides merged in."""
+    from rlstitch import checkpoint
     from rlstitch import config as cfg
+    from rlstitch.paths import home, what_is
     from rlstitch.protocols import look_in
 
     look_in(Path.cwd())
     chosen = [a for a in arguments if a.startswith("run=")]
-    if len(chosen) != 1:
+    if len(chosen) != 1 or chosen == ["run="]:
         raise UserError("name one run folder, as run=runs/NAME")
-    folder = Path(chosen[0].removeprefix("run="))
-    if not (folder / "recipe.yaml").is_file():
+    folder = home(chosen[0].removeprefix("run="))
+    if what_is(folder / "recipe.yaml") != "a file":
         raise UserError(f"{folder} is no run folder: it has no recipe.yaml")
+    if not checkpoint.folders(folder):
+        raise UserError(f"{folder} has no complete checkpoint to evaluate")
     return folder, cfg.merge(
         cfg.compose(str(folder / "recipe.yaml")), cfg.parse_overrides([a for a in arguments if not a.startswith("run=")])
     )
@@ -157,15 +161,18 @@ def main(run: Callable[[list[str]], None], *, default: str = "") -> None:
             else:
                 run(arguments)
         watch.leave()
-    except UserError as error:
-        watch.leave(str(error), said=is_main() or "TORCHELASTIC_ERROR_FILE" in os.environ)
-        if os.environ.get("RLSTITCH_TRACEBACK") == "1":
-            traceback.print_exc()
-        last_word(f"rlstitch: {error}")
-        sys.exit(2)
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError):  # a full disk, a folder that is gone or may not be written to
+            watch.end_if_lost(error)
+        text = str(error) if isinstance(error, UserError) else of_machine(error)
+        watch.leave(text, said=is_main() or "TORCHELASTIC_ERROR_FILE" in os.environ)
+        if os.environ.get("RLSTITCH_TRACEBACK") == "1":
+            traceback.print_exc()
+        last_word(f"rlstitch: {text}")
+        sys.exit(2)
     except Interrupted as stop:
         watch.leave()
         last_word("rlstitch: stopped on a signal; a checkpoint was written, the same command resumes")

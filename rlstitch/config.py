@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -16,10 +17,10 @@ from omegaconf import OmegaConf
 
 from rlstitch import protocols, strict_yaml
 from rlstitch.asking import inside
-from rlstitch.files import below
 from rlstitch.filling import fill, nearest
+from rlstitch.paths import below, home, what_is
 from rlstitch.protocols import load_class
-from rlstitch.ranges import Name, Weights, misfit
+from rlstitch.ranges import Name, Weights, misfit, shown
 from rlstitch.schema import RunConfig
 from rlstitch.types import UserError
 
@@ -38,12 +39,15 @@ INJECTED = (  # given by the job, not by the recipe
 def find_recipe(name: str, folder: Path | None = None, only: Callable[[], Iterable[str]] = list) -> Path:
     """A recipe by name under recipes/, or by path. `only` gives the names to list where there is none such, by default all; it is not asked before."""
     folder = folder or RECIPES
-    for path in (folder / f"{name}.yaml", Path(name)):
-        if path.is_file():
+    for path in (folder / f"{name}.yaml", Path(os.path.expanduser(name))):
+        if os.path.isfile(path):
             return path
+    if there := what_is(os.path.expanduser(name)):
+        inside = os.path.join(name, "recipe.yaml")
+        raise UserError(f"recipe {shown(name)} is {there}, not a recipe file" + f": a run's is {inside}" * os.path.isfile(inside))
     names = list(only()) or [str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml")]
     names.sort(key=lambda n: -difflib.SequenceMatcher(None, name, n).ratio())
-    raise UserError(f"no recipe '{name}' (did you mean '{names[0]}'?), and no file of that name; there are: {', '.join(names)}")
+    raise UserError(f"no recipe {shown(name)} (did you mean '{names[0]}'?), and no file of that name; there are: {', '.join(names)}")
 
 
 def top_keys(path: Path) -> set[str]:
@@ -100,10 +104,15 @@ def short_name(recipe: str) -> str:
 
 
 def named(config: Any, recipe: str, faults: list[str]) -> None:
-    """Give a job its name, by default its recipe's; a fault where its results have no place."""
+    """Give a job its name, by default its recipe's, and `out` its home folder for a `~`; a fault where its results have no place."""
     config.name = config.name or short_name(recipe)
     if fault := misfit(config.name, Name):
         faults.append(f"'name' {fault}")
+        return
+    try:
+        config.out = str(home(config.out))
+    except UserError as error:
+        faults.append(f"'out' {error}")
         return
     try:
         below(config.out, config.name)

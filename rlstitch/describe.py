@@ -10,7 +10,6 @@ from rlstitch import config as cfg
 from rlstitch.checks import counted, geometry, halts
 from rlstitch.data import read_prompts
 from rlstitch.schema import RunConfig
-from rlstitch.types import UserError
 
 
 def goals(config: RunConfig) -> list[str]:
@@ -101,8 +100,6 @@ def comparing(config: Any) -> str:
 def evaluating(folder: Path, config: RunConfig) -> str:
     """Of the evaluation of a run."""
     e, newest = config.evaluation, checkpoint.newest(folder, keep_aside=False)
-    if newest is None:
-        raise UserError(f"{folder} has no complete checkpoint to evaluate")
     prompts = read_prompts(e.prompts, e.column)
     goals = [
         f"evaluates {', '.join(e.final)} of {newest} on {min(e.max_prompts or len(prompts), len(prompts))} prompts of {e.prompts} by {', '.join(e.rewards)}",

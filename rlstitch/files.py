@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlstitch.figures import plain
+from rlstitch.paths import home, what_is
 from rlstitch.types import UserError
 
 SHAPES = Path(__file__).parent / "shapes" / "weights"
@@ -32,9 +33,10 @@ OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".
 
 
 def resolve(path: str | Path) -> Path:
-    """A folder or file; `shapes:NAME` is the one shipped with the package under that name. A grown model (GROWN) is put together first."""
+    """A folder or file; `shapes:NAME` is the one shipped with the package under that name. A grown model (GROWN) is put together first. Raises UserError where
+    nothing can be called that."""
     text = str(path)
-    found = SHAPES / text.removeprefix("shapes:") if text.startswith("shapes:") else Path(text).expanduser()
+    found = home(SHAPES / text.removeprefix("shapes:") if text.startswith("shapes:") else text)
     return assembled(found) if (found / GROWN).exists() else found
 
 
@@ -107,12 +109,14 @@ def made_anew(cache: Path) -> None:
 
 
 def require(path: str | Path, what: str) -> Path:
-    """The resolved path, or a UserError that says what is missing and what there is beside it."""
+    """The resolved path of a file or folder, or a UserError that says what is missing and what there is beside it."""
     try:
         found = resolve(path)
-        there = found.exists()
-    except (OSError, ValueError) as error:  # no name that a file can have
-        raise UserError(f"{what} {str(path)[:80]!r} cannot be looked for ({str(error)[:80]})") from error
+    except UserError as error:
+        raise UserError(f"{what} {error}") from error
+    there = what_is(found)
+    if there not in ("a file", "a folder", ""):
+        raise UserError(f"{what} '{path}' is {there}, not a file or a folder that can be read")
     if not there:
         parent = found.parent
         beside = sorted(p.name for p in parent.iterdir() if not p.name.startswith(".")) if parent.is_dir() else []
@@ -126,6 +130,8 @@ def require(path: str | Path, what: str) -> Path:
 def read_json(path: Path, what: str, remedy: str = "restore it or make it again", **fields: Any) -> dict[str, Any]:
     """The JSON object in a file, which has at least `fields`, by name and type: str, int, bool, dict, list, float (finite; an int will do), or [float] * n for a
     list of n of them. Raises UserError with what the file is, what is wrong with it and the remedy."""
+    if (there := what_is(path)) not in ("a file", ""):  # to read a pipe would wait for ever
+        raise UserError(f"{what} {path} is {there}, not a file: {remedy}")
     try:
         value = json.loads(path.read_bytes().decode("utf-8-sig"))
     except OSError as error:
@@ -346,24 +352,6 @@ def write_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
             f"{path.name} is not written: {len(bad)} of {len(tensors)} tensors hold NaN or Inf, e.g. {bad[0]}. The training has diverged: lower the learning rate"
         )
     write_tensors(path, tensors, metadata)
-
-
-def below(out: str, name: str) -> Path:
-    """The folder out/name that a job's results go to. Raises UserError where that is a file, lies below one, cannot be written to, or where a link in it leads out."""
-    folder, root = Path(out) / name, Path(out)
-    try:
-        there = next(p for p in (folder, *folder.parents) if p.exists())
-        if not there.is_dir():
-            raise UserError(f"the results would go to {folder}, and {there} is a file: choose another name or out")
-        if not folder.resolve().is_relative_to(root.resolve()):
-            raise UserError(
-                f"the results would go to {folder}, which a link leads to {folder.resolve()}, out of {out}: choose another name"
-            )
-    except OSError as error:
-        raise UserError(f"no folder {folder} can be made ({error.strerror}): choose another name or out") from error
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"the results would go to {folder}, and nothing may be written to {there}: choose another out")
-    return folder
 
 
 def write_text(path: Path, text: str) -> None:

@@ -149,8 +149,8 @@ def read_text(path: str | Path, what: str) -> str:
 
 def _raw(path: str | Path, what: str) -> tuple[Path, bytes]:
     file = require(path, what)
-    if not file.is_file():
-        raise UserError(f"{what} '{path}' is {'a folder' if file.is_dir() else 'no regular file'}: name a file of text")
+    if file.is_dir():
+        raise UserError(f"{what} '{path}' is a folder: name a file of text")
     if (size := file.stat().st_size) > MAX_FILE_BYTES:
         raise UserError(f"{path} has {size >> 20} MiB; {what} may have {MAX_FILE_BYTES >> 20}. Is it the right file?")
     try:

@@ -29,6 +29,7 @@ from rlstitch.files import require, write_json, write_text
 from rlstitch.metrics import grid as draw_grid
 from rlstitch.metrics import peak_memory_mb, to_image
 from rlstitch.oracles import Terminal, load_values
+from rlstitch.paths import ready
 from rlstitch.prompts import PromptSet, read_prompts
 from rlstitch.ranges import Count, CountOrNone, Name, Range, Seed, Text, Threads
 from rlstitch.schema import SamplerConfig
@@ -270,7 +271,7 @@ class Job:
     def run(self) -> dict[str, Any]:
         """Steer every prompt; write pictures, grid, scores.json and the recipe to <out>/<name>, all at once at the end."""
         config = self.config
-        folder = Path(config.out) / config.name
+        folder = ready(Path(config.out) / config.name)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".steering-", dir=folder.parent) as own:
             result = self._steer(Path(own) / "new")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -24,10 +25,24 @@ def is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def legible(text: str) -> str:
+    """A text with nothing in it but lines of printable letters: others, such as control characters and what a file's name has that is no UTF-8, are escaped."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
+def of_machine(error: OSError) -> str:
+    """One line on what the operating system would not do, with the file that it was about."""
+    where, why = f"{error.filename}: " if error.filename else "", error.strerror or str(error).split("\n")[0] or type(error).__name__
+    remedy = {errno.ENOSPC: "free some space", errno.EDQUOT: "free some space"}.get(
+        error.errno, "see that it is there and may be read and written"
+    )
+    return f"{where}{why}. {remedy[0].upper()}{remedy[1:]}, then start again; RLSTITCH_TRACEBACK=1 shows where this happened"
+
+
 def say(*lines: str) -> None:
     """Lines on stdout from one rank; a bar that is being drawn stays whole."""
     if is_main() and lines:
-        tqdm.write("\n".join(lines))
+        tqdm.write(legible("\n".join(lines)))
         sys.stdout.flush()
 
 
@@ -114,7 +129,7 @@ AFTER = "import os, select, sys\nwatch = select.poll()\nwatch.register(int(sys.a
 def last_word(text: str) -> None:
     """Say on stderr why the job ends, once a machine; under torchrun once more when torchrun itself has ended, whose own report of a failed rank comes after
     ours and has no switch. The message stands in that report, too."""
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    file, text = os.environ.get("TORCHELASTIC_ERROR_FILE"), legible(text)
     if file:
         told = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(time.time()))}}
         with suppress(OSError):

@@ -133,8 +133,8 @@ def test_only_regular_files_are_read(tmp_path):
     (tmp_path / "loop.txt").symlink_to(tmp_path / "loop.txt")
     for name, message in (
         ("", "a folder"),
-        ("pipe.txt", "no regular file"),
-        ("loop.txt", "not there"),
+        ("pipe.txt", "a pipe, not a file"),
+        ("loop.txt", "symbolic links"),
         ("missing.txt", "Beside it: a.txt"),
     ):
         with pytest.raises(UserError, match=message):

@@ -23,6 +23,7 @@ from rlstitch.distributed import resolve_precision
 from rlstitch.files import write_json, write_text
 from rlstitch.lengths import fitting
 from rlstitch.metrics import interleaved, peak_megabytes
+from rlstitch.paths import ready
 from rlstitch.ranges import AutoShift, GridSteps, Name, NotEmpty, Range, Text, Threads
 from rlstitch.report import line_plot
 from rlstitch.stitch import measure
@@ -278,7 +279,8 @@ def plots(results: dict[str, dict[str, Any]], sigmas: list[float], folder: Path)
 
 def run(config: CompareConfig, extra: dict[str, Callable[[Any], list[Subject]]] | None = None) -> dict[str, Any]:
     """Measure every reward under `compare`; write evaluation.json, table.md and plots to <out>/<name>."""
-    comparison, folder = Comparison(config), Path(config.out) / config.name
+    folder = ready(Path(config.out) / config.name)
+    comparison = Comparison(config)
     results = {name: comparison.measure_reward(name, (extra or {}).get(name)) for name in config.compare}
     precision = resolve_precision(comparison.device, config.calibration.precision)
     told = {"hardware": cfg.hardware(), "rollouts": precision, "sigmas": config.sigmas, "rewards": results}

@@ -18,6 +18,7 @@ from rlstitch.checks import model_faults, reward_faults
 from rlstitch.data import build_pictures, encode, read_prompts
 from rlstitch.distributed import resolve_precision
 from rlstitch.files import vae_names
+from rlstitch.paths import ready
 from rlstitch.ranges import Count, CountOrNone, Name, NotNegative, Range, Seed, Share, Text, Threads
 from rlstitch.stitch import measure
 from rlstitch.stitch.baselines import noisy_clip, vae_stitch
@@ -176,12 +177,14 @@ def run(recipe: StitchRecipe) -> StitchedValueModel:
     """Search, distil, measure, save to <out>/<name>."""
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
+    folder = ready(Path(recipe.out) / recipe.name)
     torch.manual_seed(recipe.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     backbone, reward = cfg.build(recipe.model, device=device), cfg.build(recipe.reward, device=device)
     if recipe.kind == "stitch" and recipe.max_reward_block > reward.num_blocks:
         raise UserError(f"'max_reward_block' is {recipe.max_reward_block}, but the reward has {reward.num_blocks} blocks")
     images, _ = build_pictures("images", recipe.images)
+    held, prompts = build_pictures("held_out", recipe.held_out)
     probe_rewards({"reward": reward}, ["reward"], measure.batch_of(["", ""]), backbone.image_size, device)
     started = time.perf_counter()
     latents = latents_of(backbone, images)
@@ -222,7 +225,6 @@ def run(recipe: StitchRecipe) -> StitchedValueModel:
 
     seconds = distill(model, latents, targets, tokens, recipe.distill, progress=progress)
     bar.close()
-    held, prompts = build_pictures("held_out", recipe.held_out)
     with torch.no_grad():
         held_latents, held_targets = latents_of(backbone, held), targets_of(reward, held)[0]
     model.card |= {
@@ -233,7 +235,6 @@ def run(recipe: StitchRecipe) -> StitchedValueModel:
     }
     if reward.head is None:
         model.card["clean_recall_at_1"] = round(measure.recall(held_targets, reward.embed_texts(prompts)), 4)
-    folder = Path(recipe.out) / recipe.name
     model.save_pretrained(folder)
     rows = [[sigma, *(f"{v:.3f}" for v in figures.values())] for sigma, figures in model.card["quality"].items()]
     hours = f"{model.card['device_hours']:.3g}"

@@ -25,6 +25,7 @@ from rlstitch.data import PromptSet, encode, read_prompts
 from rlstitch.distributed import autocast
 from rlstitch.files import require, write_json
 from rlstitch.lengths import fitting
+from rlstitch.paths import ready
 from rlstitch.ranges import Count, Name, Range, Rate, Seed, Text, Threads
 from rlstitch.stitch import measure
 from rlstitch.stitch.generate import GenerateConfig, generate, pictures_of
@@ -158,6 +159,7 @@ def run(config: SurrogateConfig) -> dict[str, Any]:
     """Generate, score, finetune, measure on held-out prompts; a CLIPModel directory with `surrogate.json` in <out>/<name>."""
     if config.threads:
         torch.set_num_threads(config.threads)
+    folder = ready(Path(config.out) / config.name)
     torch.manual_seed(config.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     backbone = cfg.build(config.model, device=device)
@@ -179,11 +181,12 @@ def run(config: SurrogateConfig) -> dict[str, Any]:
     held_asked, held_truth = pairs_of(name, black_box, held, held_out, held_rows, config.others)
     student = Student(start)
     last = fit(student, images, asked, truth, config)
-    folder = Path(config.out) / config.name
     folder.mkdir(parents=True, exist_ok=True)
     student.clip.half().save_pretrained(folder)
     start.tokenizer.save_pretrained(folder)
-    shutil.copy(require(config.start["path"], "the reward to start from") / "preprocessor_config.json", folder / "preprocessor_config.json")
+    for said in ("processor_config.json", "preprocessor_config.json"):
+        if (file := require(config.start["path"], "the reward to start from") / said).is_file():
+            shutil.copy(file, folder / said)
     scale, offset = student.line.detach().tolist()
     card: dict[str, Any] = {"scale": scale, "offset": offset, "of": node, "start": config.start, "train_loss": last}
     write_json(folder / "surrogate.json", card)

@@ -11,7 +11,8 @@ import torch
 from diffusers import AutoencoderKL
 
 from rlstitch import config as cfg
-from rlstitch.files import SHAPES, below, require, resolve
+from rlstitch.files import SHAPES, require, resolve
+from rlstitch.paths import below, home
 from rlstitch.ranges import Seed, Text, Threads
 from rlstitch.shapes import prompts
 from rlstitch.shapes.pretrain import generator, grow, rewards, vae
@@ -78,6 +79,7 @@ def checked(given: dict[str, Any], name: str) -> PretrainConfig:
         except UserError as error:
             faults.append(f"'init': {error}")
     try:
+        config.out = str(home(config.out))
         below(config.out, ".work")
     except UserError as error:
         faults.append(f"'out': {error}")
