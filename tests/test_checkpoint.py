@@ -1,5 +1,6 @@
 """What lies in a run folder between two starts: locks, temporaries, broken files, other inputs, the log; and that nothing of the user's is lost."""
 
+import errno
 import json
 import os
 import shutil
@@ -13,6 +14,8 @@ import torch
 
 from rlstitch import checkpoint, cli, lock, resume, zero
 from rlstitch.checks import checked
+from rlstitch.distributed import Engine
+from rlstitch.policy import Policy
 from rlstitch.resume import resumable
 from rlstitch.trainer import Trainer
 from rlstitch.types import UserError
@@ -147,6 +150,30 @@ def test_checkpoints_of_a_resumed_run_are_those_of_the_uninterrupted_one(world, 
     told.write_text(json.dumps({k: v for k, v in content.items() if k != "seal"}))
     again(world, "pruned", "checkpoint.keep=2")
     assert names(run) == ["step-000002", "step-000004"]
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(backbone, monkeypatch, tmp_path):
+    """What is loaded is what was saved, the state of torch's random numbers and of fp16's loss scale with it; written again at a signal it is due all the same."""
+    policy = Policy(backbone.transformer, rank=2, alpha=4, targets=backbone.lora_targets, seed=0, ema_decay=0.9)
+    engine = Engine(zero_stage=0, precision="fp32", accumulation=1, micro_batch=1, clip_norm=1.0)
+    engine.prepare(backbone.transformer, torch.optim.AdamW(policy.parameters(), lr=1e-3), policy.parameters())
+    engine.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)  # as under fp16
+    checkpoint.save(tmp_path, 1, engine, policy, {"hours": {}}, keep=2)
+    folder = checkpoint.save(tmp_path, 1, engine, policy, {"hours": {}}, keep=2, due=False)
+    assert checkpoint.told(folder)["due"] is True
+    drawn = torch.rand(3)
+    engine.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    checkpoint.load(folder, engine, policy)
+    assert engine.accelerator.scaler.state_dict()["scale"] == 8.0 and torch.equal(torch.rand(3), drawn)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    with pytest.raises(UserError, match="No space left.*last good one is step-000001"):
+        checkpoint.save(tmp_path, 2, engine, policy, {"hours": {}}, keep=2)
+    assert [f.name for f in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
+    assert checkpoint.load(folder, engine, policy)["step"] == 1
 
 
 def test_a_removal_that_is_cut_short_leaves_no_part_of_a_checkpoint(steps, tmp_path, monkeypatch):

@@ -163,21 +163,32 @@ def test_what_follows_the_policy_stays_after_a_skipped_update(moved):
     assert {"raw", "ema", "old", "updates"} <= {k.split(".")[0] for k, v in state().items() if not torch.equal(v, before[k])}
 
 
+class Places:
+    """A judge that does not know the first picture, and says of which rows the pictures are that it knows."""
+
+    def score(self, images, batch):
+        return torch.where(batch.seeds == 0, torch.nan, batch.seeds.float())
+
+    def breakdown(self, scores, rows):
+        return {"overall": 7.0, "apart": float(sum(abs(row["place"] - s) for row, s in zip(rows, scores.tolist(), strict=True)))}
+
+
 def test_memory_of_an_evaluation_does_not_grow_with_its_prompts():
-    """Pictures are as large as all else is small; those of the grid are kept, and one batch's."""
+    """Pictures are as large as all else is small; those of the grid are kept, and one batch's. A judge has each picture's own row."""
     backbone = SimpleNamespace(latent_shape=(1, 2, 2), device="cpu", bind=lambda text, guidance: lambda z, sigma: z)
     backbone.decode = lambda z: z.mean((1, 2, 3)).view(-1, 1, 1, 1).expand(-1, 3, 64, 64).clone()
     policy, reward = SimpleNamespace(use=lambda name: nullcontext()), SimpleNamespace(score=lambda images, batch: images.mean((1, 2, 3)))
     picture, peaks, found = 3 * 64 * 64 * 4 / 2**20, [], {}
 
     def run(n):
-        prompts = PromptSet(["a star"] * n, [{}] * n)
+        prompts = PromptSet(["a star"] * n, [{"place": k} for k in range(n)])
         found[n] = evaluate(
-            backbone, policy, "ema", prompts, {"r": reward}, schedule.sigmas(2), OneOf(1, 0), guidance=1.0, batch_size=4, seed=0, keep=6, progress=False
+            backbone, policy, "ema", prompts, {"r": reward, "j": Places()}, schedule.sigmas(2), OneOf(1, 0), guidance=1.0, batch_size=4, seed=0, keep=6, progress=False
         )  # fmt: skip
 
     for n in (16, 64):
         peaks.append(peak_megabytes(lambda n=n: run(n)))
+    assert found[64].means["j"] == 7 and found[64].means["unscored/j"] == 1 and found[64].means["j/apart"] == 0
     assert len(found[64].images) == 6 and len(found[64].scores["r"]) == 64 and torch.equal(found[64].images, found[16].images)
     assert peaks[1] < peaks[0] + 0.5 * picture and peaks[1] < 20 * picture, (peaks, picture)
 

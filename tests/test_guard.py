@@ -108,7 +108,7 @@ def test_patience_zero_never_stops_and_state_resumes():
 
 
 def test_probe_measures_the_gap_of_a_biased_value_however_it_is_cut(backbone):
-    """A value that is the truth plus a constant has correlation 1 and the constant over the spread as its gap, read in the middle of the stop window; one score
+    """A value that is twice the truth plus a constant has correlation 1 and a gap by hand, in spreads of the truth, read in the middle of the stop window; one score
     that is not known is left out. The figures do not depend on the number of pictures at once, nor on that of ranks."""
 
     class Truth:
@@ -125,7 +125,7 @@ def test_probe_measures_the_gap_of_a_biased_value_however_it_is_cut(backbone):
         def __call__(self, latent, batch):
             sigmas.append(float(latent.sigma[0]))
             done = sampling.sample(backbone.bind(batch.text), latent.z, grid[2:]).z
-            return (backbone.decode(done).flatten(1).mean(1) + 0.5)[:, None]
+            return (2 * backbone.decode(done).flatten(1).mean(1) + 0.5)[:, None]
 
     grid, sigmas, pictures = schedule.sigmas(4, 3.0, "plain"), [], []
     prompts = ["a red circle", "two blue stars", "a blue star"]
@@ -144,7 +144,9 @@ def test_probe_measures_the_gap_of_a_biased_value_however_it_is_cut(backbone):
     light = whole.flatten(1).mean(1)[torch.arange(9) != 4]
     apart = [(a - b).square().mean() for group in whole.split(3) for k, a in enumerate(group) for b in group[:k]]
     assert out["diversity"] == pytest.approx(float(torch.stack(apart).mean() ** 0.5), rel=1e-4)
-    assert out["correlation/r"] == pytest.approx(1.0, abs=1e-4) and out["gap/r"] == pytest.approx(float(0.5 / light.std()), rel=1e-3)
+    assert out["correlation/r"] == pytest.approx(1.0, abs=1e-4) and out["gap/r"] == pytest.approx(
+        float((light.mean() + 0.5) / light.std()), rel=1e-3
+    )
     for batch_size in (4, 2):
         assert figures(batch_size) == pytest.approx(out, rel=1e-3)
     assert max(len(p) for p in pictures[-5:]) == 2

@@ -130,6 +130,8 @@ def gradient(loss, parameters):
 def test_one_amortised_backward_is_the_sum_of_one_a_reward(made, clip):
     method, rollout, w, parameters = made(clip=clip)
     assert w.shape == (8, 3) and w.isnan().sum() == 4 and (bool((w == 1).any()) is (clip < 1))
+    for group in w.split(4) if clip > 1 else ():  # of a prompt's pictures, each reward by itself
+        torch.testing.assert_close(group.nanmean(0), torch.full((3,), 0.5))
     a = torch.tensor([0.16, 1.6, 0.8])
     slot = next(method.nft.slots(rollout, 2))
     together = gradient(method.nft.policy_loss(slot, *mix(w, a)), parameters)

@@ -1,5 +1,6 @@
 """Scores made beside the next rollout are those made one after the other; errors of a reward are not lost in its thread."""
 
+import math
 import threading
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import torch
 from rlstitch.asking import PartError
 from rlstitch.metrics import Clock
 from rlstitch.oracles import Terminal
-from rlstitch.scoring import Scorer, has_own_device
+from rlstitch.scoring import NoScore, Scorer, has_own_device
 from rlstitch.stitch.measure import batch_of
 from rlstitch.types import Latent, Rollout
 
@@ -68,6 +69,36 @@ def test_a_method_that_learns_at_once_and_a_reward_beside_the_denoiser_are_score
         algorithm.collects = collects
         scorer.ask(algorithm, rollouts[0])
         assert rollouts[0].scores is not None and not scorer.pending
+
+
+def test_scores_are_made_in_autocast_and_are_finite_or_nan(scorer):
+    """In a thread of its own, too, which inherits neither."""
+    scorer.engine.autocast, seen = (lambda: torch.autocast("cpu", dtype=torch.bfloat16)), []
+    oracle = Terminal(None, {"light": Service()}, {"light": 1.0})
+    for collects in (True, False):
+        algorithm = SimpleNamespace(collects=collects, oracle=oracle)
+        algorithm.score = lambda rollout: (seen.append(torch.is_autocast_enabled("cpu")), torch.tensor([[math.inf], [1.0]]))[1]
+        scorer.ask(algorithm, rollout := Rollout(batch_of(["a star"] * 2), Latent(torch.zeros(2, 1), torch.zeros(2))))
+        scorer.finish()
+        torch.testing.assert_close(rollout.scores, torch.tensor([[math.nan], [1.0]]), equal_nan=True)
+    assert seen == [True, True]
+
+
+def test_an_update_without_a_score_ends_the_run_and_a_prompt_without_one_is_told_once(scorer, capsys):
+    """A reward without weight may be silent; where each reward is compared by itself the total may be, too."""
+    scorer.engine.is_main, nan = True, math.nan
+    oracle, groups = Terminal(None, dict.fromkeys("abc"), {"a": 1.0, "b": 2.0, "c": 0.0}), torch.tensor([7, 7, 3, 3])
+    scorer.check(torch.tensor([[1.0, 1.0, nan]] * 4), groups, oracle, 1)
+    assert capsys.readouterr().out == ""
+    with pytest.raises(NoScore, match="update 2: b gave no score for any of 4 pictures"):
+        scorer.check(torch.tensor([[1.0, nan, 1.0]] * 4), groups, oracle, 2)
+    apart = torch.tensor([[1.0, nan, 0.0]] * 2 + [[nan, 1.0, 0.0]] * 2)
+    with pytest.raises(NoScore, match="update 3: none of 4 pictures has a score .* from all of a, b, so none has a total"):
+        scorer.check(apart, groups, oracle, 3)
+    for _ in range(2):
+        scorer.check(apart, groups, oracle, 4, masked=0.0)
+    told = capsys.readouterr().out
+    assert told.count("no score for any picture of some prompts (a: 1 groups, e.g. number 3; b: 1 groups, e.g. number 7)") == 1
 
 
 def test_an_error_in_the_thread_is_raised(backbone, scorer):

@@ -324,34 +324,6 @@ def test_nan_is_skipped_then_given_up_with_weights_untouched(world):
     assert [r["skipped"] for r in rows(world, "nan")] == [True, True]
 
 
-def test_full_disk_keeps_the_last_good_checkpoint(world, monkeypatch, tmp_path):
-    import errno
-
-    from rlstitch import checkpoint
-    from rlstitch.distributed import Engine
-    from rlstitch.policy import Policy
-    from rlstitch.types import UserError
-
-    backbone = SD3Backbone(str(world / "sd3"), max_sequence_length=0)
-    policy = Policy(backbone.transformer, rank=2, alpha=4, targets=backbone.lora_targets, seed=0, ema_decay=0.9)
-    engine = Engine(zero_stage=0, precision="fp32", accumulation=1, micro_batch=1, clip_norm=1.0)
-    engine.prepare(backbone.transformer, torch.optim.AdamW(policy.parameters(), lr=1e-3), policy.parameters())
-    engine.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)  # as under fp16
-    checkpoint.save(tmp_path, 1, engine, policy, {"hours": {}}, keep=2)
-    engine.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    checkpoint.load(tmp_path / "checkpoints" / "step-000001", engine, policy)
-    assert engine.accelerator.scaler.state_dict()["scale"] == 8.0
-
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "write_tensors", full)
-    with pytest.raises(UserError, match="No space left.*last good one is step-000001"):
-        checkpoint.save(tmp_path, 2, engine, policy, {"hours": {}}, keep=2)
-    assert [f.name for f in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
-    assert checkpoint.load(tmp_path / "checkpoints" / "step-000001", engine, policy)["step"] == 1
-
-
 REFRESH = ("refresh.fraction=1", "refresh.agreement=1", "refresh.pairs=6", "refresh.steps=2", "refresh.buffer=1", "refresh.batch_size=2")
 
 
