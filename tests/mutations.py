@@ -1,11 +1,12 @@
 """One-line mutations of the rooms that carry maths, each to be caught by the tests of its room.
 
-    python -m tests.mutations [ROOM ...] [check] [workers=2] [timeout=300] [longest=20] [only=TEXT] [out=FILE.jsonl]
+    python -m tests.mutations [ROOM ...] [check] [workers=2] [timeout=300] [longest=60] [only=TEXT] [out=FILE.jsonl]
 
 tests/mutations.txt holds them: `= ROOM: pytest arguments` begins a room, `@ FILE` names the file, and each `- old` with its `+ new` is one mutation, `old` a part
 of one line that stands once in the file (`\\n` for the line's beginning, where that tells it from others). The rooms' tests are run on the code as it is first,
 which tells what each takes and which lines it runs. Then each mutation is put into a copy of the tree, and those of its room's tests that run its line, and take at
-most `longest` seconds, are run until one fails, the quick ones first. A mutation is caught where one does, or where all take longer than `timeout` together.
+most `longest` seconds, are run until one fails, the quick ones first. A mutation is caught where one does, or where all take longer than `timeout` together, and
+than five times what they took before.
 `out` gets a row a mutation as they come; what it says was caught is not tried again. `check` only asks whether every `old` stands where it should.
 """
 
@@ -259,7 +260,7 @@ def surveyed(trees: queue.Queue[Path], pool: ThreadPoolExecutor, rooms: dict[str
 
 
 def campaign(
-    rooms: dict[str, list[str]], mutations: Sequence[Mutation], *, workers: int, timeout: float, longest: float = 20.0, out: str = ""
+    rooms: dict[str, list[str]], mutations: Sequence[Mutation], *, workers: int, timeout: float, longest: float = 60.0, out: str = ""
 ) -> list[dict[str, Any]]:
     """Every mutation against its room's tests; raises ValueError where a room's tests do not pass without one."""
     if wrong := faults(mutations, ROOT):
@@ -280,7 +281,8 @@ def campaign(
             text = mutation.apply(tree)
             try:
                 names = chosen(mutation, text, tests[mutation.room], longest)
-                status, said = run(tree, list(dict.fromkeys(n.split("::")[0] for n in names)), timeout, (Only, names))
+                limit = max(timeout, 5 * sum(tests[mutation.room][n].seconds for n in names))
+                status, said = run(tree, list(dict.fromkeys(n.split("::")[0] for n in names)), limit, (Only, names))
             finally:
                 (tree / mutation.file).write_text(text)
                 trees.put(tree)
@@ -307,7 +309,7 @@ def campaign(
 
 
 def main(arguments: Sequence[str]) -> int:
-    options = {"workers": "2", "timeout": "300", "longest": "20", "only": "", "out": ""} | dict(
+    options = {"workers": "2", "timeout": "300", "longest": "60", "only": "", "out": ""} | dict(
         a.split("=", 1) for a in arguments if "=" in a
     )
     rooms, mutations = read()

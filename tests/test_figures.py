@@ -14,6 +14,7 @@ from rlstitch.checks import checked, geometry
 from rlstitch.data import PromptSet
 from rlstitch.evaluate import evaluate
 from rlstitch.figures import correlation, known_sum
+from rlstitch.figures import exact as precise
 from rlstitch.guard import square_distance
 from rlstitch.metrics import peak_megabytes
 from rlstitch.oracles import Terminal, Weighted
@@ -63,6 +64,10 @@ def test_totals_and_statistics_are_exact_inside_autocast(generator):
         a, b = scores.unbind(1)
         assert correlation(a, b) == pytest.approx(float(torch.corrcoef(wide.T)[0, 1]), abs=1e-6)
         assert float(known_sum(a)[0]) == pytest.approx(float(wide[:, 0].sum()), abs=1e-6)
+        holed = torch.where(torch.arange(64) == 9, torch.nan, a)
+        assert known_sum(holed).tolist() == pytest.approx([float(wide[:, 0].sum() - wide[9, 0]), 63], abs=1e-5)
+        product = precise(lambda x, y: x @ y)  # what autocast would round
+        torch.testing.assert_close(product(scores.T, scores), (wide.T @ wide).float())
         apart = torch.stack([(x - y).square().mean() for x in wide for y in wide]).sum() / (64 * 63)
         assert float(square_distance(scores)) == pytest.approx(float(apart), rel=1e-5)
 

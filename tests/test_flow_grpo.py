@@ -10,7 +10,7 @@ from rlstitch import losses, sampling, schedule
 from rlstitch.algorithms.flow_grpo import FlowGRPO
 from rlstitch.config import check_part, compose
 from rlstitch.policy import Policy
-from rlstitch.types import Batch, UserError
+from rlstitch.types import Batch, UserError, noise_like
 from tests.test_nft import PIXEL
 from tests.test_schedule import MEAN, STD, marginal
 from tests.test_schedule import velocity as gaussian_velocity
@@ -113,8 +113,14 @@ def batch_of(backbone):
 @pytest.mark.parametrize("kernel, guard", [("sde", False), ("cps", False), ("sde", True)])
 def test_the_ratio_is_one_at_the_first_step_and_both_terms_have_a_gradient(algorithm, backbone, kernel, guard):
     method, policy = algorithm(sde_type=kernel, noise_level=0.7, window=2, kl=0.5, guard=guard)
-    rollout = method.rollout(batch_of(backbone), 6)
-    assert len(rollout.transitions) == 2 and not rollout.latent.z.requires_grad
+    rollout = method.rollout(batch := batch_of(backbone), 6)
+    first, second = rollout.transitions
+    assert torch.equal(first.z_next, second.z) and not rollout.latent.z.requires_grad
+    for k, t in enumerate(rollout.transitions, method.start_of_window(batch, 6)):  # each step has its own noise
+        with torch.no_grad():
+            mean, std = method.step(t.z, backbone.velocity(t.z, torch.full((4,), t.sigma), batch.text), t.sigma, t.sigma_next)
+        noise = noise_like(backbone.latent_shape, batch.seeds, stream=501 + k)
+        torch.testing.assert_close(t.z_next, mean + std * noise, rtol=1e-4, atol=1e-5)
     for advantage in (torch.tensor([1.0, -1.0, 0.5, float("nan")]), torch.zeros(4)):
         for loss, metrics in method.losses(rollout, advantage, 2):
             for p in policy.parameters():

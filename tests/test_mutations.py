@@ -102,6 +102,6 @@ def test_a_campaign_says_of_each_mutation_what_became_of_it(tmp_path, monkeypatc
 def test_at_least_95_percent_of_the_mutations_are_caught():
     rooms, listed = mutations.read()
     assert len(listed) >= 120
-    rows = mutations.campaign(rooms, listed, workers=2, timeout=900)
+    rows = mutations.campaign(rooms, listed, workers=2, timeout=300)
     alive = [row for row in rows if row["verdict"] == "survived"]
     assert len(alive) <= (1 - mutations.GOAL) * len(rows), alive

@@ -91,6 +91,10 @@ def test_old_files_read_alike(tmp_path):
         json.dumps(old | {"feature_extractor_type": "CLIPFeatureExtractor", "size": 48, "crop_size": 48})
     )
     assert preprocessing.read(tmp_path, 48) == new
+    said, stock = {"feature_extractor_type": "CLIPFeatureExtractor", "size": 48, "crop_size": 48}, CLIPImageProcessorPil()
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))  # which leaves CLIP's own
+    found = preprocessing.read(tmp_path, 48)
+    assert list(found.mean) == pytest.approx(stock.image_mean) and list(found.std) == pytest.approx(stock.image_std)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"feature_extractor_type": "ViTFeatureExtractor", "size": 48}))
     assert preprocessing.read(tmp_path, 48).edge == ("exact", 48, 48) and preprocessing.read(tmp_path, 48).filter == "bilinear"
 

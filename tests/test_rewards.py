@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import CLIPModel
 
 from rlstitch.rewards.clip import ClipReward
 from rlstitch.rewards.simple import Darkness
@@ -18,6 +19,19 @@ def test_the_logit_scale_is_read_before_the_cast(clip_dir):
     full, half = (ClipReward(str(clip_dir), scale="logit", dtype=d) for d in ("float32", "bfloat16"))
     assert half.scale == full.scale == pytest.approx(math.exp(float(full.model.logit_scale)))
     assert half.model.visual_projection.weight.dtype == torch.bfloat16
+
+
+def test_the_score_is_the_models_cosine(clip_dir, generator):
+    """Transformers' own forward on the pictures as prepared; then scaled and shifted, as a surrogate's file asks."""
+    reward, images = ClipReward(str(clip_dir)), torch.rand(2, 3, 16, 16, generator=generator)
+    model = CLIPModel.from_pretrained(clip_dir).eval()
+    ids = reward.tokenizer(BATCH.prompts, padding="max_length", max_length=24, return_tensors="pt").input_ids
+    with torch.no_grad():
+        seen = model(input_ids=ids, pixel_values=reward.preprocessing(images))
+    cosine = seen.logits_per_image.diagonal() / model.logit_scale.exp()
+    torch.testing.assert_close(reward.score(images, BATCH), cosine.detach(), atol=1e-5, rtol=1e-4)
+    reward.scale, reward.offset = 3.0, 0.5
+    torch.testing.assert_close(reward.score(images, BATCH), 3 * cosine.detach() + 0.5, atol=1e-5, rtol=1e-4)
 
 
 def test_a_model_hashes_alike_in_either_precision(clip_dir):
