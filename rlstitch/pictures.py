@@ -6,15 +6,17 @@ All give uint8 [N, 3, H, W] (pairs [N, 2, 3, H, W], the better first) and the N 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from rlstitch.files import require
+from rlstitch.paths import what_is
 from rlstitch.prompts import COLUMNS, no_text, read_table, read_text
 from rlstitch.ranges import Side, Text
 from rlstitch.telling import say
@@ -37,10 +39,13 @@ def images_from_folder(
     root = require(path, "the image folder")
     if not root.is_dir():
         raise UserError(f"the image folder '{path}' is no folder")
-    below = (p for p in root.rglob("*") if not any(part.startswith(".") for part in p.relative_to(root).parts))
+    below = [p for p in root.rglob("*") if not any(part.startswith(".") for part in p.relative_to(root).parts)]
     files = sorted(p for p in below if p.suffix.lower() in SUFFIXES and not p.is_dir())
+    linked = sorted(str(p.relative_to(root)) for p in below if p.is_symlink() and p.is_dir())
+    passed = f"{len(linked)} folders under {path} are links, which are not followed: {_some(linked)}" if linked else ""
     if not files:
-        raise UserError(f"no picture under {path}: {', '.join(SUFFIXES)} are read")
+        raise UserError(f"no picture under {path}: {', '.join(SUFFIXES)} are read" + f"; {passed}" * bool(linked))
+    say(*[passed] * bool(linked))
     told = {} if captions is False else _captions(root, files, column)
     silent = [file for file in files if file not in told]
     if silent and (told or captions):
@@ -59,6 +64,8 @@ def pairs_from_file(path: Text, size: Side, *, column: str = "", skip_unreadable
     prompts = table.texts(table.prompt_column(column))
     folder = require(path, "the file of pairs").parent
     chosen, rejected = (table.texts(table.find(name) or name) for name in ("chosen", "rejected"))
+    if same := [place for place, better, worse in zip(table.places, chosen, rejected) if better == worse]:
+        raise UserError(f"{path}, {_some(same)}: chosen and rejected are one picture, of which nothing is learned: take the row out")
     sides = [(folder / better, folder / worse) for better, worse in zip(chosen, rejected)]
     good = _read_all(list(dict.fromkeys(f for side in sides for f in side)), size, str(path), skip_unreadable)
     kept = [k for k, side in enumerate(sides) if all(f in good for f in side)]
@@ -77,14 +84,14 @@ def _captions(root: Path, files: list[Path], column: str) -> dict[Path, str]:
     told: dict[Path, str] = {}
     bad: list[str] = []
     for folder in sorted({root, *(p for file in files for p in file.parents if root in p.parents)}):
-        listings = [folder / name for name in LISTINGS if (folder / name).exists()]
+        listings = [folder / name for name in LISTINGS if what_is(folder / name)]
         if len(listings) > 1:
             raise UserError(f"{folder} has {' and '.join(f.name for f in listings)}: keep the one that holds")
         for listing in listings:
             _listed(listing, set(files), column, told, bad)
     for file in files:
         beside = file.with_suffix(".txt")
-        if not told.get(file) and (beside.exists() or beside.is_symlink()):
+        if not told.get(file) and what_is(beside):
             try:
                 if text := read_text(beside, "the caption").strip():
                     told[file] = text
@@ -109,7 +116,7 @@ def _listed(listing: Path, files: set[Path], column: str, told: dict[Path, str],
         if inside.is_absolute() or inside.parts[:1] == ("..",):
             bad.append(f"{where} lies outside {listing.parent}")
         elif file not in files:
-            bad.append(f"{where} is no picture under {listing.parent}" if file.exists() else f"{where} is not there")
+            bad.append(f"{where[:200]} is {f'no picture under {listing.parent}' if what_is(file) else 'not there'}")
         elif file in told:
             bad.append(f"{where} is named twice")
         elif given and (why := no_text(given)):
@@ -143,16 +150,20 @@ def _read_all(files: list[Path], size: int, where: str, skip_unreadable: bool) -
     bad: list[str] = []
     noted: dict[str, list[str]] = {}
     for file in files:
-        if not file.is_file():  # opening a pipe would wait for ever
-            bad.append(f"{file.name} ({'no regular file' if file.exists() else 'FileNotFoundError'})")
+        if (there := what_is(file)) != "a file":  # opening a pipe would wait for ever
+            bad.append(f"{file.name[:100]} ({there or 'not there'})")
             continue
         try:
-            with Image.open(file) as image:
+            with warnings.catch_warnings(record=True, action="always") as heard, Image.open(file) as image:
                 picture, notes = _rgb(image)
                 fitted = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
-        except Exception as error:  # Pillow raises many kinds for a damaged file, and one for a picture that is too large to be meant
-            bad.append(f"{file.name} ({type(error).__name__}{'' if isinstance(error, OSError) else f': {error}'})")
+        except UnidentifiedImageError:
+            bad.append(f"{file.name} ({'no picture' if file.stat().st_size else 'empty'})")
             continue
+        except Exception as error:  # Pillow raises many kinds for a damaged file, and one for a picture that is too large to be meant
+            bad.append(f"{file.name} ({type(error).__name__}: {error})")
+            continue
+        notes += {f"read with a word from Pillow ({str(w.message).split('. ')[0][:100]})" for w in heard}
         good[file] = torch.from_numpy(np.array(fitted)).permute(2, 0, 1)
         for note in notes:
             noted.setdefault(note, []).append(file.name)
@@ -162,8 +173,7 @@ def _read_all(files: list[Path], size: int, where: str, skip_unreadable: bool) -
         )
     lines = [f"left out {len(bad)} unreadable pictures of {len(files)}: {_some(bad)}"] if bad else []
     lines += [f"{len(names)} of {len(files)} pictures under {where} {note}: {_some(names)}" for note, names in noted.items()]
-    if lines and os.environ.get("RANK", "0") == "0":
-        say(*lines)
+    say(*lines)
     if not good:
         raise UserError(f"none of the {len(files)} pictures under {where} can be read")
     return good

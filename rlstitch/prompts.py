@@ -33,6 +33,9 @@ SIGNS = (
     (b"<!doctype", "a web page", "download the file itself"),
     (b"<html", "a web page", "download the file itself"),
     (b"<?xml", "XML", "write a prompt a line, or .jsonl"),
+    (b"<svg", "a drawing", "name a file of prompts"),
+    (b"%PDF", "a PDF", "write a prompt a line, or .jsonl"),
+    (b"{\\rtf", "RTF", "save it as plain text"),
 )
 SEPARATORS = {",": "commas (.csv)", "\t": "tabs (.tsv)", ";": "semicolons"}
 JSON_BEGINS = re.compile(r'[\[{]\s*(["\[{]|$)')
@@ -160,8 +163,9 @@ def _raw(path: str | Path, what: str) -> tuple[Path, bytes]:
 
 
 def _text(path: str | Path, raw: bytes) -> str:
+    begins = raw[:64].removeprefix(BOM.encode()).lstrip().lower()
     for sign, kind, remedy in SIGNS:
-        if raw[: len(sign)].lower() == sign.lower():
+        if begins.startswith(sign.lower()):
             raise UserError(f"{path} is {kind}: {remedy}")
     try:
         text = raw.decode("utf-8").replace(BOM, "")

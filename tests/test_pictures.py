@@ -1,5 +1,6 @@
 """A user's pictures: captions, pairs, and what is wrong with a folder."""
 
+import io
 import json
 import os
 
@@ -118,6 +119,13 @@ def test_hidden_colours_do_not_come_through_and_frames_and_turns_are_told(tmp_pa
     assert "turned as its EXIF says: x.png" in capsys.readouterr().out
 
 
+def spoilt_exif(picture):
+    """A picture as a JPEG whose EXIF is no EXIF."""
+    made = io.BytesIO()
+    Image.open(picture).convert("RGB").save(made, "JPEG")
+    return made.getvalue()[:2] + b"\xff\xe1\x00\x10Exif\0\0II*\0\xff\xff" + made.getvalue()[2:]
+
+
 def test_nothing_in_a_folder_blocks_or_ends_the_reading(folder, monkeypatch, capsys):
     from PIL import PngImagePlugin
 
@@ -131,14 +139,32 @@ def test_nothing_in_a_folder_blocks_or_ends_the_reading(folder, monkeypatch, cap
     (folder / "loop.png").symlink_to(folder / "loop.png")
     (folder / "gone.jpg").symlink_to(folder / "nowhere.jpg")
     (folder / "folder.png").mkdir()
+    (folder / "empty.png").touch()
+    (folder / "page.jpg").write_text("<html>")
+    (folder / "turned.jpg").write_bytes(spoilt_exif(folder / "a.png"))
+    (folder / "elsewhere").symlink_to(folder.parent)
     (folder / "._a.png").write_bytes(b"of another system")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 9000)
-    with pytest.raises(UserError, match="6 of 9 pictures") as error:
+    with pytest.raises(UserError, match="8 of 12 pictures") as error:
         images_from_folder(str(folder), 8)
-    for told in ("text.png (ValueError", "cut.png (OSError", "vast.png (DecompressionBombError", "pipe.png (no regular file)"):
+    for told in (
+        "cut.png (OSError: image file is truncated",
+        "vast.png (DecompressionBombError",
+        "pipe.png (a pipe)",
+        "loop.png (a link that",
+        "empty.png (empty)",
+        "page.jpg (no picture)",
+    ):
         assert told in str(error.value)
-    assert len(images_from_folder(str(folder), 8, skip_unreadable=True)[0]) == 3
-    assert "left out 6 unreadable pictures of 9" in capsys.readouterr().out
+    assert len(images_from_folder(str(folder), 8, skip_unreadable=True)[0]) == 4
+    said = capsys.readouterr().out
+    for told in (
+        "left out 8 unreadable pictures of 12",
+        "1 folders under",
+        "links, which are not followed: elsewhere",
+        "(Corrupt EXIF data): turned.jpg",
+    ):
+        assert told in said
     with pytest.raises(UserError, match="is no folder"):
         images_from_folder(str(folder / "a.png"), 8)
 
@@ -195,6 +221,9 @@ def test_pairs(folder):
         pairs_from_file(str(file), 8)
     (folder / "pairs.csv").write_text("Prompt,chosen,rejected\nwarm,a.png,more/c.png\n")
     assert pairs_from_file(str(folder / "pairs.csv"), 8)[1] == ["warm"]
+    (folder / "same.csv").write_text("prompt,chosen,rejected\nwarm,a.png,a.png\n")
+    with pytest.raises(UserError, match="line 2: chosen and rejected are one picture"):
+        pairs_from_file(str(folder / "same.csv"), 8)
     file.write_text("\n")
     with pytest.raises(UserError, match="holds no pair"):
         pairs_from_file(str(file), 8)

@@ -79,6 +79,8 @@ REFUSED = {
     "page.txt": ("<!DOCTYPE html><html>", "a web page: download"),
     "pointer.txt": ("version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
     "set.yaml": ("- a cat", "named .yaml is not read"),
+    "portable.txt": ("\n%PDF-1.4\n1 0 obj", "a PDF"),
+    "rich.txt": ("\ufeff{\\rtf1 a cat}", "RTF: save it as plain text"),
     "array.txt": ('["a cat",\n"a dog"]', "looks like .json"),
     "pretty.txt": ('[\n "a cat"\n]', "looks like .json"),
     "cut.txt": ('[\n "a cat",', "looks like .json"),
