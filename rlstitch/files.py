@@ -244,12 +244,12 @@ def names_in(files: list[Path]) -> set[str]:
     """Names of the tensors in safetensors files, from their headers."""
     names: set[str] = set()
     for file in files:
-        with _opened(file) as tensors:
+        with opened(file) as tensors:
             names |= set(tensors.keys())
     return names
 
 
-def _opened(file: Path) -> Any:
+def opened(file: Path) -> Any:
     try:
         return safe_open(file, "pt")
     except SafetensorError as error:
@@ -304,7 +304,7 @@ def _tensor_hashes(stamps: tuple[tuple[Path, int, int], ...], factors: str) -> t
         where |= dict.fromkeys(names_in([file]), file)
     now = {name: _current(name) for name in where}
     for name in sorted(where, key=now.__getitem__):
-        with _opened(where[name]) as tensors:
+        with opened(where[name]) as tensors:
             value = tensors.get_tensor(name).float()
         for digest, rounded in zip(digests, (value, value.half().float())):
             digest.update(f"{now[name]}{list(value.shape)}".encode())
@@ -334,6 +334,21 @@ def read_tensors(path: Path, expected_sha256: str | None = None) -> dict[str, Te
         raise UserError(
             f"{path} cannot be read as safetensors ({error}); its sha256 is {sha256(path)[:16]}.... The file is corrupt: restore it or make it again."
         ) from error
+
+
+def read_weights(path: Path, expected_sha256: str | None = None) -> dict[str, Tensor]:
+    """read_tensors of a model's weights. Raises UserError where they are worth nothing, too."""
+    if told := worthless(tensors := read_tensors(path, expected_sha256)):
+        raise UserError(f"{path} holds no weights to work with: {told}. Take the file from where it came from again, or make it again")
+    return tensors
+
+
+def worthless(tensors: dict[str, Tensor]) -> str:
+    """Why a model's weights cannot be meant: some are no numbers, or all are zero; '' where they can be."""
+    ends = {name: torch.stack(t.detach().aminmax()).float() for name, t in tensors.items() if t.numel() and t.is_floating_point()}
+    if bad := [name for name, two in ends.items() if not bool(torch.isfinite(two).all())]:
+        return f"{len(bad)} of {len(tensors)} tensors hold NaN or Inf, e.g. {bad[0]}"
+    return "" if any(bool(two.any()) for two in ends.values()) else f"all {len(tensors)} tensors are zero"
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

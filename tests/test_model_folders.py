@@ -142,7 +142,7 @@ def test_an_autoencoder_is_known_by_its_tensors(t5_dir, copied, tmp_path):
 
 def test_weights_are_hashed_once(copied, monkeypatch):
     files.vae_fingerprint(copied)
-    monkeypatch.setattr(files, "_opened", None)  # from here on nothing can be read
+    monkeypatch.setattr(files, "opened", None)  # from here on nothing can be read
     files.vae_fingerprint(copied)
     file = copied / "vae" / "diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes())
@@ -199,3 +199,26 @@ def test_a_rewards_folder_is_looked_at_first(tmp_path):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     faults = reward_faults("rewards.mine", node)
     assert len(faults) == 2 and "'rewards.mine.path'" in faults[0] and "pytorch_model.bin" in faults[0] and "resample 1" in faults[1]
+
+
+WORTHLESS = {
+    "one is not finite": (lambda t: t["visual_projection.weight"][0].fill_(float("inf")), "1 of .* tensors hold NaN or Inf, e.g. visual_projection.weight"),
+    "all are zero": (lambda t: [value.zero_() for value in t.values()], "all .* tensors are zero"),
+    "whole numbers": (lambda t: t.update({"visual_projection.weight": t["visual_projection.weight"].int()}), r"visual_projection.weight \(I32\).*quantised"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WORTHLESS)
+def test_weights_that_are_worth_nothing_are_refused(clip_dir, tmp_path, case):
+    change, why = WORTHLESS[case]
+    file = shutil.copytree(clip_dir, tmp_path / "clip") / "model.safetensors"
+    rewritten(file, change)
+    with pytest.raises(UserError, match=f"(?s){file.parent}.*{why}"):
+        load_strictly(CLIPModel, file.parent, "the reward model")
+    if case != "whole numbers":  # values, LoRA files and heads
+        with pytest.raises(UserError, match=f"{file} holds no weights to work with: {why}"):
+            files.read_weights(file)
+    file.write_bytes(file.read_bytes()[:-9])
+    assert "cannot be read as safetensors" in str(
+        reward_faults("rewards.r", {"_target_": "rlstitch.rewards.clip.ClipReward", "path": str(file.parent)})
+    )

@@ -9,6 +9,7 @@ from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from rlstitch.files import names_in, read_json, require, weight_files
 from rlstitch.types import UserError
+from rlstitch.weights import whole_files
 
 PARTS = ("transformer", "vae")  # folders that are loaded at once
 ENCODERS = {"text_encoder": CLIPTextModelWithProjection, "text_encoder_2": CLIPTextModelWithProjection, "text_encoder_3": T5EncoderModel}
@@ -27,7 +28,7 @@ def faults(options: dict[str, Any]) -> list[tuple[str, str]]:
             out.append(("path", f"{folder} has no {part}/config.json, which its model_index.json names: download it whole{spare}"))
             continue
         try:
-            weight_files(folder / part, f"the {part}", variant)
+            whole_files(folder / part, f"the {part}", variant)
         except UserError as error:
             out.append(("path", str(error)))
     if out:

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from rlstitch.backbones import directory
 from rlstitch.backbones.attention import PlainJointAttention
 from rlstitch.cache import is_kept, keep, kept
-from rlstitch.files import hash_tensors, quick_fingerprint, read_json, read_tensors, require
+from rlstitch.files import hash_tensors, quick_fingerprint, read_json, read_weights, require
 from rlstitch.ranges import DeviceName, Dtype, Range, Side, Text
 from rlstitch.telling import progress
 from rlstitch.types import Conditioning, UserError
@@ -183,7 +183,7 @@ class SD3Backbone:
         Raises UserError where the file is missing, corrupt, or was trained on another architecture.
         """
         file = require(Path(require(folder, "the LoRA folder")) / "pytorch_lora_weights.safetensors", "the LoRA's weights")
-        tensors = read_tensors(file)
+        tensors = read_weights(file)
         state, metadata = StableDiffusion3Pipeline.lora_state_dict(
             str(file.parent), weight_name=file.name, local_files_only=True, return_lora_metadata=True
         )

@@ -15,12 +15,12 @@ from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
 from rlstitch.figures import exact
-from rlstitch.files import hash_tensors, read_json, read_tensors, require, weight_files
+from rlstitch.files import hash_tensors, read_json, read_weights, require
 from rlstitch.ranges import DeviceName, Dtype, Text
 from rlstitch.rewards import preprocessing
 from rlstitch.rewards.preprocessing import Resize
 from rlstitch.types import Batch, UserError
-from rlstitch.weights import load_strictly
+from rlstitch.weights import load_strictly, whole_files
 
 
 class VisionTail(nn.Module):
@@ -62,7 +62,7 @@ def load_head(path: str, activation: str, width: int) -> nn.Sequential:
     between the layers. Raises UserError where a tensor is missing, has another name or does not fit the one before it."""
     if activation not in _ACTIVATIONS:
         raise UserError(f"head_activation must be one of {', '.join(_ACTIVATIONS)}, not '{activation}'")
-    tensors = {k.removeprefix("layers."): v for k, v in read_tensors(require(path, "the reward's head")).items()}
+    tensors = {k.removeprefix("layers."): v for k, v in read_weights(require(path, "the reward's head")).items()}
     places = sorted({int(n) for k in tensors if (n := k.split(".")[0]).isdigit()})
     wanted = {f"{n}.{part}" for n in places for part in ("weight", "bias")}
     if not places or wanted != set(tensors):
@@ -153,7 +153,7 @@ class ClipReward:
         """(key, why) of what keeps a recipe's reward from loading, from its small files alone."""
         folder, out = require(options["path"], "the reward model"), []
         for read in (
-            lambda: weight_files(folder, "the reward model", options.get("variant")),
+            lambda: whole_files(folder, "the reward model", options.get("variant")),
             lambda: preprocessing.read(folder, _vision(folder)["image_size"], options.get("resize", "auto")),
         ):
             try:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from rlstitch.config import build as build_part
 from rlstitch.config import check_part, load_class
-from rlstitch.files import read_json, read_tensors, require, same_vae, sha256, vae_fingerprint, write_json, write_weights
+from rlstitch.files import read_json, read_weights, require, same_vae, sha256, vae_fingerprint, write_json, write_weights
 from rlstitch.types import Batch, Conditioning, Latent, UserError
 
 CARD, WEIGHTS = "value.json", "value.safetensors"
@@ -181,7 +181,7 @@ class StitchedValueModel(nn.Module):
         Call it before LoRA is added to the backbone. Raises UserError for missing, corrupt or foreign parts (OtherDenoiser where only the denoiser is another one).
         """
         folder, card = require(path, "the value model"), read_card(path)
-        tensors = read_tensors(require(folder / WEIGHTS, "the value model's weights"), card["sha256"])
+        tensors = read_weights(require(folder / WEIGHTS, "the value model's weights"), card["sha256"])
         given = next((part.device for part in (backbone, reward) if part is not None), "cpu")
         where = str(given if device is None else device)
         backbone = build(card.get("backbone"), "model", where) if backbone is None else backbone
