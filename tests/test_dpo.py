@@ -136,29 +136,42 @@ def test_online_pairs_on_the_bridge_are_tempered_by_its_variance(backbone):
         margins.append(-25.0 * (d[best] - d[worst]) / (1 + float(schedule.bridge_variance(tau, sigma))))
     assert float(loss) == pytest.approx(sum(math.log(1 + math.exp(-m)) for m in margins) / 2, rel=1e-3)
     assert metrics["margin"].tolist() == pytest.approx(margins, rel=1e-2, abs=1e-4)
+    assert metrics["accuracy"].tolist() == [float(m > 0) for m in margins]
 
 
 def test_both_of_a_pair_share_level_and_noise(backbone, monkeypatch):
-    from contextlib import nullcontext
+    """The margin by hand of a policy that adds .1 to a base of zeros: d = .01 - .2 mean(noise - z0), so that it is -.1 beta (mean z0 of the better - of the worse)."""
+    from contextlib import contextmanager
     from types import SimpleNamespace
 
     from rlstitch.types import Batch
 
     clean = torch.randn(3, 2, *backbone.latent_shape, generator=torch.Generator().manual_seed(2))
-    prompts, seen = ["a red star", "a blue star", "two red stars"], []
+    prompts, seen, on = ["a red star", "a blue star", "two red stars"], [], [0.1]
+
+    @contextmanager
+    def use(name):
+        on.append(0.0)
+        yield
+        on.pop()
+
     batch = Batch(prompts, torch.arange(3), torch.arange(3) + 9, [{}] * 3, backbone.encode_prompts(prompts), clean)
     for draw in ("logit_normal", "grid"):
-        algorithm = OfflineDPO(backbone, SimpleNamespace(use=lambda _: nullcontext()), schedule.sigmas(4), times=2, draw=draw)
-        monkeypatch.setattr(backbone, "velocity", lambda z, sigma, text, guidance=1.0: seen.append((z, sigma)) or torch.zeros_like(z))
+        algorithm = OfflineDPO(backbone, SimpleNamespace(use=use), schedule.sigmas(4), times=2, draw=draw, beta=5.0)
+        monkeypatch.setattr(backbone, "velocity", lambda z, sigma, *_, **__: seen.append((z, sigma)) or torch.full_like(z, on[-1]))
         with torch.no_grad():
-            assert [float(loss) for loss, _ in algorithm.losses(algorithm.rollout(batch, 4))] == pytest.approx([math.log(2)] * 2)
+            for loss, metrics in algorithm.losses(algorithm.rollout(batch, 4)):
+                margin = -0.1 * 5 * (clean[:, 0] - clean[:, 1]).mean((1, 2, 3))
+                torch.testing.assert_close(metrics["margin"], margin, atol=1e-5, rtol=1e-3)
+                torch.testing.assert_close(loss, -torch.nn.functional.logsigmoid(margin).mean(), atol=1e-5, rtol=1e-3)
     assert len(seen) == 8  # base and policy at two levels, in both draws
     for z, sigma in seen:
         assert torch.equal(sigma[::2], sigma[1::2])
         s = sigma.view(-1, 1, 1, 1)
         noise = z - (1 - s) * clean.flatten(0, 1)
         torch.testing.assert_close(noise[::2], noise[1::2], atol=1e-5, rtol=1e-4)
-    assert all(float((schedule.sigmas(4) - s).abs().min()) == 0 for _, sigma in seen[4:] for s in sigma)
+    drawn, grid = {s for _, sigma in seen[4:] for s in sigma.tolist()}, schedule.sigmas(4).tolist()
+    assert drawn <= set(grid[:-1]) and grid[-2] in drawn  # down to the last above 0
 
 
 @pytest.mark.parametrize("micro_batch,micro", [(4, 4), (7, 4), (8, 8), (99, 16)])

@@ -140,7 +140,7 @@ def test_kl_ratio_and_guard_away_from_the_first_step_by_hand(algorithm, backbone
         with torch.no_grad():
             for n, p in policy.named_parameters():
                 if "lora_B" in n:
-                    p.add_(0.1)
+                    p.add_(0.5)
         loss, metrics = next(method.losses(rollout, torch.tensor([1.0, -1.0, 0.5, torch.nan]), 1))
         advantage, part = torch.tensor([1.0, -1.0, 0.5, 0.0]), torch.tensor([1.0, 1.0, 1.0, 0.0])
 
@@ -171,7 +171,7 @@ def test_kl_ratio_and_guard_away_from_the_first_step_by_hand(algorithm, backbone
         scale = std if kernel == "cps" else std / (t.sigma - t.sigma_next) ** 0.5
         kl = (part * (new - base).square().mean((1, 2, 3)) / (2 * scale**2)).mean()
         assert (ratio - 1).abs().max() > 1e-4
-        torch.testing.assert_close(metrics["ratio"], ratio.mean(), rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(metrics["ratio"], ratio.mean(), rtol=0, atol=2e-5)  # the guard's own part is 1e-3
         torch.testing.assert_close(metrics["kl"], kl, rtol=1e-3, atol=1e-6)
         torch.testing.assert_close(loss.detach(), (-advantage * ratio).mean() + 0.5 * kl, rtol=1e-3, atol=1e-5)
 

@@ -77,7 +77,7 @@ def test_what_is_acted_on_is_agreement_within_prompts(backbone, generator):
     _, figures = watched(backbone, [(torch.ones(8), r[k], group) for k in range(1)])
     assert figures[-1]["correlation/r"] == 0 and figures[-1]["refreshed"] == 1  # says the same of everything
     watcher, _ = watched(backbone, [(r[k], r[k], group) for k in range(3)], fraction=0.3, agreement=-1.0)
-    assert len(watcher.pairs["r"]) == 8 and watcher.updates == 3  # of one group of 4 an update
+    assert watcher.pairs["r"][:, 0].tolist() == r[1:, :4].flatten().tolist() and watcher.updates == 3  # the latest, one group an update
     again = Refresher(watcher.config, {}, backbone, {}, Seen(), guidance=1.0)
     again.models = {"r": SimpleNamespace(load_state_dict=lambda *a, **o: None, state_dict=dict)}
     watcher.models = again.models
@@ -127,6 +127,26 @@ def test_the_same_samples_are_watched_on_any_number_of_ranks(backbone, images, f
         assert torch.equal(watcher.latents[:, 0, 0, 0], value[wanted])
 
 
+def test_what_is_watched_is_finished_by_the_policy_and_each_model_has_its_own_pairs(backbone, reward, generator):
+    """And a model that was refreshed is frozen again, its pairs forgotten, those of the others kept."""
+    model, grid = stitched(backbone, reward)[0].requires_grad_(False).eval(), schedule.sigmas(3, 3.0, "plain")
+    truths = {"r": torch.tensor([0.1, 0.2, 0.3]), "s": torch.tensor([5.0, 6.0, 7.0])}
+    shown = {name: SimpleNamespace(score=lambda images, batch, name=name: truths[name]) for name in truths}
+    settings = RefreshConfig(fraction=1.0, agreement=0.5, pairs=8, buffer=8, steps=1, batch_size=2)
+    watcher = Refresher(settings, {"r": model, "s": model}, backbone, shown, Seen(), guidance=1.0)
+    z, values = torch.randn(3, *backbone.latent_shape, generator=generator), torch.randn(3, 3, generator=generator)
+    batch = Batch(PROMPTS[:3], torch.arange(3), torch.arange(3), [{}] * 3, backbone.encode_prompts(PROMPTS[:3]))
+    watcher.measure([Rollout(batch, Latent(z, torch.full((3,), float(grid[1]))), values)], ["r", "other", "s"], grid, 1)
+    done = sampling.sample(backbone.bind(batch.text), z, grid[1:]).z.detach()
+    torch.testing.assert_close(watcher.latents, done, atol=1e-5, rtol=1e-4)
+    for k, name in ((0, "r"), (2, "s")):
+        torch.testing.assert_close(watcher.pairs[name][:, :2].float(), torch.stack([values[:, k], truths[name]], 1))
+    watcher.rewards["r"] = reward
+    watcher.refresh("r")
+    assert not any(p.requires_grad for p in model.parameters()) and watcher.count == 1
+    assert len(watcher.pairs["r"]) == 0 and len(watcher.pairs["s"]) == 3
+
+
 def test_a_watch_that_could_never_act_is_refused():
     for options, told in (
         ({"fraction": 0.001}, "'refresh.fraction' is 0.001, which is no sample of the 32 "),
@@ -164,7 +184,6 @@ def test_a_value_that_has_lost_its_reward_is_brought_back(backbone, reward):
     mender = refresher(agreement=0.99)
     acted = [mender.after([rollout(seed)], ["r"], grid, 4)["refreshed"] for seed in range(3)]
     assert acted[0] == 0 and 1 in acted  # never on a buffer too small to learn from
-    assert not any(p.requires_grad for p in model.parameters())
     moved = {k for k, v in model.state_dict().items() if not torch.equal(v, weights[k])}
     assert moved and all(k.startswith(("stitch.", "tail.")) for k in moved)
     after = refresher(agreement=-1.0).after([rollout(9)], ["r"], grid, 4)["correlation/r"]

@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from rlstitch.distributed import Engine, mean_over_ranks
 from tests import pictures
+from tests.test_guard import OneOf
 from tests.test_marble import DARK
 from tests.test_train import ROOT, world  # noqa: F401  (a fixture)
 
@@ -108,6 +110,27 @@ def run(world, folder, methods, stages, accumulations, ranks, spoil=False):  # n
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     norms = json.loads((folder / "norms.json").read_text())
     return {c["name"]: (norms[c["name"]], load_file(folder / f"{c['name']}.safetensors")) for c in cases}
+
+
+def test_an_update_by_hand():
+    """The mean over micro-batches, clipped as a whole; one loss that is no number, of whichever micro-batch, spoils its own update and no other."""
+    engine = Engine(zero_stage=0, precision="fp32", accumulation=2, micro_batch=1, clip_norm=2.5)
+    w = torch.nn.Parameter(torch.zeros(2))
+    engine.prepare(torch.nn.Module(), torch.optim.SGD([w], lr=1.0), [w])
+    for factor, norm, after in ((1.0, 5.0, [-1.5, -2.0]), (float("nan"), None, [-1.5, -2.0]), (1.0, 5.0, [-3.0, -4.0])):
+        engine.backward(w[0] * 6 * factor)
+        engine.backward(w[1] * 8)
+        assert engine.step() == pytest.approx(norm) and w.tolist() == pytest.approx(after) and w.grad is None
+
+
+def test_ranks_share_places_and_put_them_together(monkeypatch):
+    for count, shares in ((1, [[0], [0]]), (5, [[0, 2, 4], [1, 3, 4]]), (6, [[0, 2, 4], [1, 3, 5]])):
+        assert [OneOf(2, rank).share(count) for rank in (0, 1)] == shares
+        parts = [torch.tensor(places)[:, None] * 10 for places in shares]
+        assert OneOf(2, 0, parts).in_order(parts[0], count)[:, 0].tolist() == [10 * k for k in range(count)]
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda flat: flat.add_(torch.arange(5.0)))  # what the other rank gives
+    one, two = mean_over_ranks([torch.ones(2, 1), torch.full((3,), 4.0)], 2)
+    assert one.tolist() == [[0.5], [1.0]] and two.tolist() == [3.0, 3.5, 4.0]
 
 
 def same(ours, theirs):
