@@ -156,6 +156,7 @@ def test_variance_reduction_by_hand(setup, oracle, stop):
             z = a * stopped + (high**2 - (a * low) ** 2) ** 0.5 * noise
         z = z + (low - high) * backbone.velocity(z, torch.full((2,), high), text)
         scores.append(2.0 * oracles[oracle](Latent(z, torch.full((2,), low)), batch)[:, 0])
+    torch.testing.assert_close(2.0 * rollout.scores[:, 0], torch.stack(scores).mean(0), rtol=1e-4, atol=1e-5)
     expected = -torch.stack(scores).mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4) and torch.stack(scores).mean(1).std() > 0
     ours, theirs = (torch.autograd.grad(x, policy.parameters()) for x in (loss, expected))

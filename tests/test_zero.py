@@ -113,12 +113,12 @@ def run(world, folder, methods, stages, accumulations, ranks, spoil=False):  # n
 
 
 def test_an_update_by_hand():
-    """The mean over micro-batches, clipped as a whole; one loss that is no number, of whichever micro-batch, spoils its own update and no other."""
+    """The mean over micro-batches, clipped as a whole; one loss that is no number, though its gradient is, spoils its own update and no other."""
     engine = Engine(zero_stage=0, precision="fp32", accumulation=2, micro_batch=1, clip_norm=2.5)
     w = torch.nn.Parameter(torch.zeros(2))
     engine.prepare(torch.nn.Module(), torch.optim.SGD([w], lr=1.0), [w])
-    for factor, norm, after in ((1.0, 5.0, [-1.5, -2.0]), (float("nan"), None, [-1.5, -2.0]), (1.0, 5.0, [-3.0, -4.0])):
-        engine.backward(w[0] * 6 * factor)
+    for more, norm, after in ((0.0, 5.0, [-1.5, -2.0]), (float("nan"), None, [-1.5, -2.0]), (0.0, 5.0, [-3.0, -4.0])):
+        engine.backward(w[0] * 6 + more)
         engine.backward(w[1] * 8)
         assert engine.step() == pytest.approx(norm) and w.tolist() == pytest.approx(after) and w.grad is None
 
