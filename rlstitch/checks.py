@@ -8,7 +8,6 @@ from typing import Any
 
 from rlstitch import config as cfg
 from rlstitch import lengths, protocols, schedule, scheduler, stages
-from rlstitch.asking import PartError, inside
 from rlstitch.data import DIMENSIONS, Geometry, PromptSet, resolve_geometry
 from rlstitch.distributed import world_size
 from rlstitch.files import require, same_vae
@@ -92,6 +91,14 @@ def _data(config: RunConfig, method: Any, faults: list[str]) -> int | None:
             faults.append(f"'data.images' is given, but {target} learns from prompts and makes its own pictures: remove it")
         d = config.data
         prompts = lengths.fitting(faults, "data.prompts", d.prompts, d.column, config.model, "data.truncate", d.truncate)
+        if prompts is not None and method is not None and method.needs_oracle:
+            faults += unread(
+                "oracle.weights",
+                trained_on(config),
+                config.rewards,
+                prompts,
+                "take prompts that it reads (data.prompts), or another reward",
+            )
         return None if prompts is None else len(prompts)
     if not images:
         _, shape, example = DIMENSIONS[method.learns_from]
@@ -222,7 +229,7 @@ def model_faults(model: dict[str, Any]) -> list[str]:
     """Faults of a model's directory, which has to hold the `parts` that the backbone's class names."""
     faults: list[str] = []
     found = attempt(faults, "model.path", require, model["path"], "the model directory") if "path" in model else None
-    parts = getattr(_class(model, "model"), "parts", ())
+    parts = protocols.said(_class(model, "model"), "parts", ())
     lacking = [part for part in parts if found is not None and not (found / part / "config.json").is_file()]
     if lacking:
         faults.append(
@@ -244,21 +251,28 @@ def reward_faults(where: str, node: Any) -> list[str]:
 def judge_faults(where: str, names: list[str], rewards: dict[str, Any], prompts: PromptSet | None) -> list[str]:
     """Faults of the rewards that judge finished pictures of some prompts: unknown ones, and those that need more than these prompts say."""
     faults = unknown_rewards(where, names, rewards)
-    for name in names:
-        reader = getattr(_class(rewards.get(name), "reward"), "unreadable", None)
-        if reader is not None and prompts is not None and (why := reader(prompts.rows)):
-            faults.append(f"'{where}' names '{name}', which {why}: leave it out, e.g. {where}=[{', '.join(n for n in names if n != name)}]")
+    for name in names if prompts is not None else ():
+        faults += unread(where, [name], rewards, prompts, f"leave it out, e.g. {where}=[{', '.join(n for n in names if n != name)}]")
+    return faults
+
+
+def unread(where: str, names: Iterable[str], rewards: dict[str, Any], prompts: PromptSet, remedy: str) -> list[str]:
+    """Faults of rewards that cannot score pictures of these prompts, as far as their classes say so before they are built; `where`: the key that asks them."""
+    faults: list[str] = []
+    for name, cls in ((name, _class(rewards.get(name), "reward")) for name in names):
+        why = cls and attempt(faults, f"rewards.{name}", protocols.asked, "reward", cls, "unreadable", prompts.rows)
+        faults += [f"'{where}' names '{name}', which {why}: {remedy}"] if why else []
     return faults
 
 
 def without_gradient(names: Iterable[str], rewards: dict[str, Any]) -> list[str]:
     """Those rewards whose class says that no gradient reaches the pictures; one that says so only once it is built is believed until then."""
-    return [n for n in names if n in rewards and getattr(_class(rewards[n], "reward"), "differentiable", True) is False]
+    return [n for n in names if n in rewards and protocols.said(_class(rewards[n], "reward"), "differentiable", True) is False]
 
 
 def answered(oracle: Any, cards: dict[str, dict[str, Any]]) -> tuple[float, float]:
     """The sigmas at which an oracle's class, or all of its value models, may be asked."""
-    ranges = [card["sigma_range"] for card in cards.values()] or [getattr(oracle, "sigma_range", (0.0, 1.0))]
+    ranges = [card["sigma_range"] for card in cards.values()] or [protocols.said(oracle, "sigma_range", (0.0, 1.0))]
     return max(low for low, _ in ranges), min(high for _, high in ranges)
 
 
@@ -276,11 +290,7 @@ def halts(config: RunConfig) -> range | None:
     target = config.stop["_target_"]
     if config.check and not protocols.ours(target):
         return None
-    with inside(f"'stop' {target}"):
-        steps = cfg.build(config.stop).steps(config.sampler.num_steps)
-    if not isinstance(steps, range):
-        raise PartError(f"'stop' {target}: steps({config.sampler.num_steps}) gave {steps!r}, not a range of step counts")
-    return steps
+    return cfg.build(config.stop, "stop").steps(config.sampler.num_steps)
 
 
 def unknown_rewards(where: str, names: list[str], rewards: dict[str, Any]) -> list[str]:
@@ -296,8 +306,9 @@ def _pairings(config: RunConfig, shift: schedule.Shift, cards: dict[str, dict[st
     """Oracle against stop, oracle against algorithm, algorithm against stop."""
     steps = config.sampler.num_steps
     algorithm, options = cfg.load_class(config.algorithm["_target_"]), cfg.sound("algorithm", config.algorithm, "algorithm")
+    own = lambda stops: attempt(faults, "algorithm", protocols.asked, "algorithm", algorithm, "faults", options, stops) or []  # noqa: E731
     if not algorithm.needs_oracle:
-        faults += algorithm.faults(options, End().steps(steps))
+        faults += own(End().steps(steps))
         return
     grid = schedule.sigmas(steps, shift, config.sampler.spacing).tolist()
     stops = attempt(faults, "stop", halts, config)
@@ -318,7 +329,7 @@ def _pairings(config: RunConfig, shift: schedule.Shift, cards: dict[str, dict[st
         )
     blind = [] if cards else without_gradient(weights, config.rewards)
     faults += [] if cards else unknown_rewards("oracle.weights", list(weights), config.rewards)
-    if algorithm.needs_gradient and (blind or getattr(oracle, "differentiable", True) is False):
+    if algorithm.needs_gradient and (blind or protocols.said(oracle, "differentiable", True) is False):
         what = ", ".join(blind) or config.oracle["_target_"]
         faults.append(
             f"'algorithm' {config.algorithm['_target_']} needs gradients, and {what} has none: use a differentiable reward, or a StitchVM of a surrogate of it"
@@ -331,7 +342,7 @@ def _pairings(config: RunConfig, shift: schedule.Shift, cards: dict[str, dict[st
         faults.append(
             f"'algorithm.grad_steps' is 0 and 'stop' may halt after all {steps} steps, where Tweedie has nothing left to guess and no gradient: halt after {steps - 1} at most"
         )
-    faults += algorithm.faults(options, stops)
+    faults += own(stops)
 
 
 def checked(given: dict[str, Any], name: str) -> RunConfig:

@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import sys
-import traceback
 import warnings
 from collections.abc import Callable
 from importlib import import_module
@@ -151,8 +150,9 @@ def main(run: Callable[[list[str]], None], *, default: str = "") -> None:
     keep_freed_memory()
     quiet()
     from rlstitch import memory, watch
+    from rlstitch.asking import PartError, one_line, show
     from rlstitch.interrupt import Interrupted
-    from rlstitch.protocols import naming
+    from rlstitch.protocols import naming, theirs
 
     try:
         with naming(), memory.told():
@@ -169,15 +169,25 @@ def main(run: Callable[[list[str]], None], *, default: str = "") -> None:
             watch.end_if_lost(error)
         text = str(error) if isinstance(error, UserError) else of_machine(error)
         watch.leave(text, said=is_main() or "TORCHELASTIC_ERROR_FILE" in os.environ)
-        if os.environ.get("RLSTITCH_TRACEBACK") == "1":
-            traceback.print_exc()
+        if not isinstance(error, PartError):  # which has been shown where it came from
+            show(error)
         last_word(f"rlstitch: {text}")
         sys.exit(2)
     except Interrupted as stop:
         watch.leave()
         last_word("rlstitch: stopped on a signal; a checkpoint was written, the same command resumes")
         sys.exit(stop.code)
+    except KeyboardInterrupt:
+        watch.leave()
+        last_word("rlstitch: stopped by Ctrl-C")
+        sys.exit(128 + signal.SIGINT)
     except Exception as error:
         watch.end_if_lost(error)
-        watch.leave(f"{type(error).__name__}: {error}")
-        raise
+        watch.leave(one_line(error))
+        if not theirs():
+            raise
+        show(error)  # more likely of what a part of the user's gave than of ours
+        last_word(
+            f"rlstitch: {one_line(error)}. Parts that are not of rlstitch take part: {', '.join(theirs())} (RLSTITCH_TRACEBACK=1 shows where)"
+        )
+        sys.exit(2)

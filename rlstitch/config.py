@@ -15,8 +15,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from rlstitch import protocols, strict_yaml
-from rlstitch.asking import inside
+from rlstitch import holding, protocols, strict_yaml
+from rlstitch.asking import PartError, inside
 from rlstitch.filling import fill, nearest
 from rlstitch.paths import below, home, what_is
 from rlstitch.protocols import load_class
@@ -26,6 +26,7 @@ from rlstitch.types import UserError
 
 HERE = Path(__file__).parent
 RECIPES = HERE / "recipes" if (HERE / "recipes").is_dir() else HERE.parent / "recipes"  # of an installed package, or of a checkout
+LARGEST = 1 << 20  # bytes of a recipe
 
 INJECTED = (  # given by the job, not by the recipe
     *("self", "backbone", "rewards", "values", "policy", "images_per_prompt"),
@@ -63,15 +64,16 @@ class Some(dict[str, Any]):
 def _read(path: Path) -> Some:
     """A recipe file; its keys with dots (`oracle.weights.hps: 0.5`) go deeper, as overrides do."""
     try:
-        if path.stat().st_size > 1 << 20:
-            raise UserError(f"{path} has {path.stat().st_size} bytes: it is no recipe")
-        content = strict_yaml.load(path.read_text(encoding="utf-8-sig"))
+        size = path.stat().st_size
+        content = strict_yaml.load(path.read_text(encoding="utf-8-sig")) if size <= LARGEST else {}
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from error
+    if size > LARGEST:
+        raise UserError(f"{path} has {size} bytes: it is no recipe")
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold keys and values, not {type(content).__name__}")
     return merge(
@@ -86,7 +88,10 @@ def compose(name: str, folder: Path | None = None) -> dict[str, Any]:
 
 def _composed(name: str, folder: Path | None, above: tuple[Path, ...] = ()) -> Some:
     """`above` are the recipes that this one is a piece of."""
-    path = find_recipe(name, folder).resolve()
+    try:
+        path = find_recipe(name, folder).resolve()
+    except UserError as error:
+        raise UserError(f"'use' in {above[-1]}: {error}" if above else str(error)) from error
     if path in above:
         raise UserError(f"recipes use each other in a circle: {' -> '.join(p.stem for p in (*above, path))}. Take one `use` out")
     content, merged = _read(path), Some()
@@ -249,10 +254,15 @@ def check_part(where: str, node: dict[str, Any], *, kind: str) -> list[str]:
 
 def own_faults(where: str, node: dict[str, Any], kind: str) -> list[str]:
     """What the class that a sound node names finds wrong with it: `faults(options) -> [(key, why)]`, where it has that."""
-    if check_part(where, node, kind=kind) or (read := getattr(load_class(node["_target_"]), "faults", None)) is None:
+    if check_part(where, node, kind=kind):
         return []
     try:
-        return [f"'{where}.{key}': {why}" for key, why in read({k: v for k, v in node.items() if k != "_target_"})]
+        options = {k: v for k, v in node.items() if k != "_target_"}
+        return [
+            f"'{where}.{key}': {why}" for key, why in protocols.asked(kind, load_class(node["_target_"]), "faults", options, default=())
+        ]
+    except PartError as error:
+        return [f"'{where}': {error}"]
     except UserError as error:
         return [f"'{where}.path': {error}"]
 
@@ -266,13 +276,13 @@ def sound(where: str, node: dict[str, Any], kind: str) -> dict[str, Any]:
     return {k: v for k, v in node.items() if k not in bad and k != "_target_"}
 
 
-def build(node: dict[str, Any], **injected: Any) -> Any:
-    """Build a checked `_target_` node; of `injected` it gets what its signature asks for."""
+def build(node: dict[str, Any], kind: str = "", /, **injected: Any) -> Any:
+    """Build a checked `_target_` node; of `injected` it gets what its signature asks for. kind: what it is held to (rlstitch.holding) where it is not of this project."""
     cls = load_class(node["_target_"])
     wanted = inspect.signature(cls).parameters
     given = {k: v for k, v in injected.items() if k in wanted and k not in node}
     with inside(node["_target_"]):
-        return cls(**{k: v for k, v in node.items() if k != "_target_"}, **given)
+        return holding.built(kind, cls, **{k: v for k, v in node.items() if k != "_target_"}, **given)
 
 
 def report(faults: list[str], recipe: str) -> UserError:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rlstitch import config as cfg
+from rlstitch.asking import strange, told, unlike
 from rlstitch.cache import keep, kept
 from rlstitch.lengths import message
 from rlstitch.prompts import PromptSet, read_prompts
@@ -41,14 +42,40 @@ def read_data(config: DataConfig, learns_from: str = "prompts") -> PromptSet:
 def build_pictures(where: str, node: dict[str, Any], kind: str = "images") -> tuple[Tensor, list[str]]:
     """Pictures uint8 in the shape that `kind` has in DIMENSIONS, and a prompt each ('' for none), of the part at `where`. Raises UserError where it gives anything else."""
     made, said = cfg.build(node), f"'{where}': {node['_target_']} gives"
+    if not isinstance(made, tuple | list) or len(made) != 2:
+        raise UserError(f"{said} {told(made)}, not pictures (a tensor, uint8 {DIMENSIONS[kind][1]}) and a list of prompts")
+    return _as_said(said, *made, kind)
+
+
+def build_measured(where: str, node: dict[str, Any], kind: str) -> tuple[list[Tensor], list[str], Tensor]:
+    """What the part at `where` gives to measure by: pictures uint8 [N, 3, H, W], a prompt each and a truth [N], float, to rank them by (`graded`); or both pictures of
+    pairs under one prompt, and whether the first is the better one, bool (`pairs`). Raises UserError where it gives anything else."""
+    made, said, sides = cfg.build(node), f"'{where}': {node['_target_']} gives", 2 if kind == "pairs" else 1
+    if not isinstance(made, tuple | list) or len(made) != sides + 2:
+        raise UserError(f"{said} {told(made)}, not {sides} x pictures, a list of prompts and a truth")
+    *pictures, prompts, truth = made
+    sound = [_as_said(said, side, prompts, "images") for side in pictures]
+    if (
+        not isinstance(truth, Tensor)
+        or truth.shape != (len(prompts),)
+        or (truth.dtype != torch.bool if kind == "pairs" else unlike(truth, truth.shape))
+    ):
+        wanted = "which first pictures are the better ones, bool" if kind == "pairs" else "a truth, float"
+        raise UserError(f"{said} {told(truth)} in the last place, not {wanted} [{len(prompts)}]")
+    return [side for side, _ in sound], sound[0][1], truth
+
+
+def _as_said(said: str, pictures: Any, prompts: Any, kind: str) -> tuple[Tensor, list[str]]:
     dimensions, shape, example = DIMENSIONS[kind]
-    if not isinstance(made, tuple | list) or len(made) != 2 or not isinstance(made[0], Tensor) or not isinstance(made[1], tuple | list):
-        raise UserError(f"{said} {type(made).__name__}, not pictures (a tensor, uint8 {shape}) and a list of prompts")
-    pictures, prompts = made[0], list(made[1])
+    if not isinstance(pictures, Tensor) or not isinstance(prompts, tuple | list):
+        raise UserError(f"{said} {told(pictures)} and {told(prompts)}, not pictures (a tensor, uint8 {shape}) and a list of prompts")
+    prompts = list(prompts)
     if pictures.ndim != dimensions or pictures.shape[-3] != 3 or (kind == "pairs" and pictures.shape[1] != 2):
         raise UserError(
             f"{said} {list(pictures.shape)}, but {kind} {shape} are wanted: use one that gives them, such as rlstitch.shapes.images.{example}"
         )
+    if kind_of := strange(pictures):
+        raise UserError(f"{said} a {kind_of} tensor, not plain pictures: return .to_dense() or what holds their pixels")
     if pictures.dtype != torch.uint8:
         raise UserError(
             f"{said} {str(pictures.dtype).removeprefix('torch.')}, not uint8 from 0 to 255: of floats in [0, 1], (255 * pictures).round().to(torch.uint8)"

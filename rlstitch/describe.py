@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rlstitch import checkpoint, lengths, schedule, scheduler, stages
+from rlstitch import checkpoint, lengths, protocols, schedule, scheduler, stages
 from rlstitch import config as cfg
 from rlstitch.checks import counted, geometry, halts
 from rlstitch.data import read_prompts
@@ -114,9 +114,11 @@ def describe(config: RunConfig) -> str:
 
     cut = geometry(config, counted(config))
     with init_empty_weights():
-        sizes = cfg.load_class(config.model["_target_"]).parameter_counts(config.model["path"], config.lora.rank)
+        sizes = protocols.asked(
+            "model", cfg.load_class(config.model["_target_"]), "parameter_counts", config.model["path"], config.lora.rank, default={}
+        )
     width = 2 if config.model.get("dtype") in ("bfloat16", "float16") else 4
-    base, trained = sum(v for k, v in sizes.items() if k != "lora"), sizes["lora"]
+    base, trained = sum(v for k, v in sizes.items() if k != "lora"), sizes.get("lora", 0)
     partitions = cut.world if config.distributed.zero_stage else 1
     memory = base * width + trained * 4 * 3 + trained * 8 / partitions
     e = config.evaluation
@@ -127,7 +129,7 @@ def describe(config: RunConfig) -> str:
     ]
     more = [
         f"geometry: {cut}",
-        "parameters: " + ", ".join(f"{k} {v / 1e6:.2f} M" for k, v in sizes.items()),
+        "parameters: " + (", ".join(f"{k} {v / 1e6:.2f} M" for k, v in sizes.items()) or "not told by this backbone"),
         f"memory without activations: about {memory / 2**20:.0f} MiB a rank (frozen weights {base * width / 2**20:.0f}, LoRA with gradient, EMA and AdamW {(memory - base * width) / 2**20:.0f})",
     ]
     return whole([*goals(config), *steps], config, more)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlstitch import sampling, telling
-from rlstitch.asking import ask
+from rlstitch.asking import ask, breakdown
 from rlstitch.data import PromptSet
 from rlstitch.distributed import Engine
 from rlstitch.figures import known
@@ -99,6 +99,6 @@ def means_of(scores: Mapping[str, Tensor], rewards: Mapping[str, Reward], rows: 
         if lost := int((~there).sum()):
             means[f"unscored/{name}"] = lost
         if isinstance(rewards[name], Judge) and bool(there.any()):
-            parts = rewards[name].breakdown(column[there], [row for row, one in zip(rows, there.tolist()) if one])
+            parts = breakdown(name, rewards[name], column[there], [row for row, one in zip(rows, there.tolist()) if one])
             means |= {name: parts.pop("overall")} | {f"{name}/{k}": v for k, v in parts.items()}
     return means

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rlstitch import config as cfg
+from rlstitch import protocols
 from rlstitch.prompts import PromptSet, read_prompts
 from rlstitch.schema import RunConfig
 from rlstitch.types import UserError
@@ -12,10 +13,10 @@ from rlstitch.types import UserError
 Cut = list[tuple[str, int, int]]  # (prompt, its tokens, the limit)
 
 
-def cut_by(node: dict[str, Any], prompts: list[str]) -> Cut:
+def cut_by(kind: str, node: dict[str, Any], prompts: list[str]) -> Cut:
     """The prompts that a recipe's model or reward would cut; of a class without `cut_prompts` none are known. Raises UserError where its tokenizer cannot be read."""
-    counter = getattr(cfg.load_class(node["_target_"]), "cut_prompts", None)
-    return counter({k: v for k, v in node.items() if k != "_target_"}, prompts) if counter else []
+    options = {k: v for k, v in node.items() if k != "_target_"}
+    return protocols.asked(kind, cfg.load_class(node["_target_"]), "cut_prompts", options, prompts, default=[])
 
 
 def message(cut: Cut, count: int, allow: str) -> str:
@@ -37,7 +38,7 @@ def fitting(
     if truncate or not {"path", "_target_"} <= model.keys() or any(f.startswith(("'model", "unknown key 'model")) for f in faults):
         return prompts
     try:
-        if cut := cut_by(model, prompts.prompts):
+        if cut := cut_by("model", model, prompts.prompts):
             faults.append(f"'{where}': {message(cut, len(prompts), allow)}")
     except UserError as error:
         faults.append(f"'model.path': {error}")
@@ -46,7 +47,7 @@ def fitting(
 
 def unread(rewards: dict[str, Any], prompts: list[str]) -> list[str]:
     """A line for each reward, given by its node, that reads no more than the beginning of some prompts."""
-    found = {name: cut for name, node in rewards.items() if (cut := cut_by(node, prompts))}
+    found = {name: cut for name, node in rewards.items() if (cut := cut_by("reward", node, prompts))}
     return [
         f"reward '{name}' reads the first {cut[0][2]} tokens of a prompt: {len(cut)} of {len(prompts)} are longer, and it does not see their ends"
         for name, cut in found.items()

@@ -18,12 +18,20 @@ SIGNS = ("DefaultCPUAllocator: can't allocate memory", "not enough memory: you t
 
 def out_of_memory(error: BaseException) -> bool:
     """Memory that ran out, the accelerator's or the machine's; it is the job's affair, in whatever part it happened."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in str(error) for sign in SIGNS)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in words(error) for sign in SIGNS)
+
+
+def words(error: BaseException) -> str:
+    """What an exception says; of a user's class even that may fail."""
+    try:
+        return str(error)
+    except Exception:
+        return "(its message cannot be read)"
 
 
 def asked_for(error: BaseException) -> str:
     """What an error says it wanted: " (2.50 GiB were asked for)"; empty where it says nothing."""
-    found = re.search(r"tried to allocate ([\d.]+) ?(\w+)", str(error), re.IGNORECASE)
+    found = re.search(r"tried to allocate ([\d.]+) ?(\w+)", words(error), re.IGNORECASE)
     if found is None:
         return ""
     amount, unit = found.groups()

@@ -5,6 +5,7 @@ A recipe that came from somewhere else must not run what is no part: nothing of 
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 import sys
@@ -13,14 +14,18 @@ import traceback
 import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, Literal
 
 from torch import Tensor
 
-from rlstitch.asking import failed, one_line, out_of_memory
+from rlstitch.asking import PartError, by_signal, failed, inside, one_line, sharing, show, told
 from rlstitch.filling import nearest
+from rlstitch.memory import out_of_memory
+from rlstitch.ranges import Count, misfit
 from rlstitch.types import UserError
 
 OURS = "rlstitch."
@@ -31,7 +36,19 @@ METHODS = {  # of each kind of class: what is called on it, and with how many ar
     "algorithm": {"rollout": 2, "score": 1, "losses": None, "end_step": 1, "state": 0, "load_state": 1, "faults": 2, "backwards": 2},
     "model": {"encode_prompts": 1, "velocity": 3, "bind": 1, "encode": 1, "decode": 1},
 }
-FLAGS = {"algorithm": ("learns_from", "needs_oracle", "whole_groups", "balances", "needs_gradient", "collects", "keeps_old")}
+CUT, WHY = list[tuple[Any, int, int]], list[tuple[str, str]]
+STATIC = {  # of each kind of class: what is asked of the class itself, with how many arguments, and what that gives; beyond METHODS it need not be there
+    "reward": {"unreadable": (1, str), "cut_prompts": (2, CUT), "faults": (1, WHY)},
+    "algorithm": {"faults": (2, list[str]), "backwards": (2, Count)},
+    "model": {"cut_prompts": (2, CUT), "faults": (1, WHY), "count_image_tokens": (2, Count), "parameter_counts": (2, dict[str, int])},
+}
+FLAGS = ("needs_oracle", "whole_groups", "balances", "needs_gradient", "collects", "keeps_old")
+SAID = {  # of each kind of class: what it says of itself; an algorithm says all of it, others what they like, or once they are built
+    "reward": {"differentiable": bool},
+    "oracle": {"differentiable": bool, "sigma_range": tuple[float, float]},
+    "algorithm": {"learns_from": Literal["prompts", "images", "pairs"], **dict.fromkeys(FLAGS, bool)},
+    "model": {"parts": tuple[str, ...]},
+}
 RESULTS = {  # of each kind of function: what it returns
     "images": tuple[Tensor, list[str]],
     "pairs": tuple[Tensor, Tensor, list[str], Tensor],
@@ -43,6 +60,7 @@ NAMES = {"model": "a backbone", "oracle": "an oracle", "algorithm": "an algorith
     "pairs": "a function that gives preference pairs", "graded": "a function that gives graded pictures"
 }  # fmt: skip
 
+_UNSAID = object()
 _USERS: dict[str, str] = {}  # modules of parts that are not of this project, and the `_target_` that named them
 
 
@@ -59,24 +77,33 @@ def load_class(target: Any) -> Any:
     module, _, name = text.rpartition(".")
     _refuse_standard(text, module)
     try:
-        found = import_module(module)
+        with sharing(f"'_target_: {text}': {module}"):
+            return _of_module(text, import_module(module), name)
     except ImportError as error:
         raise UserError(
             f"'_target_: {text}' cannot be imported ({one_line(error)}): install its package, or put the folder that holds it on PYTHONPATH"
         ) from error
-    except (Exception, SystemExit) as error:
+    except UserError:
+        raise
+    except BaseException as error:
+        if by_signal(error):
+            raise
+        show(error)
         raise UserError(
             f"'_target_: {text}' cannot be imported, {module} fails with {one_line(error)} (RLSTITCH_TRACEBACK=1 shows where)"
         ) from error
+
+
+def _of_module(text: str, found: ModuleType, name: str) -> Any:
     if name not in vars(found):
         names = [n for n, v in vars(found).items() if inspect.isclass(v) or inspect.isfunction(v)]
-        raise UserError(f"'_target_: {text}': {module} has no '{name}'{nearest(name, names)}")
+        raise UserError(f"'_target_: {text}': {found.__name__} has no '{name}'{nearest(name, names)}")
     part = vars(found)[name]
     if not inspect.isclass(part) and not inspect.isfunction(part):
         raise UserError(f"'_target_: {text}' is a {type(part).__name__}, neither a class nor a function that makes a part")
     _refuse_standard(text, part.__module__)
-    if not ours(part.__module__):
-        _USERS[part.__module__] = text
+    inherited = (base.__module__ for base in getattr(part, "__mro__", ()) if not _installed(base.__module__))
+    _USERS.update(dict.fromkeys((m for m in (part.__module__, *inherited) if not ours(m)), text))
     return part
 
 
@@ -98,20 +125,30 @@ def naming() -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:
+    except BaseException as error:
         frames = [frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)]
         part = next((_USERS[module] for module in reversed(frames) if module in _USERS), None)
-        if part is None or out_of_memory(error):
+        if part is None or by_signal(error) or out_of_memory(error):
             raise
         raise failed(part, error) from error
 
 
+def theirs() -> list[str]:
+    """The `_target_`s that are not of this project, as far as they have been loaded."""
+    return list(dict.fromkeys(_USERS.values()))
+
+
 def unfit(kind: str, part: Any) -> str:
     """Why a class or function is no part of this kind (a key of METHODS or RESULTS), '' where it is one. Nothing of it is called."""
-    wrong = _misfit(kind, part)
+    try:
+        wrong = _misfit(kind, part)
+        other = next((k for k in (*METHODS, *RESULTS) if k != kind and not _misfit(k, part)), None) if wrong else None
+    except BaseException as error:  # of a metaclass, or of a signature that it makes up
+        if by_signal(error):
+            raise
+        return f"cannot be looked at: {failed('asking for its attributes', error)}"
     if not wrong:
         return ""
-    other = next((k for k in (*METHODS, *RESULTS) if k != kind and not _misfit(k, part)), None)
     return f"is {NAMES.get(other, f'a {other}')}, not {_called(kind)}" if other else f"is not {_called(kind)}: {wrong}"
 
 
@@ -123,10 +160,24 @@ def _misfit(kind: str, part: Any) -> str:
     if kind in METHODS:
         if not inspect.isclass(part):
             return f"it must be a class with {', '.join(METHODS[kind])}"
-        methods = METHODS[kind]
-        lacking = [name for name in methods if not _takes(part, name, methods[name])]
-        lacking += [name for name in FLAGS.get(kind, ()) if not hasattr(part, name)]
-        return f"it has no {', no '.join(f'{n}({_arguments(methods[n])})' if n in methods else n for n in lacking)}" if lacking else ""
+        if getattr(part, "_is_protocol", False) or inspect.isabstract(part):
+            return f"it is {'a protocol' if getattr(part, '_is_protocol', False) else 'abstract'}, which says what a part must have; name a class that has it"
+        inspect.signature(part)
+        methods, static = METHODS[kind], STATIC.get(kind, {})
+        lacking = [name for name in methods if name not in static and not _takes(part, name, methods[name])]
+        lacking += [name for name in static if name in methods and not hasattr(part, name)]
+        lacking += [name for name in SAID.get(kind, {}) if kind == "algorithm" and not hasattr(part, name)]
+        if lacking:
+            return f"it has no {', no '.join(f'{n}({_arguments(methods[n])})' if n in methods else n for n in lacking)}"
+        found = {name: said(part, name, _UNSAID) for name in SAID.get(kind, {})}
+        odd = [f"its {n} {fault}" for n, v in found.items() if v is not _UNSAID and (fault := misfit(v, SAID[kind][n]))]
+        odd += [
+            f"its {n} must be known before it is built, not by a property" for n, v in found.items() if v is _UNSAID and kind == "algorithm"
+        ]
+        odd += [
+            f"its {name} must be a static method with {_arguments(n)}" for name, (n, _) in static.items() if not _asked_with(part, name, n)
+        ]
+        return ", and ".join(odd)
     if not inspect.isfunction(part):
         return "it must be a function"
     takes = inspect.signature(part).parameters
@@ -136,7 +187,7 @@ def _misfit(kind: str, part: Any) -> str:
     if returns == RESULTS[kind]:
         return ""
     told = str(RESULTS[kind]).replace("torch.", "").replace("<class '", "").replace("'>", "")
-    if ours(part.__module__) or _installed(part):
+    if ours(part.__module__) or _installed(part.__module__):
         return f"it must return {told}"
     loose = (
         returns is None
@@ -150,9 +201,43 @@ def _arguments(count: int | None) -> str:
     return {None: "...", 0: "", 1: "one argument"}.get(count, f"{count} arguments")
 
 
+def said(cls: type, name: str, default: Any) -> Any:
+    """What a class says of itself before it is built; `default` where it says nothing yet, as with a property."""
+    value = getattr(cls, name, default)
+    return default if inspect.isdatadescriptor(value) or isinstance(value, cached_property) else value
+
+
+def asked(kind: str, cls: Any, name: str, *arguments: Any, default: Any = None) -> Any:
+    """What a class of this kind, which fits it, gives where it is asked by a name in STATIC; `default` where it has no such method. A user's is given copies, and
+    what it gives must be as STATIC says: PartError otherwise."""
+    if not hasattr(cls, name):
+        return default
+    if ours(cls.__module__):
+        return getattr(cls, name)(*arguments)
+    part = f"{cls.__module__}.{cls.__qualname__}.{name}"
+    with inside(part):
+        given = getattr(cls, name)(*copy.deepcopy(arguments))
+        if wrong := misfit(given, STATIC[kind][name][1]):
+            raise PartError(f"{part} gave {told(given)}: it {wrong}")
+    return given
+
+
+def _asked_with(cls: type, name: str, count: int) -> bool:
+    """Whether a class, if it has the method at all, can be asked by it, with so many arguments, without being built."""
+    method = getattr(cls, name, None)
+    if method is None:
+        return True
+    try:
+        inspect.signature(method).bind(*[None] * count)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 def _takes(cls: type, name: str, count: int | None) -> bool:
     """Whether instances have a method that can be called with that many arguments."""
-    raw = next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), None)
+    bases = (base for base in cls.__mro__ if not getattr(base, "_is_protocol", False))  # whose methods are empty
+    raw = next((vars(base)[name] for base in bases if name in vars(base)), None)
     function = raw.__func__ if isinstance(raw, staticmethod | classmethod) else raw
     if not callable(function) or count is None:
         return callable(function)
@@ -171,8 +256,8 @@ def hints(part: Any) -> dict[str, Any]:
         return {}
 
 
-def _installed(function: Any) -> bool:
-    """Whether a function is of an installed package rather than a user's own module."""
-    file = getattr(sys.modules.get(function.__module__), "__file__", None)
+def _installed(module: str) -> bool:
+    """Whether a module is of an installed package, or of Python, rather than a user's own."""
+    file = getattr(sys.modules.get(module), "__file__", None)
     folders = {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib", "stdlib")}
     return file is None or any(folder in Path(file).resolve().parents for folder in folders)

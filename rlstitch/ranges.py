@@ -146,7 +146,8 @@ def misfit(value: Any, hint: Any) -> str:
             return f"must be a list, not {shown(value)}"
         if kind is tuple and ... not in arguments and arguments and len(value) != len(arguments):
             return f"must be a list of {len(arguments)}, not {shown(value)}"
-        entries = [(f"has the entry {k}, which ", v, arguments[0] if arguments else Any) for k, v in enumerate(value, 1)]
+        each = arguments if kind is tuple and ... not in arguments else arguments[:1] * len(value)
+        entries = [(f"has the entry {k}, which ", v, inner) for k, (v, inner) in enumerate(zip(value, each), 1)]
     else:
         return _plain(value, hint) or (Range().fault(value) if hint in (int, float) else "")
     return next((f"{at}{fault}" for at, entry, inner in entries if (fault := misfit(entry, inner))), "")

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from rlstitch.config import load_class
+from rlstitch import protocols
 from rlstitch.files import read_json, require
 from rlstitch.schedule import Shift
 from rlstitch.telling import say
@@ -74,8 +74,10 @@ def of_recipe(where: str, stated: Any, model: dict[str, Any], faults: list[str])
         return None if stated == AUTO else Shift(float(stated))
     try:
         path = require(model.get("path", ""), "the model directory")
-        count = getattr(load_class(model["_target_"]), "count_image_tokens", None)
-        return of_directory(where, stated, path, None if count is None else count(model["path"], model.get("image_size")))
+        count = protocols.asked(
+            "model", protocols.load_class(model["_target_"]), "count_image_tokens", model["path"], model.get("image_size")
+        )
+        return of_directory(where, stated, path, count)
     except (UserError, KeyError) as error:
         faults.append(str(error))
         return None

@@ -19,9 +19,9 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from rlstitch import config as cfg
-from rlstitch import lengths, sampling, schedule, scheduler
-from rlstitch.asking import ask, probe_rewards
-from rlstitch.checks import answered, attempt, judge_faults, part_faults, unknown_rewards, value_cards, without_gradient
+from rlstitch import lengths, protocols, sampling, schedule, scheduler
+from rlstitch.asking import PartError, ask, inside, probe_rewards, told, unlike
+from rlstitch.checks import answered, attempt, judge_faults, part_faults, unknown_rewards, unread, value_cards, without_gradient
 from rlstitch.data import encode
 from rlstitch.distributed import autocast
 from rlstitch.evaluate import means_of, unscored
@@ -105,7 +105,18 @@ def call(
         "trace": trace,
     }
     takes = inspect.signature(method).parameters
-    return (ask or method)(**{k: v for k, v in given.items() if k in takes}, **{k: v for k, v in config.method.items() if k != "_target_"})
+    options = {k: v for k, v in config.method.items() if k != "_target_"}
+    arguments = {k: v for k, v in given.items() if k in takes} | options
+    if ask is not None or protocols.ours(config.method["_target_"]):
+        return (ask or method)(**arguments)
+    with inside(part := config.method["_target_"]):
+        found = method(**arguments)
+        prompts, rows = len(z) // particles_of(config), len(found) if isinstance(found, Tensor) and found.ndim else 0
+        if not rows or rows % prompts or unlike(found, (rows, *z.shape[1:]), floating=True):
+            raise PartError(
+                f"{part} gave {told(found)} for {prompts} prompts, not finished latents [{prompts}, {', '.join(map(str, z.shape[1:]))}] or a multiple of so many"
+            )
+    return found
 
 
 def in_spreads(config: SteerConfig) -> bool:
@@ -163,10 +174,17 @@ def checked(given: dict[str, Any], name: str) -> SteerConfig:
         cards = value_cards(config, faults)
         oracle = cfg.load_class(config.oracle["_target_"])
         faults += [] if cards else unknown_rewards("oracle.weights", list(weights), config.rewards)
+        faults += (
+            []
+            if prompts is None
+            else unread("oracle.weights", weights, config.rewards, prompts, "take prompts that it reads, or another reward")
+        )
         blind = not cards and bool(without_gradient(weights, config.rewards))
         if not faults:
             grid = schedule.sigmas(sampler.num_steps, shift, sampler.spacing)
-            faults += _rehearsal(config, grid, answered(oracle, cards), not blind and getattr(oracle, "differentiable", True) is not False)
+            faults += _rehearsal(
+                config, grid, answered(oracle, cards), not blind and protocols.said(oracle, "differentiable", True) is not False
+            )
     if faults := faults + parts:
         raise cfg.report(list(dict.fromkeys(faults)), name)
     return config
@@ -196,15 +214,15 @@ class Job:
         if config.threads:
             torch.set_num_threads(config.threads)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.backbone = cfg.build(config.model, device=device)
+        self.backbone = cfg.build(config.model, "model", device=device)
         names = dict.fromkeys([*config.oracle["weights"], *config.judges])
-        self.rewards = {name: cfg.build(config.rewards[name], device=device) for name in names}
+        self.rewards = {name: cfg.build(config.rewards[name], "reward", device=device) for name in names}
         prompts = read_prompts(config.prompts, config.column)
         probe_rewards(self.rewards, names, prompts.two(), self.backbone.image_size, device)
         values = load_values(config.oracle, config.values, self.backbone, self.rewards)
         if config.lora:
             self.backbone.load_lora(config.lora)  # after the values, whose prefixes are the base's
-        self.oracle = cfg.build(config.oracle, backbone=self.backbone, rewards=self.rewards, values=values)
+        self.oracle = cfg.build(config.oracle, "oracle", backbone=self.backbone, rewards=self.rewards, values=values)
         self.terminal = Terminal(self.backbone, self.rewards, config.oracle["weights"])
         count = min(config.max_prompts or len(prompts), len(prompts))
         rows = [i for i in range(count) for _ in range(config.images_per_prompt)]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlstitch import checkpoint, lock, memory, report, resume, schedule, scheduler, stages, tracker
+from rlstitch import checkpoint, lock, memory, protocols, report, resume, schedule, scheduler, stages, tracker
 from rlstitch import config as cfg
 from rlstitch.asking import PartError, probe_rewards
 from rlstitch.checks import geometry
@@ -46,9 +46,11 @@ class Trainer:
         method = cfg.load_class(config.algorithm["_target_"])
         prompts = {p.data.prompts: read_data(p.data, method.learns_from) for p in parts}
         self.geometry = geometry(config, min(map(len, prompts.values())))
-        stops = [cfg.build(p.stop) if p.stop else End() for p in parts]
+        stops = [cfg.build(p.stop, "stop") if p.stop else End() for p in parts]
         reach = [stop.steps(config.sampler.num_steps) for stop in stops]
-        self.slots = method.backwards(config.algorithm, range(min(r.start for r in reach), max(r.stop for r in reach)))
+        self.slots = protocols.asked(
+            "algorithm", method, "backwards", config.algorithm, range(min(r.start for r in reach), max(r.stop for r in reach))
+        )
         self.engine = Engine(
             zero_stage=config.distributed.zero_stage,
             precision=config.distributed.precision,
@@ -59,8 +61,8 @@ class Trainer:
         )
         self.engine.where = lambda: f"{self.clock.now} of update {self.step + 1}"
         device = str(self.engine.device)
-        self.backbone = cfg.build(config.model, device=device)
-        self.rewards = {name: cfg.build(node, device=device) for name, node in config.rewards.items()}
+        self.backbone = cfg.build(config.model, "model", device=device)
+        self.rewards = {name: cfg.build(node, "reward", device=device) for name, node in config.rewards.items()}
         held_out = read_prompts(config.evaluation.prompts, config.evaluation.column)
         asked = [(list(part.oracle.get("weights", ())), prompts[part.data.prompts]) for part in parts] + [
             (config.evaluation.rewards, held_out)
@@ -79,14 +81,9 @@ class Trainer:
         self.held_out = encode(self.backbone, held_out, truncate=cut, engine=self.engine)
         lora = config.lora
         self.policy = Policy(
-            self.backbone.transformer,
-            rank=lora.rank,
-            alpha=lora.alpha,
-            targets=self.backbone.lora_targets,
-            seed=config.seed,
-            ema_decay=config.ema_decay,
-            old=method.keeps_old,
-        )
+            self.backbone.transformer, rank=lora.rank, alpha=lora.alpha, targets=self.backbone.lora_targets, seed=config.seed,
+            ema_decay=config.ema_decay, old=method.keeps_old,
+        )  # fmt: skip
         o = config.optimiser
         optimiser = torch.optim.AdamW(self.policy.parameters(), lr=o.lr, betas=(o.beta1, o.beta2), weight_decay=o.weight_decay, eps=o.eps)
         self.engine.prepare(self.backbone.transformer, optimiser, self.policy.parameters())
@@ -95,7 +92,7 @@ class Trainer:
             stages.Stage(
                 name,
                 end,
-                cfg.build(part.oracle, backbone=self.backbone, rewards=self.rewards, values=self.values) if part.oracle else None,
+                cfg.build(part.oracle, "oracle", backbone=self.backbone, rewards=self.rewards, values=self.values) if part.oracle else None,
                 stop,
                 UpdateStream(prompts[part.data.prompts], self.geometry, config.seed),
             )
@@ -105,15 +102,9 @@ class Trainer:
         shift = scheduler.resolve("sampler.shift", config.sampler.shift, self.backbone)
         self.grid = schedule.sigmas(config.sampler.num_steps, shift, config.sampler.spacing)
         self.algorithm = cfg.build(
-            config.algorithm,
-            backbone=self.backbone,
-            policy=self.policy,
-            oracle=self.stages[0].oracle,
-            grid=self.grid,
-            guidance=config.sampler.guidance,
-            shift=shift,
-            images_per_prompt=config.batch.images_per_prompt,
-        )
+            config.algorithm, "algorithm", backbone=self.backbone, policy=self.policy, oracle=self.stages[0].oracle, grid=self.grid,
+            guidance=config.sampler.guidance, shift=shift, images_per_prompt=config.batch.images_per_prompt,
+        )  # fmt: skip
         self.refresher = (
             Refresher(config.refresh, self.values, self.backbone, self.rewards, self.engine, guidance=config.sampler.guidance)
             if config.refresh.fraction
@@ -238,20 +229,25 @@ class Trainer:
     def _learn(self, rollout: Rollout, sums: dict[str, Tensor], *compared: Any) -> None:
         """Every loss of one micro-batch, each with its backward before the next is made."""
         with self.clock.phase("update"):
-            parts = self.algorithm.losses(rollout, *compared)
+            parts, made = self.algorithm.losses(rollout, *compared), 0
             while True:
                 with self.engine.autocast():
                     part = next(parts, None)
                 if part is None:
-                    return
+                    break
                 self.engine.backward(part[0])
                 for key, value in part[1].items():
                     sums[key] = sums.get(key, 0.0) + known_sum(value)
+                made += 1
+        if made != self.slots:  # which the gradient is divided by
+            raise PartError(
+                f"'algorithm' {self.config.algorithm['_target_']} made {made} losses of a micro-batch, but its backwards says {self.slots}"
+            )
 
     def _learn_together(self, rollouts: list[Rollout], scores: Tensor, groups: Tensor, sums: dict[str, Tensor]) -> None:
         """Compare the samples of all ranks by their scores [B, K] and prompts [B], then learn from this rank's own."""
         weights, metrics = self.algorithm.compare(rollouts, scores, groups)
-        self.scorer.check(scores, groups, self.algorithm.oracle, self.step + 1, metrics["masked"])
+        self.scorer.check(scores, groups, self.algorithm.oracle, self.step + 1, metrics.get("masked"))
         sizes = [len(r.batch) for r in rollouts]
         mine = weights[self.engine.rank * sum(sizes) :][: sum(sizes)]
         for rollout, part in zip(rollouts, mine.split(sizes)):

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "rlstitch"
 # A module may import rooms of a smaller number, its own room's helpers, and nothing above.
 FLOORS = {
     "types": 0, "ranges": 0, "strict_yaml": 0, "figures": 0, "paths": 0.1,
-    "schema": 0.2, "memory": 0.3, "telling": 0.4, "asking": 0.5, "filling": 0.5, "protocols": 0.6,
+    "schema": 0.2, "memory": 0.3, "telling": 0.4, "asking": 0.5, "filling": 0.5, "protocols": 0.6, "holding": 0.65,
     "files": 0.7, "config": 1, "distributed": 1, "interrupt": 1,
     "zero": 0.5, "watch": 0.5, "lock": 1, "tracker": 1.5, "resume": 5,
     "schedule": 1, "scheduler": 2, "weights": 2,

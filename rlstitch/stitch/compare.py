@@ -17,8 +17,8 @@ import torch
 from rlstitch import config as cfg
 from rlstitch import scheduler
 from rlstitch.asking import probe_rewards
-from rlstitch.checks import attempt, part_faults, unknown_rewards
-from rlstitch.data import build_pictures, encode, read_prompts
+from rlstitch.checks import attempt, part_faults, unknown_rewards, unread
+from rlstitch.data import build_measured, build_pictures, encode, read_prompts
 from rlstitch.distributed import resolve_precision
 from rlstitch.files import write_json, write_text
 from rlstitch.lengths import fitting
@@ -80,7 +80,11 @@ def checked(given: dict[str, Any], name: str) -> CompareConfig:
     config, faults = cfg.fill(CompareConfig, given)
     faults += part_faults(config) + unknown_rewards("compare", list(config.compare), config.rewards)
     scheduler.of_recipe("calibration.shift", config.calibration.shift, config.model, faults)
-    fitting(faults, "calibration.prompts", config.calibration.prompts, config.calibration.column, config.model)
+    prompts = fitting(faults, "calibration.prompts", config.calibration.prompts, config.calibration.column, config.model)
+    if prompts is not None:
+        faults += unread(
+            "compare", config.compare, config.rewards, prompts, "take prompts that it reads (calibration.prompts), or leave it out"
+        )
     for where, nodes in (("held_out", {"": config.held_out}), ("pairs", config.pairs), ("graded", config.graded)):
         for key, node in nodes.items():
             faults += cfg.check_part(f"{where}.{key}".rstrip("."), node, kind=where.replace("held_out", "images"))
@@ -109,7 +113,7 @@ class Comparison:
         if config.threads:
             torch.set_num_threads(config.threads)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.backbone = cfg.build(config.model, device=self.device)
+        self.backbone = cfg.build(config.model, "model", device=self.device)
         self.held, self.captions = build_pictures("held_out", config.held_out)
         self.latents = latents_of(self.backbone, self.held)
         self.text = self.backbone.encode_prompts(self.captions)
@@ -132,7 +136,7 @@ class Comparison:
 
     @cached_property
     def rewards(self) -> dict[str, Any]:
-        rewards = {name: cfg.build(self.config.rewards[name], device=self.device) for name in self.config.compare}
+        rewards = {name: cfg.build(self.config.rewards[name], "reward", device=self.device) for name in self.config.compare}
         probe_rewards(rewards, rewards, self.prompts[:1].interleave(2), self.backbone.image_size, self.device)
         return rewards
 
@@ -163,30 +167,28 @@ class Comparison:
         if reads_text:
             texts = reward.embed_texts(self.captions)
             clean |= {"recall_at_1": measure.recall(targets, texts), "recall_at_1_text_to_image": measure.recall(texts, targets)}
-        pairs = cfg.build(config.pairs[name]) if name in config.pairs else None
-        graded = cfg.build(config.graded[name]) if name in config.graded else None
+        pairs = build_measured(f"pairs.{name}", config.pairs[name], "pairs") if name in config.pairs else None
+        graded = build_measured(f"graded.{name}", config.graded[name], "graded") if name in config.graded else None
         if pairs:
-            sides = tuple(latents_of(self.backbone, side) for side in pairs[:2])
-            pair_text = self.backbone.encode_prompts(pairs[2])
-            batch = measure.batch_of(pairs[2])
-            a, b = (reward.score_embedding(targets_of(reward, side)[0], batch) for side in pairs[:2])
-            clean["pair_accuracy"] = float(((a > b).cpu() == pairs[3]).float().mean())
+            both, pair_prompts, first_wins = pairs
+            sides = tuple(latents_of(self.backbone, side) for side in both)
+            pair_text, batch = self.backbone.encode_prompts(pair_prompts), measure.batch_of(pair_prompts)
+            a, b = (reward.score_embedding(targets_of(reward, side)[0], batch) for side in both)
+            clean["pair_accuracy"] = float(((a > b).cpu() == first_wins).float().mean())
         if graded:
-            graded_latents, graded_text = latents_of(self.backbone, graded[0]), self.backbone.encode_prompts(graded[1])
-            clean["srcc"] = measure.srcc(
-                reward.score_embedding(targets_of(reward, graded[0])[0], measure.batch_of(graded[1])).cpu(), graded[2]
-            )
+            (looks,), look_prompts, truth = graded
+            graded_latents, graded_text = latents_of(self.backbone, looks), self.backbone.encode_prompts(look_prompts)
+            found = reward.score_embedding(targets_of(reward, looks)[0], measure.batch_of(look_prompts))
+            clean["srcc"] = measure.srcc(found.cpu(), truth)
         c = config.calibration
         for subject in subjects:
             say(f"{name}: {subject.name}")
             if reads_text and subject.embed is not None:
                 _merge(rows[subject.name], measure.retrieval(subject, reward, self.latents, self.captions, self.text, config.sigmas))
             if pairs:
-                _merge(rows[subject.name], measure.pair_accuracy(subject, sides, pairs[2], pairs[3], pair_text, config.sigmas))
+                _merge(rows[subject.name], measure.pair_accuracy(subject, sides, pair_prompts, first_wins, pair_text, config.sigmas))
             if graded:
-                _merge(
-                    rows[subject.name], measure.rank_agreement(subject, graded_latents, graded[2], graded[1], graded_text, config.sigmas)
-                )
+                _merge(rows[subject.name], measure.rank_agreement(subject, graded_latents, truth, look_prompts, graded_text, config.sigmas))
             _merge(rows[subject.name], measure.calibrations(subject, references, name, c.rollouts))
         if "monte_carlo" in config.rivals:
             for n in (1, c.extra):

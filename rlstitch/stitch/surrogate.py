@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 from rlstitch import config as cfg
 from rlstitch import scheduler
 from rlstitch.asking import ask, probe_rewards
-from rlstitch.checks import part_faults
+from rlstitch.checks import part_faults, unread
 from rlstitch.data import PromptSet, encode, read_prompts
 from rlstitch.distributed import autocast
 from rlstitch.files import require, write_json
@@ -73,7 +74,11 @@ def checked(given: dict[str, Any], name: str) -> SurrogateConfig:
         faults.append(
             f"'generate.count' must be positive, not {config.generate.count}: the surrogate learns from the model's pictures alone"
         )
-    fitting(faults, "held_out", config.held_out, "", config.model, "generate.truncate", config.generate.truncate)
+    held = fitting(faults, "held_out", config.held_out, "", config.model, "generate.truncate", config.generate.truncate)
+    with suppress(UserError):  # told by generate_faults
+        for where, prompts in (("held_out", held), ("generate.prompts", read_prompts(config.generate.prompts, config.generate.column))):
+            remedy = f"take prompts that it reads ({where})"
+            faults += [] if prompts is None else unread("rewards", config.rewards, config.rewards, prompts, remedy)
     cfg.named(config, name, faults)
     if faults:
         raise cfg.report(faults, name)
@@ -162,9 +167,9 @@ def run(config: SurrogateConfig) -> dict[str, Any]:
     folder = ready(Path(config.out) / config.name)
     torch.manual_seed(config.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    backbone = cfg.build(config.model, device=device)
+    backbone = cfg.build(config.model, "model", device=device)
     name, node = next(iter(config.rewards.items()))
-    black_box, start = cfg.build(node, device=device), cfg.build(config.start, device=device)
+    black_box, start = cfg.build(node, "reward", device=device), cfg.build(config.start, "reward", device=device)
     seen, held_out = (
         encode(backbone, read_prompts(path, column), truncate=config.generate.truncate, allow="generate.truncate")
         for path, column in ((config.generate.prompts, config.generate.column), (config.held_out, ""))
@@ -190,7 +195,7 @@ def run(config: SurrogateConfig) -> dict[str, Any]:
     scale, offset = student.line.detach().tolist()
     card: dict[str, Any] = {"scale": scale, "offset": offset, "of": node, "start": config.start, "train_loss": last}
     write_json(folder / "surrogate.json", card)
-    built = cfg.build(config.start | {"path": str(folder), "scale": "surrogate"}, device=device)
+    built = cfg.build(config.start | {"path": str(folder), "scale": "surrogate"}, "reward", device=device)
     with torch.no_grad():
         predicted = torch.cat(
             [
