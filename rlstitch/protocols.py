@@ -224,8 +224,8 @@ def asked(kind: str, cls: Any, name: str, *arguments: Any, default: Any = None) 
 
 def _asked_with(cls: type, name: str, count: int) -> bool:
     """Whether a class, if it has the method at all, can be asked by it, with so many arguments, without being built."""
-    method = getattr(cls, name, None)
-    if method is None:
+    method = getattr(cls, name, _UNSAID)
+    if method is _UNSAID:
         return True
     try:
         inspect.signature(method).bind(*[None] * count)
