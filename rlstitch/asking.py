@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from numbers import Real
 from typing import Any
 
@@ -99,12 +101,13 @@ def show(error: BaseException) -> None:
 def ask(name: str, reward: Any, images: Tensor, batch: Batch) -> Tensor:
     """What a reward says of pictures [B, 3, H, W]: [B] float32 on their device, with gradient where it has one. A score may be NaN or infinite.
 
-    Raises PartError with the reward's name where it fails, gives anything but B real numbers, or writes into the pictures.
+    Raises PartError with the reward's name where it fails, gives anything but B real numbers, or writes into the pictures. What else it reads, it is lent as a copy.
     """
     part = f"reward '{name}'"
     version = None if images.is_inference() else images._version
+    lent = replace(batch, prompts=[*batch.prompts], facts=copy.deepcopy(batch.facts), group=batch.group.clone(), seeds=batch.seeds.clone())
     with inside(part):
-        scores = reward.score(images, batch)
+        scores = reward.score(images, lent)
         if wrong := unlike(scores, (len(images),), of=f" for {len(images)} pictures"):
             raise PartError(f"{part} gave {wrong}: return one number a picture")
     if version is not None and images._version != version:

@@ -11,7 +11,7 @@ import math
 import os
 import typing
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 
 import torch
@@ -21,8 +21,8 @@ from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from rlstitch import watch, zero
-from rlstitch.asking import PartError
+from rlstitch import protocols, watch, zero
+from rlstitch.asking import PartError, inside
 from rlstitch.types import UserError
 
 T = typing.TypeVar("T")
@@ -185,13 +185,15 @@ class Engine:
         """Backward of one micro-batch's mean loss; gradients add up on this rank until `step`. A loss that is not finite spoils the whole update."""
         self._spoiled += ~torch.isfinite(loss.detach())  # looked at once, in `step`
         loss = loss / self.accumulation
-        if not self.zero_stage:
-            self.accelerator.backward(loss)
-            return
-        # DeepSpeed's own accumulation counts calls of its forward, which nobody makes: the denoiser is called by itself
-        if not self.deepspeed.inside_no_sync_ctxt:
-            self._adding.enter_context(self.deepspeed.coalesce_grad_reduction())
-        self.deepspeed.backward(loss)
+        others = protocols.theirs()  # what fails in the gradient of a user's part fails in torch, which names nobody
+        with inside(f"the gradient of a loss through {', '.join(others)}") if others and self.world == 1 else nullcontext():
+            if not self.zero_stage:
+                self.accelerator.backward(loss)
+                return
+            # DeepSpeed's own accumulation counts calls of its forward, which nobody makes: the denoiser is called by itself
+            if not self.deepspeed.inside_no_sync_ctxt:
+                self._adding.enter_context(self.deepspeed.coalesce_grad_reduction())
+            self.deepspeed.backward(loss)
 
     def step(self) -> float | None:
         """One optimiser step along the mean over micro-batches and ranks; -> the gradient's norm before clipping, or None where the update was skipped for what is
@@ -220,8 +222,12 @@ class Engine:
             p.grad = None
 
     def _gradients(self) -> list[Tensor]:
-        """What has added up for each parameter; zeros where nothing has."""
+        """What has added up for each parameter; zeros where nothing has. PartError where no loss of the update has reached any: an optimiser would move them all the same."""
         missing = [p for p in self.parameters if p.grad is None]
+        if len(missing) == len(self.parameters):
+            raise PartError(
+                "no loss of this update has a gradient with respect to the policy's weights: the algorithm, or its oracle, has cut it off"
+            )
         with gathered(missing):
             for p in missing:
                 p.grad = torch.zeros_like(p)

@@ -12,7 +12,6 @@ from rlstitch import holding, protocols
 from rlstitch.asking import PartError, ask, breakdown, inside
 from rlstitch.interrupt import noted
 from rlstitch.types import Batch, Conditioning, Latent, Reward, Rollout, UserError
-from tests.test_train import world  # noqa: F401  (a fixture)
 
 HERE = __name__
 BATCH = Batch(["a", "b"], torch.arange(2), torch.arange(2), [{}, {}])
@@ -224,7 +223,9 @@ def test_what_a_method_must_not_give_is_told_by_its_name(method):
 
 def fits(method, value):
     """What is nonsense for most and not for all."""
-    return (method in ("algorithm.state", "algorithm.losses") and isinstance(value, dict | list)) or (method == "stop.draw" and type(value) is int)
+    return (method in ("algorithm.state", "algorithm.losses") and isinstance(value, dict | list)) or (
+        method == "stop.draw" and type(value) is int
+    )
 
 
 def test_a_part_keeps_its_class_and_ours_are_not_touched():

@@ -1,0 +1,125 @@
+"""Parts of a user's own, recipes and weights that break what they promise, in whole jobs: named in one line, before anything is built where that can be known."""
+
+import os
+import shutil
+
+import pytest
+import torch
+
+from rlstitch import cli
+from rlstitch import config as cfg
+from rlstitch.asking import PartError
+from rlstitch.checks import checked
+from rlstitch.evaluate import means_of
+from rlstitch.types import UserError
+from tests.test_holding import Mine, Stop
+from tests.test_jobs import train
+from tests.test_train import world  # noqa: F401  (a fixture)
+
+HERE = __name__
+
+
+class Unreading(Mine):
+    @staticmethod
+    def unreadable(rows):
+        return "needs boxes" if any("boxes" not in row for row in rows) else ""
+
+
+class Leaving(Stop):
+    """It keeps to its protocol for one update."""
+
+    calls = 0
+
+    def steps(self, num_steps):
+        return range(num_steps, num_steps + 1)
+
+    def draw(self, num_steps, seed):
+        type(self).calls += 1
+        if type(self).calls > 1:
+            raise SystemExit(0)
+        return num_steps
+
+
+PIXELS = (
+    "oracle={_target_: rlstitch.oracles.Terminal, weights: {clip: 1.0}}",
+    "updates=2",
+    "evaluation.final=[raw]",
+    "evaluation.max_prompts=2",
+)
+
+
+def test_rewards_that_cannot_read_their_prompts_are_told_wherever_they_are_asked(world):  # noqa: F811
+    mine = [f"rewards.mine={{_target_: {HERE}.Unreading}}", f"recipe={world / 'recipe.yaml'}", "check=true"]
+    for key, more in (
+        ("oracle.weights", [PIXELS[0].replace("clip", "mine"), "stop={_target_: rlstitch.stops.End}"]),
+        ("evaluation.rewards", ["evaluation.rewards=[clip, mine]"]),
+    ):
+        with pytest.raises(UserError, match=f"'{key}' names 'mine', which needs boxes: ") as error:
+            checked(*reversed(cli.recipe_and_overrides([*mine, *more])))
+        assert str(error.value).count("needs boxes") == 1
+    boxed = world / "boxed.jsonl"
+    boxed.write_text('{"prompt": "a red star", "boxes": []}\n')
+    for stage, fits in (("", True), (world / "prompts.txt", False)):
+        stages = f"stages=[{{updates: 1}}, {{updates: 1, prompts: '{stage}'}}]"
+        given = cli.recipe_and_overrides(
+            [*mine, PIXELS[0].replace("clip", "mine"), "stop={_target_: rlstitch.stops.End}", f"data.prompts={boxed}", stages]
+        )
+        if fits:
+            checked(*reversed(given))
+        else:
+            with pytest.raises(UserError, match="stage '2': 'oracle.weights' names 'mine', which needs boxes"):
+                checked(*reversed(given))
+
+
+def test_a_stop_that_leaves_in_training_ends_the_run_with_its_checkpoint(world):  # noqa: F811
+    Leaving.calls = 0
+    with pytest.raises(PartError, match=rf"^{HERE}\.Leaving\.draw failed: SystemExit: 0 \(.*\)\. Update 1 is kept"):
+        train(world, "left", *PIXELS, f"stop={{_target_: {HERE}.Leaving}}")
+    assert [f.name for f in (world / "runs" / "left" / "checkpoints").iterdir()] == ["step-000001"]
+
+
+def test_means_are_made_of_what_a_judge_may_give():
+    scores = {"mine": torch.tensor([1.0, 2.0])}
+    assert means_of(scores, {"mine": Mine()}, [{}, {}]) == {"mine": 1.5, "mine/red": 1.0}
+    own = type("Own", (Mine,), {"breakdown": lambda *a: {"red": 1.0}})
+    with pytest.raises(PartError, match="'mine' has no 'overall'"):
+        means_of(scores, {"mine": own()}, [{}, {}])
+
+
+# ---------------------------------------------------------------------------------------------------- recipes and folders by name
+
+
+def test_recipes_that_cannot_be_are_told_in_one_line(tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "big.yaml").write_text("x: 1\n" * 300_000)
+    (tmp_path / "lacking.yaml").write_text("use: [nowhere]\n")
+    for name, said in (
+        ("x" * 5000, "no recipe has the name 'xx"),
+        ("x" * 300, "no recipe 'xx"),
+        ("~nobody/x", "no recipe '~nobody/x'"),
+        (tmp_path, "is a folder: name a .yaml file"),
+        (tmp_path / "pipe.yaml", "is no plain file: name a .yaml file"),
+        (tmp_path / "big.yaml", "has 1500000 bytes: it is no recipe"),
+        (tmp_path / "lacking.yaml", "lacking.yaml: no recipe 'nowhere'"),
+        ("a\nb", "no recipe has the name"),
+    ):
+        with pytest.raises(UserError, match=said) as error:
+            cli.recipe_and_overrides([f"recipe={name}"])
+        assert "\n" not in str(error.value) and str(error.value).count(str(tmp_path)) <= 1
+        with pytest.raises(UserError, match="is no run folder"):
+            cli.run_and_overrides([f"run={name}"])
+    for path in ("~nobody/x", "x" * 5000):
+        (fault,) = cfg.own_faults("model", {"_target_": "rlstitch.backbones.sd3.SD3Backbone", "path": path}, "model") or cfg.check_part(
+            "model", {"_target_": "rlstitch.backbones.sd3.SD3Backbone", "path": path}, kind="model"
+        )
+        assert fault.startswith("'model.path'") and "\n" not in fault
+
+
+def test_weights_that_are_all_zero_are_no_model(sd3_dir, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(sd3_dir, tmp_path / "zero")
+    file = tmp_path / "zero" / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({k: torch.zeros_like(v) for k, v in load_file(file).items()}, file)
+    with pytest.raises(UserError, match="the transformer of .* holds nothing but zeros"):
+        cfg.build({"_target_": "rlstitch.backbones.sd3.SD3Backbone", "path": str(tmp_path / "zero")}, "model")
