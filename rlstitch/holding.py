@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rlstitch.asking import PartError, inside, strange, told, unlike
-from rlstitch.protocols import ours
+from rlstitch.protocols import CUT, ours
 from rlstitch.ranges import Count, misfit
 from rlstitch.types import Batch, Conditioning, Latent, Rollout
 
@@ -240,6 +240,12 @@ def _text(backbone: Any, given: Any, prompts: Any) -> Conditioning:
     return given
 
 
+def _too_long(backbone: Any, given: Any, prompts: Any) -> Any:
+    if wrong := misfit(given, CUT):
+        raise Unfit(f"{told(given)}: it {wrong}")
+    return given
+
+
 def _encoded(backbone: Any, given: Any, images: Tensor) -> Tensor:
     return _tensor(given, len(images), *backbone.latent_shape)
 
@@ -259,6 +265,12 @@ def _embedded(reward: Any, given: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
+def _inputs(reward: Any, given: Any, images: Tensor, last: int) -> Any:
+    if not isinstance(given, tuple | list) or len(given) != last:
+        raise Unfit(f"{told(given)}, not the inputs of {last} blocks")
+    return [_tensor(tokens, len(images), None, None, where="tokens that are ") for tokens in given]
+
+
 def _anything(part: Any, given: Any, *arguments: Any, **options: Any) -> Any:
     return given
 
@@ -275,10 +287,19 @@ RULES: dict[str, dict[str, Callable[..., Any]]] = {
         "state": _state,
         "load_state": _anything,
     },
-    "model": {"velocity": _velocity, "bind": _bound, "encode_prompts": _text, "encode": _encoded, "decode": _decoded},
+    "model": {
+        "velocity": _velocity,
+        "bind": _bound,
+        "encode_prompts": _text,
+        "too_long": _too_long,
+        "encode": _encoded,
+        "decode": _decoded,
+    },
     "reward": {
         "patches": lambda reward, given, images: _tensor(given, len(images), None, None),
+        "inputs_of_block": _inputs,
         "encode": _embedded,
+        "tail": lambda reward, given, j: _of(torch.nn.Module, given, "a module (tokens, cls) -> (embedding, tokens)"),
         "embed_texts": lambda reward, given, prompts: _tensor(given, len(prompts), None),
         "score_embedding": lambda reward, given, embedding, batch: _tensor(given, len(embedding)),
         "head_of": lambda reward, given, embedding: _tensor(given, len(embedding)),

@@ -61,7 +61,7 @@ NAMES = {"model": "a backbone", "oracle": "an oracle", "algorithm": "an algorith
 }  # fmt: skip
 
 _UNSAID = object()
-_USERS: dict[str, str] = {}  # modules of parts that are not of this project, and the `_target_` that named them
+_USERS: dict[str, dict[str, None]] = {}  # modules of parts that are not of this project, and the `_target_`s that named them, in order
 
 
 def ours(target: Any) -> bool:
@@ -103,7 +103,9 @@ def _of_module(text: str, found: ModuleType, name: str) -> Any:
         raise UserError(f"'_target_: {text}' is a {type(part).__name__}, neither a class nor a function that makes a part")
     _refuse_standard(text, part.__module__)
     inherited = (base.__module__ for base in getattr(part, "__mro__", ()) if not _installed(base.__module__))
-    _USERS.update(dict.fromkeys((m for m in (part.__module__, *inherited) if not ours(m)), text))
+    for module in (part.__module__, *inherited):
+        if not ours(module):
+            _USERS.setdefault(module, {})[text] = None
     return part
 
 
@@ -126,16 +128,17 @@ def naming() -> Iterator[None]:
     except UserError:
         raise
     except BaseException as error:
-        frames = [frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)]
-        part = next((_USERS[module] for module in reversed(frames) if module in _USERS), None)
-        if part is None or by_signal(error) or out_of_memory(error):
+        frames = [(f.f_globals.get("__name__"), f.f_code.co_qualname.split(".")[0]) for f, _ in traceback.walk_tb(error.__traceback__)]
+        found = next(((_USERS[module], name) for module, name in reversed(frames) if module in _USERS), None)
+        if found is None or by_signal(error) or out_of_memory(error):
             raise
-        raise failed(part, error) from error
+        targets, name = found  # of the parts of that module, the one whose own code it was
+        raise failed(next((t for t in targets if t.endswith(f".{name}")), [*targets][-1]), error) from error
 
 
 def theirs() -> list[str]:
     """The `_target_`s that are not of this project, as far as they have been loaded."""
-    return list(dict.fromkeys(_USERS.values()))
+    return list(dict.fromkeys(target for targets in _USERS.values() for target in targets))
 
 
 def unfit(kind: str, part: Any) -> str:

@@ -174,17 +174,14 @@ def checked(given: dict[str, Any], name: str) -> SteerConfig:
         cards = value_cards(config, faults)
         oracle = cfg.load_class(config.oracle["_target_"])
         faults += [] if cards else unknown_rewards("oracle.weights", list(weights), config.rewards)
-        faults += (
-            []
-            if prompts is None
-            else unread("oracle.weights", weights, config.rewards, prompts, "take prompts that it reads, or another reward")
-        )
         blind = not cards and bool(without_gradient(weights, config.rewards))
         if not faults:
             grid = schedule.sigmas(sampler.num_steps, shift, sampler.spacing)
             faults += _rehearsal(
                 config, grid, answered(oracle, cards), not blind and protocols.said(oracle, "differentiable", True) is not False
             )
+        if prompts is not None:
+            faults += unread("oracle.weights", weights, config.rewards, prompts, "take prompts that it reads, or another reward")
     if faults := faults + parts:
         raise cfg.report(list(dict.fromkeys(faults)), name)
     return config

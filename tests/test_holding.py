@@ -102,6 +102,9 @@ class Backbone:
     def encode_prompts(self, prompts):
         return Conditioning(torch.zeros(len(prompts), 3, 2), torch.zeros(len(prompts), 2))
 
+    def too_long(self, prompts):
+        return []
+
     def velocity(self, z, sigma, text=None, *, guidance=1.0):
         return z.clone()
 
@@ -143,6 +146,7 @@ CALLS = {  # of each method: how a job asks it
     "model.velocity": lambda part: part.velocity(LATENT.z, LATENT.sigma, None),
     "model.bind": lambda part: part.bind(None)(LATENT.z, LATENT.sigma),
     "model.encode_prompts": lambda part: part.encode_prompts(["a", "b"]),
+    "model.too_long": lambda part: part.too_long(["a", "b"]),
     "model.encode": lambda part: part.encode(torch.zeros(2, 3, 4, 4)),
     "model.decode": lambda part: part.decode(LATENT.z),
     "reward.breakdown": lambda part: breakdown("mine", part, torch.ones(2), [{}, {}]),
@@ -163,6 +167,7 @@ NONSENSE = [
     ones(2, 3, device="meta"),
     ones(2, 3) * 1j,
 ]
+FITTING = {"algorithm.state": dict, "algorithm.losses": list | dict, "model.too_long": list, "stop.draw": int}  # of it
 WRONG = {  # beyond nonsense, which fits nothing: what each method must not give
     "stop.steps": [range(0), range(0, 3), range(2, 9), [2, 3], range(4, -1, -1)],
     "stop.draw": [1, 5, 0, -1, 2.0, True, torch.tensor(2), float("nan")],
@@ -176,6 +181,7 @@ WRONG = {  # beyond nonsense, which fits nothing: what each method must not give
     "model.velocity": [ones(1, 4, 2, 2), ones(2, 4, 2, 1), ones(2, 4, 2, 2).int(), ones(2, 4, 2, 2).double(), ones(2, 4, 2, 2).to_sparse()],
     "model.bind": [lambda z, sigma: ones(1, 4, 2, 2), lambda z, sigma: None, lambda z: z, leaving(SystemExit(0))],
     "model.encode_prompts": [Conditioning(ones(1, 3, 2), ones(1, 2)), Conditioning(None, None), ones(2, 3)],
+    "model.too_long": [[1], [("a", 1)], [("a", 30, 20.5)]],
     "model.encode": [ones(1, 4, 2, 2), ones(2, 4, 4, 4)],
     "model.decode": [ones(1, 3, 4, 4), ones(2, 4, 4, 4), ones(2, 3, 8, 8), ones(2, 3, 4, 4, dtype=torch.uint8)],
     "reward.breakdown": [{"red": 1.0}, {"overall": None}, {"overall": "x"}, {"overall": True}, {"overall": ones(1)}, {1: 2.0, "overall": 1.0}],
@@ -203,7 +209,7 @@ def test_what_a_method_must_not_give_is_told_by_its_name(method):
     kind, _, name = method.partition(".")
     CALLS[method](holding.built(kind, KINDS[kind]))  # the sound one passes
     said = "'mine'" if kind == "reward" else f"{HERE}.Own"
-    nonsense = () if name in ("end_step", "load_state") else [n for n in NONSENSE if not fits(method, n)]
+    nonsense = () if name in ("end_step", "load_state") else [n for n in NONSENSE if not isinstance(n, FITTING.get(method, ()))]
     for wrong in [*nonsense, *WRONG.get(method, [])]:
         kind, own = giving(method, lambda *a, wrong=wrong, **k: wrong)
         assert not protocols.unfit(kind, own)
@@ -219,13 +225,6 @@ def test_what_a_method_must_not_give_is_told_by_its_name(method):
         with noted([]), pytest.raises(PartError) as error:
             CALLS[method](holding.built(kind, own))
         assert said in str(error.value) and told in str(error.value)
-
-
-def fits(method, value):
-    """What is nonsense for most and not for all."""
-    return (method in ("algorithm.state", "algorithm.losses") and isinstance(value, dict | list)) or (
-        method == "stop.draw" and type(value) is int
-    )
 
 
 def test_a_part_keeps_its_class_and_ours_are_not_touched():
