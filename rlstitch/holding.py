@@ -242,7 +242,7 @@ def _text(backbone: Any, given: Any, prompts: Any) -> Conditioning:
 
 def _too_long(backbone: Any, given: Any, prompts: Any) -> Any:
     if wrong := misfit(given, CUT):
-        raise Unfit(f"{told(given)}: it {wrong}")
+        raise Unfit(f"something that {wrong}")
     return given
 
 

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from rlstitch.asking import PartError, by_signal, failed, inside, one_line, sharing, show, told
+from rlstitch.asking import PartError, by_signal, failed, inside, one_line, sharing, show
 from rlstitch.filling import nearest
 from rlstitch.memory import out_of_memory
 from rlstitch.ranges import Count, misfit
@@ -221,7 +221,7 @@ def asked(kind: str, cls: Any, name: str, *arguments: Any, default: Any = None) 
     with inside(part):
         given = getattr(cls, name)(*copy.deepcopy(arguments))
         if wrong := misfit(given, STATIC[kind][name][1]):
-            raise PartError(f"{part} gave {told(given)}: it {wrong}")
+            raise PartError(f"{part} gave something that {wrong}")
     return given
 
 
