@@ -123,7 +123,7 @@ def test_any_json_that_is_not_what_it_should_be_is_told_with_file_and_remedy(tmp
         assert str(file) in str(error.value) and str(error.value).endswith("make it anew")
     file.write_text("\ufeff" + json.dumps(good))
     assert read_json(file, "the card", **fields) == good
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is a folder, not a file"):
         read_json(tmp_path, "the card")
 
 
