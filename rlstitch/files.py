@@ -224,8 +224,8 @@ def _files(folder: Path, what: str, variant: str | None) -> list[Path]:
         if (whole := folder / f"{stem}{dot}.safetensors").is_file():
             return [whole]
         if (index := folder / f"{stem}.safetensors.index{dot}.json").is_file():
-            names = sorted(set(read_json(index, f"the index of {what}", weight_map=dict)["weight_map"].values()))
-            if lacking := [n for n in names if Path(n).name != n or not (folder / n).is_file()]:
+            names = sorted(set(read_json(index, f"the index of {what}", weight_map=dict)["weight_map"].values()), key=str)
+            if lacking := [str(n) for n in names if not isinstance(n, str) or Path(n).name != n or not (folder / n).is_file()]:
                 raise UserError(f"{what} in {folder} lacks {', '.join(lacking[:5])}, which {index.name} names: download it whole")
             return [folder / name for name in names]
     return []

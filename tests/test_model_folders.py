@@ -161,6 +161,10 @@ def _pickles(folder):
     (folder / "vae" / "diffusion_pytorch_model.safetensors").rename(folder / "vae" / "diffusion_pytorch_model.bin")
 
 
+def _cut(file):
+    file.write_bytes(file.read_bytes()[:-9])
+
+
 BROKEN = {
     "another pipeline": (lambda f: edited(f / "model_index.json", _class_name="FluxPipeline"), {}, "'model.path': .*FluxPipeline, not a StableDiffusion3Pipeline"),
     "no index": (lambda f: (f / "model_index.json").unlink(), {}, "'model.path': .*model_index.json"),
@@ -168,6 +172,14 @@ BROKEN = {
     "pickles": (_pickles, {}, "'model.path': .*diffusion_pytorch_model.bin.*save_pretrained"),
     "no weights": (lambda f: (f / "text_encoder" / "model.safetensors").unlink(), {}, "'model.path': the text_encoder .*no weights"),
     "older config": (lambda f: edited(f / "vae" / "config.json", use_quant_conv="drop", use_post_quant_conv="drop"), {}, '"use_quant_conv": false and "use_post_quant_conv": false'),
+    "an index of another kind": (lambda f: edited(f / "model_index.json", text_encoder=5), {}, "'model.path': .*text_encoder is 5"),
+    "no first encoder": (lambda f: edited(f / "model_index.json", text_encoder=[None, None]), {}, "'model.path': .*text_encoder is .None, None."),
+    "no limit of tokens": (lambda f: edited(f / "tokenizer_2" / "tokenizer_config.json", model_max_length="drop"), {}, "'model.path': .*tokenizer_2.*model_max_length"),
+    "an endless limit": (lambda f: edited(f / "tokenizer" / "tokenizer_config.json", model_max_length=10**30), {}, "'model.path': .*model_max_length 1e.30"),
+    "no patches": (lambda f: edited(f / "transformer" / "config.json", patch_size=0), {}, "'model.path': .*patch_size 0, which must be a positive"),
+    "no scale": (lambda f: edited(f / "vae" / "config.json", scaling_factor=float("nan")), {}, "'model.path': .*scaling_factor nan"),
+    "a config of no object": (lambda f: (f / "text_encoder_2" / "config.json").write_text("[]"), {}, "'model.path': the config of the text_encoder_2 .*list"),
+    "a cut file": (lambda f: _cut(f / "text_encoder" / "model.safetensors"), {}, "'model.path': .*text_encoder/model.safetensors cannot be read as safetensors"),
     "too large": (lambda f: None, {"image_size": 68}, "'model.image_size': 68 is beyond the 64 pixels"),
     "odd size": (lambda f: None, {"image_size": 18}, "'model.image_size': 18 does not divide into patches of 4"),
     "half on a CPU": (lambda f: None, {"dtype": "float16"}, "'model.dtype': float16"),

@@ -291,7 +291,11 @@ class SD3Backbone:
         }
         if parts["text_encoder_3"] is None:
             parts["tokenizer_3"] = None
-        pipeline = StableDiffusion3Pipeline.from_pretrained(self.path, transformer=None, vae=None, local_files_only=True, **parts)
+        others = dict.fromkeys(("transformer", "vae", "scheduler"))  # which text does not need
+        try:
+            pipeline = StableDiffusion3Pipeline.from_pretrained(self.path, **others, local_files_only=True, **parts)
+        except Exception as error:  # diffusers raises many kinds for a missing or damaged file
+            raise UserError(f"the text encoders of model '{self.path}' cannot be loaded: {str(error).strip().splitlines()[0]}") from error
         pipeline.transformer = self.transformer  # for its joint_attention_dim, where there is no T5
         return pipeline.to(self.device)
 
