@@ -20,6 +20,9 @@ def test_geometry_gives_the_same_samples_on_any_number_of_ranks(world):
     assert g.samples == 32 and g.micro_batch <= 6 and g.micro_batch * g.accumulation * world == 32
     for update in (0, 1, 7):
         expected = next(whole.batches(update, 0))
+        wide, rows = expected[2:4].interleave(2), torch.tensor([2, 2, 3, 3])
+        assert wide.prompts == [expected.prompts[k] for k in rows] and len(wide.facts) == 4
+        assert torch.equal(wide.seeds, expected.seeds[rows]) and torch.equal(wide.group, expected.group[rows])
         got = [b for rank in range(world) for b in stream.batches(update, rank)]
         assert [p for b in got for p in b.prompts] == expected.prompts
         assert torch.equal(torch.cat([b.seeds for b in got]), expected.seeds)

@@ -31,6 +31,8 @@ def test_adapters_off_is_the_base_bit_for_bit(backbone):
         base = backbone.velocity(z, sigma, text)
         policy = policy_on(backbone)
         assert torch.equal(backbone.velocity(z, sigma, text), base), "B = 0 at the start"
+        sets = policy.state_dict()
+        assert all(torch.equal(v, sets[k.replace("raw.", "ema.", 1)]) for k, v in sets.items()), "A is the same in all sets"
         nudge(policy)
         assert not torch.allclose(backbone.velocity(z, sigma, text), base)
         with policy.use(REFERENCE):
@@ -47,6 +49,11 @@ def test_use_never_changes_what_trains(backbone):
         with policy.use(name):
             assert {n for n, p in backbone.transformer.named_parameters() if p.requires_grad} == trains
     assert {n for n, p in backbone.transformer.named_parameters() if p.requires_grad} == trains
+    with policy.use(EMA):
+        with policy.use(REFERENCE):
+            assert policy.active == REFERENCE
+        assert policy.active == EMA
+    assert policy.active == CURRENT
     z, sigma, text = inputs(backbone)
     backbone.velocity(z, sigma, text).sum().backward()
     assert all(p.grad is not None for p in policy.parameters())

@@ -79,6 +79,6 @@ def test_linear_sde_mean_and_std_by_hand():
 
 def test_stops():
     assert End().draw(10, 3) == 10 and list(End().steps(10)) == [10]
-    assert Fixed(4).draw(10, 3) == 4
+    assert Fixed(4).draw(10, 3) == 4 and list(Fixed(4).steps(10)) == [4] and UniformWindow(3, 7).steps(10) == range(3, 8)
     drawn = [UniformWindow(3, 7).draw(10, seed) for seed in range(400)]
     assert set(drawn) == {3, 4, 5, 6, 7} and drawn == [UniformWindow(3, 7).draw(10, seed) for seed in range(400)]

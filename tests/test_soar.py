@@ -82,14 +82,20 @@ def test_the_upper_end_is_one_as_released_unless_a_ratio_is_asked_for(backbone, 
     asked, sigma = highest(upper_ratio=1.1)
     limit = (1.1 * sigma).clamp(max=1)
     assert bool((asked <= limit + 1e-6).all()) and bool((asked > 0.97 * limit).all())
+    far, _ = highest(upper_ratio=9.0)
+    assert bool((far > 0.95).all()) and bool((far <= 1).all())
 
 
 @pytest.mark.parametrize("points,weight", [(6, 1.0), (3, 0.5)])
-def test_terms_are_weighted_by_their_counts(backbone, batch, points, weight):
+def test_terms_are_weighted_by_their_counts(backbone, batch, points, weight, monkeypatch):
+    """And the denoiser is told levels of the training table alone."""
     algorithm = soar(backbone, points=points, weight=weight)
     rollout = algorithm.rollout(batch, 0)
+    told, plain = [], backbone.velocity
+    monkeypatch.setattr(backbone, "velocity", lambda z, sigma, *a, **k: (told.extend(sigma.tolist()), plain(z, sigma, *a, **k))[1])
     with torch.no_grad():
         parts = list(algorithm.losses(rollout))
+    assert len(told) == len(batch) * (1 + points) and set(told) <= set(schedule.training_table(algorithm.shift).tolist())
     main, extra = parts[0][1]["flow_matching"], [m["correction"] for _, m in parts[1:]]
     total, count = objective(parts)
     torch.testing.assert_close(total, (main + weight * sum(extra)) / (1 + weight * points))

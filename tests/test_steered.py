@@ -116,6 +116,10 @@ def test_a_tweedie_value_is_the_next_steps_velocity(backbone, reward, values):
     z = noise_like(backbone.latent_shape, torch.arange(4))
     steering.fk(steered.velocity, steered.value, z, grid, num_particles=2, resample_steps=(0, 1, 2), lam=3.0)
     assert count.rows == 4 * 2 * 4  # 4 steps, both branches, 4 latents: the values cost no call of the denoiser
+    alike, sigma = z[:1].repeat(2, 1, 1, 1), torch.full((2,), 0.5)  # one latent under two prompts is two
+    with torch.no_grad():
+        steered.value(alike, sigma)
+        torch.testing.assert_close(steered.velocity(alike, sigma), backbone.velocity(alike, sigma, batch.text, guidance=4.0))
 
 
 def test_an_adapter_on_the_denoiser_ends_the_sharing(backbone, reward, values):

@@ -202,6 +202,8 @@ def test_fk_without_pull_is_plain_sampling_and_one_proposal_is_plain_fk():
     assert torch.equal(fk(lam=0.0), plain)
     assert torch.equal(fk(num_proposals=1, proposal_steps=(0, 1, 2, 3)), fk())
     assert not torch.equal(fk(), plain)
+    walked = sampling.sample(denoiser, start(16), grid).z
+    assert all(torch.equal(steering.best_of_n(denoiser, guess, start(16), grid, num_particles=1, stop=k), walked) for k in (5, 12, None))
     assert torch.equal(
         steering.svdd(denoiser, guess, start(16), grid, num_proposals=1, kernel=SDE, generator=torch.Generator().manual_seed(3)), plain
     )
