@@ -338,7 +338,9 @@ def read_tensors(path: Path, expected_sha256: str | None = None) -> dict[str, Te
 
 def read_weights(path: Path, expected_sha256: str | None = None) -> dict[str, Tensor]:
     """read_tensors of a model's weights. Raises UserError where they are worth nothing, too."""
-    if told := worthless(tensors := read_tensors(path, expected_sha256)):
+    tensors = read_tensors(path, expected_sha256)
+    odd = [name for name, t in tensors.items() if not t.is_floating_point()]
+    if told := worthless(tensors) or (odd and f"{len(odd)} tensors are whole numbers, e.g. {odd[0]}"):
         raise UserError(f"{path} holds no weights to work with: {told}. Take the file from where it came from again, or make it again")
     return tensors
 

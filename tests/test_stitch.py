@@ -16,7 +16,7 @@ from rlstitch.files import sha256
 from rlstitch.rewards.clip import ClipReward
 from rlstitch.stitch import distill as distilling
 from rlstitch.stitch.distill import DistillConfig, distill, draw_sigma
-from rlstitch.stitch.model import OtherDenoiser, StitchedValueModel, StitchLayer, values
+from rlstitch.stitch.model import OtherDenoiser, StitchedValueModel, StitchLayer, read_card, values
 from rlstitch.stitch.search import features, search, solve
 from rlstitch.types import Batch, Latent, UserError
 from tests.conftest import write_clip, write_sd3
@@ -354,8 +354,25 @@ def test_a_value_file_is_whole_or_refused(backbone, reward, tmp_path):
     stitched(backbone, reward)[0].save_pretrained(tmp_path)
     whole, card = load_file(tmp_path / "value.safetensors"), json.loads((tmp_path / "value.json").read_text())
     name = max(k for k in whole if k.startswith("tail."))
-    for tensors, odd in (({k: v for k, v in whole.items() if k != name}, name), (whole | {"stray": torch.ones(1)}, "stray")):
+    linear, bias = "stitch.linear.weight", "stitch.linear.bias"
+    for tensors, told in (
+        ({k: v for k, v in whole.items() if k != name}, f"is not whole: 1 weights .*{name}"),
+        (whole | {"stray": torch.ones(1)}, "is not whole: 1 weights .*stray"),
+        ({k: v for k, v in whole.items() if k not in (bias, "null_tokens")}, f"is not whole: it has no {bias} and no null_tokens"),
+        (whole | {linear: whole[linear][:, :, 0, 0].clone()}, "for a denoiser of width 0"),
+        (whole | {bias: whole[bias][:-1].clone()}, "does not fit its reward model"),
+        (whole | {name: whole[name].int()}, "are whole numbers"),
+        (whole | {name: whole[name] * torch.nan}, "NaN or Inf"),
+    ):
         save_file(tensors, tmp_path / "value.safetensors")
         (tmp_path / "value.json").write_text(json.dumps(card | {"sha256": sha256(tmp_path / "value.safetensors")}))
-        with pytest.raises(UserError, match=f"is not whole: 1 weights .*{odd}"):
+        with pytest.raises(UserError, match=told):
             StitchedValueModel.from_pretrained(tmp_path, backbone=backbone, reward=reward)
+    save_file(whole, tmp_path / "value.safetensors")
+    for key, value in (("norm", 0), ("reward_block", 0), ("blocks", -1), ("sigma_range", [-3, 7]), ("sigma_range", [0.9, 0.1]), ("device_hours", -1), ("vae_half_sha256", []), ("prefix", "x"), ("prefix", "latent")):  # fmt: skip
+        (tmp_path / "value.json").write_text(json.dumps(card | {key: value}))
+        with pytest.raises(UserError, match=f"value.json: '{'fold' if value == 'latent' else key}'"):
+            read_card(tmp_path)
+    (tmp_path / "value.json").write_text(json.dumps(card | {"reward_block": 99, "sha256": sha256(tmp_path / "value.safetensors")}))
+    with pytest.raises(UserError, match="does not fit its reward model.*99"):
+        StitchedValueModel.from_pretrained(tmp_path, backbone=backbone, reward=reward)

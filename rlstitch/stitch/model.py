@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,23 @@ from torch.nn import functional as F
 from rlstitch.config import build as build_part
 from rlstitch.config import check_part, load_class
 from rlstitch.files import read_json, read_weights, require, same_vae, sha256, vae_fingerprint, write_json, write_weights
+from rlstitch.ranges import Count, CountOrNone, NotNegative, Positive, Share, misfit
 from rlstitch.types import Batch, Conditioning, Latent, UserError
 
 CARD, WEIGHTS = "value.json", "value.safetensors"
 NAMEABLE = ("rlstitch.backbones.", "rlstitch.rewards.", "rlstitch.shapes.reward")  # modules whose classes a card may name
+
+
+SAID = {  # what stands in a card and can be used, beyond its type
+    "norm": Positive,
+    "blocks": CountOrNone,
+    "reward_block": Count,
+    "sigma_range": tuple[Share, Share],
+    "device_hours": NotNegative,
+    "vae_half_sha256": str,
+    "prefix": Literal["latent"],
+    "fold": Count,
+}
 
 
 class OtherDenoiser(UserError):
@@ -182,6 +195,8 @@ class StitchedValueModel(nn.Module):
         """
         folder, card = require(path, "the value model"), read_card(path)
         tensors = read_weights(require(folder / WEIGHTS, "the value model's weights"), card["sha256"])
+        if lacking := [n for n in ("stitch.linear.weight", "stitch.linear.bias", "null_tokens", "null_pooled") if n not in tensors]:
+            raise UserError(f"value model '{path}' is not whole: it has no {' and no '.join(lacking)}: restore it or stitch it again")
         given = next((part.device for part in (backbone, reward) if part is not None), "cpu")
         where = str(given if device is None else device)
         backbone = build(card.get("backbone"), "model", where) if backbone is None else backbone
@@ -189,13 +204,17 @@ class StitchedValueModel(nn.Module):
         check_vae(card, backbone.path, path)
         linear, on_latents = tensors["stitch.linear.weight"], card.get("prefix") == "latent"
         width = backbone.latent_shape[0] * card["fold"] ** 2 if on_latents else backbone.width
-        if linear.shape[1] != width or card["blocks"] > backbone.num_blocks:
+        own = linear.shape[1] if linear.ndim == 4 else 0
+        if own != width or card["blocks"] > backbone.num_blocks:
             raise OtherDenoiser(
-                f"value model '{path}' is for a denoiser of width {linear.shape[1]} cut after block {card['blocks']}; this one has width {width} and {backbone.num_blocks} blocks"
+                f"value model '{path}' is for a denoiser of width {own} cut after block {card['blocks']}; this one has width {width} and {backbone.num_blocks} blocks"
             )
         null = Conditioning(tensors["null_tokens"].to(backbone.dtype), tensors["null_pooled"].to(backbone.dtype)).to(backbone.device)
-        stitch = StitchLayer(linear[:, :, 0, 0].float(), tensors["stitch.linear.bias"].float(), reward.grid)
-        tail = reward.tail(card["reward_block"])
+        try:
+            stitch = StitchLayer(linear[:, :, 0, 0].float(), tensors["stitch.linear.bias"].float(), reward.grid)
+            tail = reward.tail(card["reward_block"])
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"value model '{path}' does not fit its reward model: {error}") from error
         model = cls(
             LatentPrefix(card["fold"]) if on_latents else backbone.make_prefix(card["blocks"], share=share),
             null,
@@ -253,13 +272,16 @@ def read_card(path: str | Path) -> dict[str, Any]:
         "reward_block": int,
         "sigma_range": [float] * 2,
     }
-    return read_json(
-        file,
-        "the value model's card",
-        "take it from where the value model came from, or stitch anew",
-        **plain,
-        **dict.fromkeys(hashes, str),
-    )
+    remedy = "take it from where the value model came from, or stitch anew"
+    card = read_json(file, "the value model's card", remedy, **plain, **dict.fromkeys(hashes, str))
+    wrong = [f"{key!r} {fault}" for key, hint in SAID.items() if key in card and (fault := misfit(card[key], hint))]
+    if card.get("prefix") == "latent" and "fold" not in card:
+        wrong.append("'fold' is missing")
+    if not wrong and not card["sigma_range"][0] < card["sigma_range"][1]:
+        wrong.append(f"'sigma_range' must rise, not {card['sigma_range']}")
+    if wrong:
+        raise UserError(f"the value model's card {file}: {'; '.join(wrong)}: {remedy}")
+    return card
 
 
 def check_vae(card: dict[str, Any], backbone_path: str | Path, path: str | Path) -> None:
