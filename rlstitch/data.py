@@ -43,8 +43,8 @@ def build_pictures(where: str, node: dict[str, Any], kind: str = "images") -> tu
     """Pictures uint8 in the shape that `kind` has in DIMENSIONS, and a prompt each ('' for none), of the part at `where`. Raises UserError where it gives anything else."""
     made, said = cfg.build(node), f"'{where}': {node['_target_']} gives"
     if not isinstance(made, tuple | list) or len(made) != 2:
-        raise UserError(f"{said} {told(made)}, not pictures (a tensor, uint8 {DIMENSIONS[kind][1]}) and a list of prompts")
-    return _as_said(said, *made, kind)
+        raise UserError(f"{said} {type(made).__name__}, not pictures (a tensor, uint8 {DIMENSIONS[kind][1]}) and a list of prompts")
+    return _as_said(said, made, *made, kind)
 
 
 def build_measured(where: str, node: dict[str, Any], kind: str) -> tuple[list[Tensor], list[str], Tensor]:
@@ -54,7 +54,7 @@ def build_measured(where: str, node: dict[str, Any], kind: str) -> tuple[list[Te
     if not isinstance(made, tuple | list) or len(made) != sides + 2:
         raise UserError(f"{said} {told(made)}, not {sides} x pictures, a list of prompts and a truth")
     *pictures, prompts, truth = made
-    sound = [_as_said(said, side, prompts, "images") for side in pictures]
+    sound = [_as_said(said, made, side, prompts, "images") for side in pictures]
     if (
         not isinstance(truth, Tensor)
         or truth.shape != (len(prompts),)
@@ -65,10 +65,10 @@ def build_measured(where: str, node: dict[str, Any], kind: str) -> tuple[list[Te
     return [side for side, _ in sound], sound[0][1], truth
 
 
-def _as_said(said: str, pictures: Any, prompts: Any, kind: str) -> tuple[Tensor, list[str]]:
+def _as_said(said: str, made: Any, pictures: Any, prompts: Any, kind: str) -> tuple[Tensor, list[str]]:
     dimensions, shape, example = DIMENSIONS[kind]
     if not isinstance(pictures, Tensor) or not isinstance(prompts, tuple | list):
-        raise UserError(f"{said} {told(pictures)} and {told(prompts)}, not pictures (a tensor, uint8 {shape}) and a list of prompts")
+        raise UserError(f"{said} {type(made).__name__}, not pictures (a tensor, uint8 {shape}) and a list of prompts")
     prompts = list(prompts)
     if pictures.ndim != dimensions or pictures.shape[-3] != 3 or (kind == "pairs" and pictures.shape[1] != 2):
         raise UserError(
