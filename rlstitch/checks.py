@@ -290,7 +290,7 @@ def halts(config: RunConfig) -> range | None:
     target = config.stop["_target_"]
     if config.check and not protocols.ours(target):
         return None
-    return cfg.build(config.stop, "stop").steps(config.sampler.num_steps)
+    return cfg.build(config.stop, kind="stop").steps(config.sampler.num_steps)
 
 
 def unknown_rewards(where: str, names: list[str], rewards: dict[str, Any]) -> list[str]:

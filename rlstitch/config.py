@@ -152,8 +152,8 @@ def merge(base: dict, over: dict, names: bool = False) -> Any:
     out = type(base)(base)
     if "_target_" in over and over["_target_"] != base.get("_target_", over["_target_"]):
         try:
-            takes = inspect.signature(load_class(over["_target_"])).parameters
-        except (ValueError, TypeError):
+            takes = protocols.takes(load_class(over["_target_"]))
+        except UserError:
             takes = base  # the checks will say what is wrong with the target
         out = type(base)((key, value) for key, value in base.items() if key in takes)
     part = "_target_" in out or "_target_" in over
@@ -276,7 +276,7 @@ def sound(where: str, node: dict[str, Any], kind: str) -> dict[str, Any]:
     return {k: v for k, v in node.items() if k not in bad and k != "_target_"}
 
 
-def build(node: dict[str, Any], kind: str = "", /, **injected: Any) -> Any:
+def build(node: dict[str, Any], kind: str = "", **injected: Any) -> Any:
     """Build a checked `_target_` node; of `injected` it gets what its signature asks for. kind: what it is held to (rlstitch.holding) where it is not of this project."""
     cls = load_class(node["_target_"])
     wanted = inspect.signature(cls).parameters

@@ -18,6 +18,7 @@ from rlstitch.asking import strange, told, unlike
 from rlstitch.cache import keep, kept
 from rlstitch.lengths import message
 from rlstitch.prompts import PromptSet, read_prompts
+from rlstitch.protocols import code_of
 from rlstitch.schema import DataConfig
 from rlstitch.types import Batch, UserError
 
@@ -131,8 +132,10 @@ def encode_pictures(backbone: Any, pictures: Tensor, *, batch_size: int = 4, eng
 
 
 def _pictures_folder(backbone: Any) -> Path | None:
-    """Where latents of pictures are kept, by the weights that made them; None without a cache."""
-    return None if getattr(backbone, "cache", None) is None else backbone.cache / f"pictures-{backbone.picture_fingerprint()}"
+    """Where latents of pictures are kept, by the weights, and by code that is not ours, that made them; None without a cache."""
+    if getattr(backbone, "cache", None) is None:
+        return None
+    return backbone.cache / "-".join(filter(None, ("pictures", backbone.picture_fingerprint(), code_of(backbone))))
 
 
 def _encoded(backbone: Any, pictures: Tensor, folder: Path | None) -> Tensor:

@@ -45,7 +45,9 @@ def built(kind: str, cls: Any, **arguments: Any) -> Any:
     if kind not in RULES or not isinstance(cls, type) or ours(cls.__module__):
         return cls(**arguments)
     target = f"{cls.__module__}.{cls.__qualname__}"
-    part = _held(target, cls, RULES[kind])(**arguments)
+    part = (made := _held(target, cls, RULES[kind]))(**arguments)
+    if not isinstance(part, made):
+        raise PartError(f"{target} made {told(part)}, not one of itself")
     for name, (hint, needed) in ATTRIBUTES.get(kind, {}).items():
         value = getattr(part, name, _NONE)
         if value is _NONE and needed:

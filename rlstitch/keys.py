@@ -74,9 +74,10 @@ def _parts(given: Any, where: str) -> typing.Iterator[tuple[str, dict[str, Any]]
 def _arguments(target: str, prefix: str) -> list[str]:
     try:
         part = load_class(target)
+        takes = protocols.takes(part)
     except UserError as error:
         return [f"  {error}"]
     hints = protocols.hints(part)
-    own = {n: p for n, p in inspect.signature(part).parameters.items() if n not in INJECTED}
+    own = {n: p for n, p in takes.items() if n not in INJECTED}
     lines = [f"  {prefix}{n}{' (needed)' if p.default is p.empty else f' = {p.default!r}'}{told(hints.get(n))}" for n, p in own.items()]
     return _doc(part) + lines

@@ -6,13 +6,14 @@ A recipe that came from somewhere else must not run what is no part: nothing of 
 from __future__ import annotations
 
 import copy
+import hashlib
 import inspect
 import re
 import sys
 import sysconfig
 import traceback
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from importlib import import_module
@@ -136,6 +137,14 @@ def naming() -> Iterator[None]:
         raise failed(next((t for t in targets if t.endswith(f".{name}")), [*targets][-1]), error) from error
 
 
+def code_of(part: Any) -> str:
+    """A hash that names the code of a part that is not of this project, by its class and the files that it and what it inherits are written in; '' of one that is.
+    What is kept for the next time is kept by it, too: it may be of the same weights and yet do something else."""
+    own = dict.fromkeys(base.__module__ for base in type(part).__mro__ if not ours(base.__module__) and not _installed(base.__module__))
+    files = b"".join(Path(str(sys.modules[module].__file__)).read_bytes() for module in own)
+    return hashlib.sha256(type(part).__qualname__.encode() + files).hexdigest()[:16] if own else ""
+
+
 def theirs() -> list[str]:
     """The `_target_`s that are not of this project, as far as they have been loaded."""
     return list(dict.fromkeys(target for targets in _USERS.values() for target in targets))
@@ -144,12 +153,13 @@ def theirs() -> list[str]:
 def unfit(kind: str, part: Any) -> str:
     """Why a class or function is no part of this kind (a key of METHODS or RESULTS), '' where it is one. Nothing of it is called."""
     try:
+        takes(part)
         wrong = _misfit(kind, part)
         other = next((k for k in (*METHODS, *RESULTS) if k != kind and not _misfit(k, part)), None) if wrong else None
     except BaseException as error:  # of a metaclass, or of a signature that it makes up
         if by_signal(error):
             raise
-        return f"cannot be looked at: {failed('asking for its attributes', error)}"
+        return f"cannot be looked at: {error if isinstance(error, UserError) else failed('asking for its attributes', error)}"
     if not wrong:
         return ""
     return f"is {NAMES.get(other, f'a {other}')}, not {_called(kind)}" if other else f"is not {_called(kind)}: {wrong}"
@@ -165,7 +175,6 @@ def _misfit(kind: str, part: Any) -> str:
             return f"it must be a class with {', '.join(METHODS[kind])}"
         if getattr(part, "_is_protocol", False) or inspect.isabstract(part):
             return f"it is {'a protocol' if getattr(part, '_is_protocol', False) else 'abstract'}, which says what a part must have; name a class that has it"
-        inspect.signature(part)
         methods, static = METHODS[kind], STATIC.get(kind, {})
         lacking = [name for name in methods if name not in static and not _takes(part, name, methods[name])]
         lacking += [name for name in static if name in methods and not hasattr(part, name)]
@@ -183,8 +192,7 @@ def _misfit(kind: str, part: Any) -> str:
         return ", and ".join(odd)
     if not inspect.isfunction(part):
         return "it must be a function"
-    takes = inspect.signature(part).parameters
-    if missing := [name for name in PARAMETERS.get(kind, ()) if name not in takes]:
+    if missing := [name for name in PARAMETERS.get(kind, ()) if name not in takes(part)]:
         return f"it does not take {', '.join(missing)}"
     returns = hints(part).get("return")
     if returns == RESULTS[kind]:
@@ -249,6 +257,16 @@ def _takes(cls: type, name: str, count: int | None) -> bool:
     except (TypeError, ValueError):
         return False
     return True
+
+
+def takes(part: Any) -> Mapping[str, inspect.Parameter]:
+    """What a class or function takes. Raises UserError where it cannot be asked that."""
+    try:
+        return inspect.signature(part).parameters
+    except BaseException as error:
+        if by_signal(error):
+            raise
+        raise UserError(f"it cannot be asked what it takes ({one_line(error)})") from error
 
 
 def hints(part: Any) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import os
 import re
 import tempfile
@@ -104,7 +103,7 @@ def call(
         "generator": generator,
         "trace": trace,
     }
-    takes = inspect.signature(method).parameters
+    takes = protocols.takes(method)
     options = {k: v for k, v in config.method.items() if k != "_target_"}
     arguments = {k: v for k, v in given.items() if k in takes} | options
     if ask is not None or protocols.ours(config.method["_target_"]):
@@ -211,15 +210,15 @@ class Job:
         if config.threads:
             torch.set_num_threads(config.threads)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.backbone = cfg.build(config.model, "model", device=device)
+        self.backbone = cfg.build(config.model, kind="model", device=device)
         names = dict.fromkeys([*config.oracle["weights"], *config.judges])
-        self.rewards = {name: cfg.build(config.rewards[name], "reward", device=device) for name in names}
+        self.rewards = {name: cfg.build(config.rewards[name], kind="reward", device=device) for name in names}
         prompts = read_prompts(config.prompts, config.column)
         probe_rewards(self.rewards, names, prompts.two(), self.backbone.image_size, device)
         values = load_values(config.oracle, config.values, self.backbone, self.rewards)
         if config.lora:
             self.backbone.load_lora(config.lora)  # after the values, whose prefixes are the base's
-        self.oracle = cfg.build(config.oracle, "oracle", backbone=self.backbone, rewards=self.rewards, values=values)
+        self.oracle = cfg.build(config.oracle, kind="oracle", backbone=self.backbone, rewards=self.rewards, values=values)
         self.terminal = Terminal(self.backbone, self.rewards, config.oracle["weights"])
         count = min(config.max_prompts or len(prompts), len(prompts))
         rows = [i for i in range(count) for _ in range(config.images_per_prompt)]

@@ -46,7 +46,7 @@ class Trainer:
         method = cfg.load_class(config.algorithm["_target_"])
         prompts = {p.data.prompts: read_data(p.data, method.learns_from) for p in parts}
         self.geometry = geometry(config, min(map(len, prompts.values())))
-        stops = [cfg.build(p.stop, "stop") if p.stop else End() for p in parts]
+        stops = [cfg.build(p.stop, kind="stop") if p.stop else End() for p in parts]
         reach = [stop.steps(config.sampler.num_steps) for stop in stops]
         self.slots = protocols.asked(
             "algorithm", method, "backwards", config.algorithm, range(min(r.start for r in reach), max(r.stop for r in reach))
@@ -61,8 +61,8 @@ class Trainer:
         )
         self.engine.where = lambda: f"{self.clock.now} of update {self.step + 1}"
         device = str(self.engine.device)
-        self.backbone = cfg.build(config.model, "model", device=device)
-        self.rewards = {name: cfg.build(node, "reward", device=device) for name, node in config.rewards.items()}
+        self.backbone = cfg.build(config.model, kind="model", device=device)
+        self.rewards = {name: cfg.build(node, kind="reward", device=device) for name, node in config.rewards.items()}
         held_out = read_prompts(config.evaluation.prompts, config.evaluation.column)
         asked = [(list(part.oracle.get("weights", ())), prompts[part.data.prompts]) for part in parts] + [
             (config.evaluation.rewards, held_out)
@@ -92,7 +92,9 @@ class Trainer:
             stages.Stage(
                 name,
                 end,
-                cfg.build(part.oracle, "oracle", backbone=self.backbone, rewards=self.rewards, values=self.values) if part.oracle else None,
+                cfg.build(part.oracle, kind="oracle", backbone=self.backbone, rewards=self.rewards, values=self.values)
+                if part.oracle
+                else None,
                 stop,
                 UpdateStream(prompts[part.data.prompts], self.geometry, config.seed),
             )
@@ -102,7 +104,7 @@ class Trainer:
         shift = scheduler.resolve("sampler.shift", config.sampler.shift, self.backbone)
         self.grid = schedule.sigmas(config.sampler.num_steps, shift, config.sampler.spacing)
         self.algorithm = cfg.build(
-            config.algorithm, "algorithm", backbone=self.backbone, policy=self.policy, oracle=self.stages[0].oracle, grid=self.grid,
+            config.algorithm, kind="algorithm", backbone=self.backbone, policy=self.policy, oracle=self.stages[0].oracle, grid=self.grid,
             guidance=config.sampler.guidance, shift=shift, images_per_prompt=config.batch.images_per_prompt,
         )  # fmt: skip
         self.refresher = (

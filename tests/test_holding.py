@@ -232,7 +232,7 @@ def test_a_part_keeps_its_class_and_ours_are_not_touched():
     assert (
         isinstance(stop, Stop)
         and type(stop).__qualname__ == "Stop"
-        and type(cfg.build({"_target_": "rlstitch.stops.End"}, "stop")).__mro__[1] is object
+        and type(cfg.build({"_target_": "rlstitch.stops.End"}, kind="stop")).__mro__[1] is object
     )
     for wrong, said in (
         ({"names": ["a"]}, "1 names and 3 weights"),
@@ -377,3 +377,9 @@ def test_ctrl_c_stays_what_it_is_where_it_can_only_be_that():
         with pytest.raises(KeyboardInterrupt):
             with run:
                 signal.raise_signal(signal.SIGINT)
+
+
+def test_what_is_kept_of_a_part_is_kept_by_its_code(backbone):
+    assert protocols.code_of(backbone) == ""
+    own = holding.built("model", Backbone)
+    assert protocols.code_of(own) == protocols.code_of(Backbone()) != protocols.code_of(Mine())

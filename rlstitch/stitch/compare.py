@@ -113,7 +113,7 @@ class Comparison:
         if config.threads:
             torch.set_num_threads(config.threads)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.backbone = cfg.build(config.model, "model", device=self.device)
+        self.backbone = cfg.build(config.model, kind="model", device=self.device)
         self.held, self.captions = build_pictures("held_out", config.held_out)
         self.latents = latents_of(self.backbone, self.held)
         self.text = self.backbone.encode_prompts(self.captions)
@@ -136,7 +136,7 @@ class Comparison:
 
     @cached_property
     def rewards(self) -> dict[str, Any]:
-        rewards = {name: cfg.build(self.config.rewards[name], "reward", device=self.device) for name in self.config.compare}
+        rewards = {name: cfg.build(self.config.rewards[name], kind="reward", device=self.device) for name in self.config.compare}
         probe_rewards(rewards, rewards, self.prompts[:1].interleave(2), self.backbone.image_size, self.device)
         return rewards
 

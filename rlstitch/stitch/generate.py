@@ -18,6 +18,7 @@ from rlstitch.distributed import autocast, resolve_precision
 from rlstitch.files import cache_folder, weights_fingerprint
 from rlstitch.lengths import fitting
 from rlstitch.prompts import PromptSet
+from rlstitch.protocols import code_of
 from rlstitch.ranges import AutoShift, Count, CountOrNone, GridSteps, Guidance, NotEmpty, Seed, Text
 from rlstitch.telling import progress, say
 from rlstitch.types import noise_like
@@ -61,6 +62,7 @@ def generate(backbone: Any, prompts: PromptSet, config: GenerateConfig, label: s
         "shift": shift.factor if shift == schedule.Shift(shift.factor) else dataclasses.asdict(shift),
         "shape": list(backbone.latent_shape),
         "dtype": str(backbone.dtype),
+        **({"code": code} if (code := code_of(backbone)) else {}),
     }
     file = cache_folder() / "generations" / f"{hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]}.safetensors"
     if (found := kept(file)) is not None:

@@ -180,7 +180,7 @@ def run(recipe: StitchRecipe) -> StitchedValueModel:
     folder = ready(Path(recipe.out) / recipe.name)
     torch.manual_seed(recipe.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    backbone, reward = cfg.build(recipe.model, "model", device=device), cfg.build(recipe.reward, "reward", device=device)
+    backbone, reward = cfg.build(recipe.model, kind="model", device=device), cfg.build(recipe.reward, kind="reward", device=device)
     if recipe.kind == "stitch" and recipe.max_reward_block > reward.num_blocks:
         raise UserError(f"'max_reward_block' is {recipe.max_reward_block}, but the reward has {reward.num_blocks} blocks")
     images, _ = build_pictures("images", recipe.images)

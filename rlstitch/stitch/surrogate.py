@@ -167,9 +167,9 @@ def run(config: SurrogateConfig) -> dict[str, Any]:
     folder = ready(Path(config.out) / config.name)
     torch.manual_seed(config.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    backbone = cfg.build(config.model, "model", device=device)
+    backbone = cfg.build(config.model, kind="model", device=device)
     name, node = next(iter(config.rewards.items()))
-    black_box, start = cfg.build(node, "reward", device=device), cfg.build(config.start, "reward", device=device)
+    black_box, start = cfg.build(node, kind="reward", device=device), cfg.build(config.start, kind="reward", device=device)
     seen, held_out = (
         encode(backbone, read_prompts(path, column), truncate=config.generate.truncate, allow="generate.truncate")
         for path, column in ((config.generate.prompts, config.generate.column), (config.held_out, ""))
@@ -195,7 +195,7 @@ def run(config: SurrogateConfig) -> dict[str, Any]:
     scale, offset = student.line.detach().tolist()
     card: dict[str, Any] = {"scale": scale, "offset": offset, "of": node, "start": config.start, "train_loss": last}
     write_json(folder / "surrogate.json", card)
-    built = cfg.build(config.start | {"path": str(folder), "scale": "surrogate"}, "reward", device=device)
+    built = cfg.build(config.start | {"path": str(folder), "scale": "surrogate"}, kind="reward", device=device)
     with torch.no_grad():
         predicted = torch.cat(
             [
