@@ -26,9 +26,9 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def running_mean(line: list[tuple[float, float]], window: int) -> list[tuple[float, float]]:
-    """Each y replaced by the mean of the `window` points around it, fewer at the ends."""
-    half = window // 2
-    near = [line[max(0, k - half) : k + half + 1] for k in range(len(line))]
+    """Each y replaced by the mean of the `window` points around it, of as many on either side: fewer towards the ends, so that a straight line stays one."""
+    halves = [min(window // 2, k, len(line) - 1 - k) for k in range(len(line))]
+    near = [line[k - half : k + half + 1] for k, half in enumerate(halves)]
     return [(x, sum(y for _, y in part) / len(part)) for (x, _), part in zip(line, near)]
 
 
@@ -49,7 +49,7 @@ def line_plot(
     """
     points = [p for line in series.values() for p in line]
     if not points:
-        return "<p>No data.</p>"
+        return f"<p>{html.escape(y_label)}: no data.</p>"
     many = len(series) > 1
     left, top, right = 58, 30, 22
     columns = min(3, max(1, (width - left) // (7 * max(map(len, series)) + 20)))  # of the legend, as its longest name allows
@@ -78,7 +78,7 @@ def line_plot(
     if offset > 0:
         px, _ = place(min(offset, x1), y0)
         out.append(
-            f'<rect x="{left}" y="{top}" width="{px - left:.1f}" height="{height - bottom - top}" fill="#faf5ff"/><text x="{left + 4}" y="{height - bottom - 8}" fill="#6b46c1">stitching</text>'
+            f'<rect x="{left}" y="{top}" width="{px - left:.1f}" height="{height - bottom - top}" fill="#faf5ff"/><text x="{left + 4}" y="{top + 14}" fill="#6b46c1">stitching</text>'
         )
     out.append(f'<text x="{left}" y="18" font-weight="bold">{html.escape(y_label)}</text>')
     for y in ticks(y0, y1):
@@ -157,25 +157,35 @@ def _table(results: dict[str, dict[str, float]]) -> str:
     return f"<table><tr><th></th>{head}</tr>{rows}</table>"
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _group(row: dict[str, Any], key: str) -> dict[str, Any]:
+    """The figures under a key of a row; none where there are none, as in a row that somebody else wrote."""
+    return value if isinstance(value := row.get(key), dict) else {}
+
+
+def _lines(rows: list[tuple[float, dict[str, Any]]]) -> dict[str, list[tuple[float, float]]]:
+    """(hours, figures by name) as a line a name, of what is known of it."""
+    names = dict.fromkeys(name for _, figures in rows for name in figures)
+    return {name: [(hours, figures[name]) for hours, figures in rows if _is_number(figures.get(name))] for name in names}
+
+
 def write(run: Path) -> Path:
     """Write <run>/report.html from metrics.jsonl, summary.json and samples/."""
-    rows: list[dict[str, Any]] = metrics.read(run)
-    summary = json.loads((run / "summary.json").read_text())
+    units = [
+        (next((key for key in row if key.endswith("_hours")), "hours"), row) for row in metrics.read(run)
+    ]  # a run may move to another machine
+    rows = [(hours, row) for unit, row in units if _is_number(hours := _group(row, unit).get("total"))]  # others are no rows of ours
+    unit = units[-1][0] if units else "hours"
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     offset = summary["device_hours"]["stitching"]
-    train = [r for r in rows if "rewards" in r and not r["skipped"]]
-    evals = [r for r in rows if "eval" in r]
-    unit = next(k for k in rows[0] if k.endswith("_hours"))
-    trained = {
-        n: [(r[unit]["total"], r["rewards"][n]) for r in train if r["rewards"].get(n) is not None]
-        for n in dict.fromkeys(n for r in train for n in r["rewards"])
-    }
+    train = [(hours, row) for hours, row in rows if "rewards" in row and not row.get("skipped")]
+    trained = _lines([(hours, _group(row, "rewards")) for hours, row in train])
     told = "The oracle's scores" if trained else "The loss"
-    trained = trained or {"loss": [(r[unit]["total"], r["loss"]) for r in train]}
-    judges = {
-        n: [(r[unit]["total"], r["eval"][n]) for r in evals if (x := r["eval"].get(n)) is not None and math.isfinite(x)]
-        for n in (evals[0]["eval"] if evals else {})
-        if "/" not in n
-    }
+    trained = trained or _lines([(hours, {"loss": row.get("loss")}) for hours, row in train])
+    judges = {n: line for n, line in _lines([(hours, _group(row, "eval")) for hours, row in rows]).items() if "/" not in n}
     plots = [line_plot({name: line}, x_label=unit.replace("_", "-"), y_label=name, offset=offset) for name, line in trained.items()]
     held = [line_plot({name: line}, x_label=unit.replace("_", "-"), y_label=name, offset=offset) for name, line in judges.items()]
     hours = ", ".join(f"{k} {v:.4f}" for k, v in summary["device_hours"].items())
@@ -188,7 +198,7 @@ def write(run: Path) -> Path:
         + _image(run / "samples" / "base.png", "base model")
         + _image(run / "samples" / "ema.png", "finetuned (EMA)")
         + "</div>",
-        f"<h2>Recipe</h2><pre>{html.escape((run / 'recipe.yaml').read_text())}</pre>",
+        f"<h2>Recipe</h2><pre>{html.escape((run / 'recipe.yaml').read_text(encoding='utf-8'))}</pre>",
     ]
     page = f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(run.name)}</title><style>{_STYLE}</style><body>{''.join(body)}</body></html>"
     write_text(run / "report.html", page)
