@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -245,9 +246,20 @@ def test_oracles(setup, reward):
         assert not torch.allclose(twice[:, 0], twice[:, 1])  # each sample has noise of its own
         other = MonteCarlo(backbone, {"clip": reward}, {"clip": 1.0}, rollouts=2, num_steps=3, seed=1)
         assert not torch.allclose(other.each(noisy, batch), each)
+        told, plain, start = [], backbone.velocity, float(GRID[2])
+        backbone.velocity = lambda z, sigma, *a, **k: (told.append(float(sigma[0])), plain(z, sigma, *a, **k))[1]
+        MonteCarlo(backbone, {"clip": reward}, {"clip": 1.0}, rollouts=1, num_steps=9)(noisy, batch)
+        below = [s for s in schedule.sigmas(9, 3.0, "plain").tolist() if 0 < s < start]
+        assert told == pytest.approx([start, *below]) and len(below) > 3  # every level of its grid from there on
         both = Weighted([oracles["stitched"], tweedie], [0.5, 3.0])
         scores = both(noisy, batch)
         torch.testing.assert_close(both.total(scores), 0.5 * oracles["stitched"].total(scores[:, :1]) + 3.0 * scores[:, 1])
+
+
+def test_oracles_together_answer_where_all_of_them_do():
+    models = {"a": SimpleNamespace(sigma_range=(0.0, 0.8)), "b": SimpleNamespace(sigma_range=(0.1, 0.9))}
+    one, two = (Stitched({name: model}, {name: 1.0}) for name, model in models.items())
+    assert Stitched(models, {"a": 1.0, "b": 1.0}).sigma_range == Weighted([one, two], [1.0, 1.0]).sigma_range == (0.1, 0.8)
 
 
 def test_recipe_faults():

@@ -174,12 +174,12 @@ def test_the_law_of_best_of_n():
 
 
 def test_the_values_after_proposals_are_those_of_the_children_that_were_kept():
-    """At a lambda without mercy all particles of a prompt become its best child."""
-    asked = []
+    """At a lambda without mercy all particles of a prompt become its best child. One whose value is not known, here the first of three, never wins."""
+    asked, known = [], torch.arange(36) % 3 > 0
 
     def value(z, sigma):
         asked.append(z)
-        return guess(z, sigma)
+        return torch.where(known, guess(z, sigma), torch.nan)
 
     for proposals in ("greedy", "weighted"):
         z = steering.fk(
@@ -187,8 +187,25 @@ def test_the_values_after_proposals_are_those_of_the_children_that_were_kept():
             resample_steps=(), lam=1e6, kernel=SDE, generator=torch.Generator().manual_seed(9),
         )  # fmt: skip
         children = asked.pop().view(3, 12)
-        best = children.gather(1, guess(children.view(-1, 1), torch.zeros(1)).view(3, 12).argmax(1, keepdim=True))
+        values = torch.where(known, guess(children.view(-1, 1), torch.zeros(1)), -torch.inf)
+        best = children.gather(1, values.view(3, 12).argmax(1, keepdim=True))
         assert torch.equal(z.view(3, 4), best.expand(3, 4)) and not asked
+
+
+def test_particles_stay_where_their_effective_size_is_large_enough():
+    """Values so far apart that resampling would leave few; the potential is carried to the end instead, where it counts once."""
+    asked, begin = [], 10 * torch.arange(4.0)[:, None]
+
+    def shaken(z, v, sigma, sigma_next, generator=None):
+        return z + 0.01 * torch.rand(z.shape, generator=generator)
+
+    for gate in (0.05, None):
+        asked.clear()
+        steering.fk(
+            lambda z, sigma: z, lambda z, sigma: asked.append(z.round().flatten().tolist()) or 0.1 * z[:, 0], begin, schedule.sigmas(3, 1.0, "plain"),
+            num_particles=4, resample_steps=(0, 1), lam=1.0, ess_threshold=gate, kernel=shaken, generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
+        assert (asked[1:] == [[0, 10, 20, 30]] * 2) is (gate is not None)
 
 
 def test_fk_without_pull_is_plain_sampling_and_one_proposal_is_plain_fk():
