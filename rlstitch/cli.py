@@ -50,7 +50,7 @@ def recipes_of(script: str) -> dict[str, str]:
 
 def run_and_overrides(arguments: list[str]) -> tuple[Path, dict[str, Any]]:
     """`run=FOLDER key=value ...` -> the folder and the recipe saved in it with overrides merged in."""
-    from rlstitch import checkpoint
+    from rlstitch import checkpoint, resume
     from rlstitch import config as cfg
     from rlstitch.paths import home, what_is
     from rlstitch.protocols import look_in
@@ -62,6 +62,7 @@ def run_and_overrides(arguments: list[str]) -> tuple[Path, dict[str, Any]]:
     folder = home(chosen[0].removeprefix("run="))
     if what_is(folder / "recipe.yaml") != "a file":
         raise UserError(f"{folder} is no run folder: it has no recipe.yaml")
+    resume.as_it_should_be(folder)
     if not checkpoint.folders(folder):
         raise UserError(f"{folder} has no complete checkpoint to evaluate")
     return folder, cfg.merge(

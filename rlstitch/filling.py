@@ -26,7 +26,7 @@ def nearest(word: str, among: Iterable[str]) -> str:
 def fill(schema: type[T], given: dict[str, Any]) -> tuple[T, list[str]]:
     """A dataclass filled from a recipe, and every key, type and number that did not fit; what does not fit is left at its default."""
     faults: list[str] = []
-    return _filled(schema(), plain(given, schema(), faults), "", faults), faults
+    return _filled(schema(), substituted(given, schema(), faults), "", faults), faults
 
 
 def _filled(default: T, given: dict[str, Any], prefix: str, faults: list[str]) -> T:
@@ -66,13 +66,13 @@ def _entry(schema: type[T], given: Any, where: str, faults: list[str]) -> T:
 # ---------------------------------------------------------------------------------------------------- ${key}
 
 
-def plain(given: dict[str, Any], defaults: Any, faults: list[str]) -> dict[str, Any]:
+def substituted(given: dict[str, Any], defaults: Any, faults: list[str]) -> dict[str, Any]:
     """A recipe with `${key}` replaced by that key's value, as given or by default. Nothing of the environment or of files is ever put in: it would be saved
     with the recipe. What cannot be replaced is a fault, and left out."""
-    return _Plain(given, asdict(defaults), faults).tree(given, "")
+    return _Substituted(given, asdict(defaults), faults).tree(given, "")
 
 
-class _Plain:
+class _Substituted:
     def __init__(self, given: dict[str, Any], defaults: dict[str, Any], faults: list[str]):
         self.given, self.defaults, self.faults = given, defaults, faults
         self.known: dict[str, Any] = {}

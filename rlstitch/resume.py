@@ -12,6 +12,7 @@ from typing import Any
 from rlstitch import checkpoint, lock
 from rlstitch import config as cfg
 from rlstitch.files import quick_fingerprint, require, resolve, sha256
+from rlstitch.paths import what_is
 from rlstitch.schema import RunConfig
 from rlstitch.stages import expand
 from rlstitch.stitch.model import read_card
@@ -20,10 +21,24 @@ from rlstitch.types import UserError
 _MODEL = ("**/*.safetensors", "**/*.json", "**/*.txt")
 
 
+KINDS = {
+    **dict.fromkeys((lock.LOCK, "recipe.yaml", "metrics.jsonl", "summary.json", "evaluation.json", "report.html"), "a file"),
+    **dict.fromkeys(("checkpoints", "samples", "lora"), "a folder"),
+}
+
+
+def as_it_should_be(run: Path) -> None:
+    """Raises UserError where something in a run folder is of another kind than what is kept under that name: a pipe would be waited for, a folder never replaced."""
+    odd = [f"{run / name} is {there}, not {kind}" for name, kind in KINDS.items() if (there := what_is(run / name)) not in ("", kind)]
+    if odd:
+        raise UserError(f"{'; '.join(odd)}: move it out of the run folder, or give this run one of its own with name=NAME")
+
+
 def resumable(config: RunConfig) -> None:
     """Raises UserError where another process trains in the run folder, where that holds files that are not ours, and where resume=auto would go on with a run of
     another recipe or on other files, whose weights and figures would then pass for this one's."""
     run = Path(config.out) / config.name
+    as_it_should_be(run)
     lock.refuse_if_held(run)
     found = checkpoint.folders(run)
     written = ("recipe.yaml", "metrics.jsonl", "summary.json", "evaluation.json", "report.html")

@@ -10,6 +10,7 @@ import pytest
 
 from rlstitch import cli, config, files
 from rlstitch.paths import below, home, ready, what_is
+from rlstitch.resume import as_it_should_be, resumable
 from rlstitch.telling import legible, of_machine
 from rlstitch.types import UserError
 
@@ -80,3 +81,15 @@ def test_what_the_machine_will_not_do_is_one_line():
     script = "import sys\nfrom rlstitch import cli\ndef run(arguments): open('pipe/x')\nsys.argv = ['x', 'a=b']\ncli.main(run)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 2 and "pipe/x: Not a directory" in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", ".lock", "recipe.yaml", "checkpoints", "lora"])
+def test_what_is_of_another_kind_in_a_run_folder_is_told_before_it_is_waited_for(name, tmp_path_factory):
+    run = tmp_path_factory.mktemp("run")
+    os.mkfifo(run / name)
+    asked = config.merge(config.compose("draft"), {"out": str(run.parent), "name": run.name})
+    for look in (lambda: as_it_should_be(run), lambda: resumable(config.structure(asked)[0])):
+        with pytest.raises(UserError, match=f"{name} is a pipe, not a f.*: move it out"):
+            look()
+    (run / name).unlink()
+    as_it_should_be(run)
