@@ -1,5 +1,7 @@
 """Sharing between denoiser and value, and stock pipelines steered by callbacks."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
@@ -172,6 +174,28 @@ def test_a_pipeline_is_steered_by_gradient(pipe, backbone, values):
         seen[scale] = call(pipe, callback_on_step_end=GradientGuide(value, PROMPTS, scale=scale))
     assert torch.equal(seen[0.0], plain)
     assert v_of(seen[-30.0]) < v_of(plain) < v_of(seen[30.0])
+
+
+def test_a_gradient_step_by_hand():
+    """After step k the latents lie at sigma[k + 1], and gain by the length of the step to come: here of V = sigma sum z, whose gradient is sigma."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(5)
+
+    class Value:
+        sigma_range = (0.0, 1.0)
+
+        def __call__(self, latent, batch):
+            return (latent.sigma * latent.z.flatten(1).sum(1))[:, None]
+
+        def total(self, scores):
+            return scores[:, 0]
+
+    guide, z = GradientGuide(Value(), PROMPTS, scale=2.0, steps=(2, 4)), noise_like((4, 8, 8), torch.arange(2))
+    s = scheduler.sigmas.tolist()
+    for step in range(5):
+        moved = guide(SimpleNamespace(scheduler=scheduler), step, None, {"latents": z})["latents"]
+        gain = (s[3] - s[4]) * 2 * s[3] / (1 - s[3]) * s[3] if step == 2 else 0.0  # after step 4 there is none to come
+        torch.testing.assert_close(moved, z + gain)
 
 
 def test_the_gradient_guide_is_dps_to_first_order(pipe, backbone, values):

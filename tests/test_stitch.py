@@ -328,6 +328,17 @@ def test_value_matches_interpolated_noise_levels(backbone, reward):
     torch.testing.assert_close(whole, torch.cat(rows), atol=1e-6, rtol=1e-5)
 
 
+def test_a_value_by_hand(backbone, reward):
+    """Prefix under the null text, stitch, tail; then the projection over `norm`, or of unit length. A tail that is entered late begins with the mean [CLS] there."""
+    model, batch = stitched(backbone, reward)[0], batch_of(["a", "b"])
+    z, sigma = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([0.2, 0.7])
+    raw = model.tail(model.stitch(model.prefix(z, sigma, backbone.null.expand(2)).grid))[0]
+    for model.normalise, embedding in ((False, raw / 2), (True, raw / raw.norm(dim=-1, keepdim=True))):
+        torch.testing.assert_close(model.value(Latent(z, sigma), batch), reward.score_embedding(embedding, batch))
+    late, _, result = stitched(backbone, reward, j=2)
+    assert torch.equal(late.tail.cls, result.cls[2].float()) and late.tail.cls.any()
+
+
 def test_a_value_is_loaded_in_its_rewards_precision_and_distilled_in_float32(sd3_dir, clip_dir, tmp_path):
     """A frozen float32 tail would be cast at every query; what trains is float32, and goes back."""
     kept = {}
