@@ -62,6 +62,8 @@ def test_what_is_acted_on_is_agreement_within_prompts(backbone, generator):
     values = 0.1 * torch.randn(3, 8, generator=generator)
     watcher, figures = watched(backbone, [(values[k] + shift, r[k] + shift, group) for k in range(3)], pairs=16)
     assert [f["refreshed"] for f in figures] == [0, 1, 0]
+    gap = (values[0] - r[0]).mean().abs() / (r[0] + shift).std()
+    assert figures[0]["gap/r"] == pytest.approx(float(gap), rel=1e-4)
     inside = [(x - x.view(-1, 4).mean(1).repeat_interleave(4)).double() for x in (values[:2].flatten(), r[:2].flatten())]
     assert figures[1]["correlation/r"] == pytest.approx(
         float((inside[0] * inside[1]).sum() / (inside[0].norm() * inside[1].norm())), abs=1e-4
