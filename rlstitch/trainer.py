@@ -265,8 +265,9 @@ class Trainer:
                 f"update {self.step}: loss {means.get('loss')} or its gradient is not finite; skipped ({self.bad} in a row), weights untouched"
             )
         if self.bad >= self.config.max_bad_steps:
+            good = checkpoint.folders(self.run)
             raise UserError(
-                f"{self.bad} updates in a row had a NaN or Inf in loss or gradient (max_bad_steps); stopped with the weights of the last good one. Lower optimiser.lr, or try distributed.precision=fp32."
+                f"{self.bad} updates in a row had a NaN or Inf in loss or gradient (max_bad_steps); last good checkpoint: {good[-1] if good else 'none yet'}. Lower optimiser.lr, or try distributed.precision=fp32."
             )
 
     # ------------------------------------------------------------------------------------------------ around it
