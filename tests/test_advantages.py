@@ -53,6 +53,7 @@ def test_a_failed_reward_masks_the_total_but_only_itself_per_reward():
     )
     total, figures = advantages.of_samples(Oracle(), scores, groups)
     assert total.isnan().tolist() == [True, True, False, False, True, False] and figures["masked"] == pytest.approx(0.5)
+    assert figures["dead_groups"] == pytest.approx(2 / 3)  # none known, two that differ, one alone
     each, figures = advantages.of_samples(Oracle(), scores, groups, per_reward=True)
     assert each.isnan().tolist() == [False, False, False, False, True, False] and figures["masked"] == pytest.approx(1 / 6)
     assert each[0] == -each[1] < 0 and each[5] == 0

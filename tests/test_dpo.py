@@ -158,19 +158,22 @@ def test_both_of_a_pair_share_level_and_noise(backbone, monkeypatch):
     batch = Batch(prompts, torch.arange(3), torch.arange(3) + 9, [{}] * 3, backbone.encode_prompts(prompts), clean)
     for draw in ("logit_normal", "grid"):
         algorithm = OfflineDPO(backbone, SimpleNamespace(use=use), schedule.sigmas(4), times=2, draw=draw, beta=5.0)
-        monkeypatch.setattr(backbone, "velocity", lambda z, sigma, *_, **__: seen.append((z, sigma)) or torch.full_like(z, on[-1]))
+        monkeypatch.setattr(backbone, "velocity", lambda z, sigma, text, **_: seen.append((z, sigma, text)) or torch.full_like(z, on[-1]))
         with torch.no_grad():
             for loss, metrics in algorithm.losses(algorithm.rollout(batch, 4)):
                 margin = -0.1 * 5 * (clean[:, 0] - clean[:, 1]).mean((1, 2, 3))
                 torch.testing.assert_close(metrics["margin"], margin, atol=1e-5, rtol=1e-3)
                 torch.testing.assert_close(loss, -torch.nn.functional.logsigmoid(margin).mean(), atol=1e-5, rtol=1e-3)
     assert len(seen) == 8  # base and policy at two levels, in both draws
-    for z, sigma in seen:
-        assert torch.equal(sigma[::2], sigma[1::2])
+    drawn = []
+    for z, sigma, text in seen:
+        assert torch.equal(sigma[::2], sigma[1::2]) and all(torch.equal(text.tokens[k::2], batch.text.tokens) for k in (0, 1))
         s = sigma.view(-1, 1, 1, 1)
         noise = z - (1 - s) * clean.flatten(0, 1)
         torch.testing.assert_close(noise[::2], noise[1::2], atol=1e-5, rtol=1e-4)
-    drawn, grid = {s for _, sigma in seen[4:] for s in sigma.tolist()}, schedule.sigmas(4).tolist()
+        drawn.append(noise)
+    assert (drawn[0] - drawn[2]).abs().max() > 0.1  # each level has its own noise
+    drawn, grid = {s for _, sigma, _ in seen[4:] for s in sigma.tolist()}, schedule.sigmas(4).tolist()
     assert drawn <= set(grid[:-1]) and grid[-2] in drawn  # down to the last above 0
 
 

@@ -112,13 +112,22 @@ def batch_of(backbone):
 
 @pytest.mark.parametrize("kernel, guard", [("sde", False), ("cps", False), ("sde", True)])
 def test_the_ratio_is_one_at_the_first_step_and_both_terms_have_a_gradient(algorithm, backbone, kernel, guard):
-    method, policy = algorithm(sde_type=kernel, noise_level=0.7, window=2, kl=0.5, guard=guard)
+    method, policy = algorithm(sde_type=kernel, noise_level=0.7, window=2, kl=0.5, guard=guard, guidance=2.0)
     rollout = method.rollout(batch := batch_of(backbone), 6)
     first, second = rollout.transitions
     assert torch.equal(first.z_next, second.z) and not rollout.latent.z.requires_grad
-    for k, t in enumerate(rollout.transitions, method.start_of_window(batch, 6)):  # each step has its own noise
+    start, velocity, begin = (
+        method.start_of_window(batch, 6),
+        backbone.bind(batch.text, 2.0),
+        noise_like(backbone.latent_shape, batch.seeds),
+    )
+    with torch.no_grad():  # Euler's steps before and after the window
+        before = sampling.sample(velocity, begin, method.grid, stop=start).z if start else begin
+        torch.testing.assert_close(first.z, before, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(rollout.latent.z, sampling.sample(velocity, second.z_next, method.grid[start + 2 :]).z)
+    for k, t in enumerate(rollout.transitions, start):  # each step has its own noise
         with torch.no_grad():
-            mean, std = method.step(t.z, backbone.velocity(t.z, torch.full((4,), t.sigma), batch.text), t.sigma, t.sigma_next)
+            mean, std = method.step(t.z, velocity(t.z, torch.full((4,), t.sigma)), t.sigma, t.sigma_next)
         noise = noise_like(backbone.latent_shape, batch.seeds, stream=501 + k)
         torch.testing.assert_close(t.z_next, mean + std * noise, rtol=1e-4, atol=1e-5)
     for advantage in (torch.tensor([1.0, -1.0, 0.5, float("nan")]), torch.zeros(4)):
@@ -182,6 +191,9 @@ def test_advantages_are_clipped(algorithm, backbone):
     advantage, metrics = method.compare([], scores, torch.zeros(5, dtype=torch.long))
     torch.testing.assert_close(advantage, torch.tensor([-(3**-0.5)] * 3 + [1.2, NAN]), equal_nan=True, atol=1e-3, rtol=0)
     assert metrics["masked"] == pytest.approx(0.2)
+    alone, _ = algorithm(spread="group")  # each group by its own spread
+    advantage, _ = alone.compare([], torch.tensor([[0.0], [2.0], [0.0], [10.0]]), torch.tensor([0, 0, 1, 1]))
+    torch.testing.assert_close(advantage, torch.tensor([-1.0, 1.0, -1.0, 1.0]), atol=1e-3, rtol=0)
 
 
 def test_the_last_cps_step_has_no_kl(algorithm):

@@ -156,11 +156,18 @@ def test_a_full_solve_trains_along_its_solution_with_the_kl_beside_it(made):
     direction = (a[:, None] * g / size[:, None]).sum(0) * size.mean()
     deviation = gradient(0.5 * (slot.v - slot.reference).square().flatten(1).mean(1).mean(), parameters)
     torch.testing.assert_close(gradient(loss, parameters), direction.float() + deviation, atol=1e-5, rtol=1e-4)
+    each = [method.nft.policy_loss(slot, torch.nan_to_num(c, 0.5), (~c.isnan()).float()) for c in w.unbind(1)]
+    value = sum(float(x) * loss for x, loss in zip(a / size * size.mean(), each))
+    torch.testing.assert_close(metrics["policy_loss"], value.detach(), atol=1e-5, rtol=1e-3)
     cosine = torch.nn.functional.cosine_similarity(g, direction[None]).float()
     for k, name in enumerate(("clip", "dark", "picky")):
         torch.testing.assert_close(metrics[f"cosine/{name}"], cosine[k], atol=1e-5, rtol=0)
         assert float(metrics[f"coefficient/{name}"]) == pytest.approx(float(a[k]), abs=1e-6)
     assert metrics["worst_cosine"] == min(metrics[f"cosine/{n}"] for n in ("clip", "dark", "picky")) >= -1e-6
+    w[0] = NAN  # a sample of which nothing is known takes no part in the KL either
+    method.seen = 0
+    _, metrics = next(method.losses(rollout, w, 2))
+    torch.testing.assert_close(metrics["deviation"], (slot.v - slot.reference)[1:].square().mean((1, 2, 3)).sum().detach() / 8)
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["the first update", "a later one"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlstitch import losses, sampling, schedule
-from rlstitch.advantages import dead_groups, group_normalise
+from rlstitch.advantages import dead_groups, group_normalise, of_samples
 from rlstitch.algorithms.nft import NFT as NFTMethod
 from rlstitch.algorithms.nft import Slot
 from rlstitch.policy import Policy
@@ -78,6 +78,8 @@ def test_the_adaptive_loss_is_the_released_one_on_x0(generator):
     loss = losses.nft(v, old, noise - z0, w, beta, t)
     torch.testing.assert_close(loss.detach(), by_hand, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(torch.autograd.grad(loss.sum(), v)[0], slope, rtol=1e-4, atol=1e-6)
+    near = losses.nft(torch.full((1, 4), 1e-6), torch.zeros(1, 4), torch.zeros(1, 4), torch.ones(1), 1.0, t[1:2])  # errors below the floor
+    torch.testing.assert_close(near, torch.tensor([0.6 * 1e-12 / (1e-5 / 0.6)]), rtol=1e-4, atol=0)
 
 
 def test_gradient_variance_near_the_stop_stays_bounded(generator):
@@ -123,6 +125,7 @@ def test_training_times_lie_above_the_stop_without_repeats_and_belong_to_the_see
     assert set(drawn.flatten().tolist()) == set(above.tolist())  # sigma = 1 is among them, the stop is not
     assert torch.equal(drawn[7], schedule.draw_above(grid, float(grid[6]), seeds[7:8], 4, stream=13)[0])
     assert not torch.equal(drawn, schedule.draw_above(grid, float(grid[6]), seeds, 4, stream=14))
+    assert NFTMethod.backwards({}, range(40, 41)) == 39 and NFTMethod.backwards({"times": 4}, range(40, 41)) == 4
 
 
 @pytest.fixture
@@ -159,6 +162,12 @@ def test_weights_and_the_loss_carry_the_clip_as_released(generator):
     """w = (clip(A, -c, c) / c + 1) / 2, and c in front of the loss, so that c w / beta is A's own scale whatever c is."""
     nft = method(clip=2.0, beta=0.4)
     torch.testing.assert_close(nft.weigh(torch.tensor([-9.0, -1.0, 0.0, 1.5, 3.0])), torch.tensor([0.0, 0.25, 0.5, 0.875, 1.0]))
+    scores, groups = torch.tensor([[1.0, 2.0], [4.0, 1.0], [0.0, 9.0], [9.0, 3.0]]), torch.tensor([0, 0, 1, 1])
+    oracle = SimpleNamespace(weights=[1.0, 3.0], total=lambda s: s @ torch.tensor([1.0, 3.0]))
+    for spread, per_reward in (("group", False), ("global", True)):
+        nft = NFTMethod(None, None, oracle, None, clip=2.0, beta=0.4, spread=spread, per_reward=per_reward)
+        wanted, _ = of_samples(oracle, scores, groups, spread=spread, per_reward=per_reward)
+        torch.testing.assert_close(nft.compare([], scores, groups)[0], (wanted + 2) / 4)
     v, old, target = torch.randn(3, 3, 1, 2, 2, generator=generator)
     sigma, w, share = torch.tensor([0.2, 0.6, 0.9]), torch.tensor([0.3, 0.5, 1.0]), torch.tensor([1.0, 0.0, 1.0])
     by_hand = 2.0 * (share * losses.nft(v, old, target, w, 0.4, sigma)).sum() / 3
@@ -184,7 +193,7 @@ def test_an_old_policy_that_is_a_copy_is_not_asked_again(backbone, moved, asked)
 def test_the_base_is_not_asked_where_there_is_no_kl_and_the_kl_is_the_mean_square(backbone, moved, asked):
     policy, batch = moved
     for kl in (0.0, 0.5):
-        nft = method(policy, backbone, kl=kl)
+        nft = method(policy, backbone, kl=kl, guidance=2.0)
         rollout = nft.rollout(batch, 4)
         asked.clear()
         ((loss, metrics),) = list(nft.losses(rollout, torch.tensor([0.2, float("nan")]), 1))
@@ -192,9 +201,9 @@ def test_the_base_is_not_asked_where_there_is_no_kl_and_the_kl_is_the_mean_squar
     sigma = nft.levels(rollout, 1)[:, 0]
     z, _ = schedule.bridge(rollout.latent.z, rollout.latent.sigma, sigma, noise_like(backbone.latent_shape, batch.seeds, stream=101))
     with torch.no_grad():
-        current = backbone.velocity(z, sigma, batch.text)
+        current = backbone.velocity(z, sigma, batch.text, guidance=2.0)
         with policy.use("reference"):
-            base = backbone.velocity(z, sigma, batch.text)
+            base = backbone.velocity(z, sigma, batch.text, guidance=2.0)
     by_hand = (current - base).square().mean((1, 2, 3))[0] / 2  # the sample without a score takes no part
     torch.testing.assert_close(metrics["deviation"], by_hand, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(loss.detach(), metrics["policy_loss"] + 0.5 * by_hand, rtol=1e-4, atol=1e-7)
