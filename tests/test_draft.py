@@ -42,21 +42,27 @@ def run(algorithm, batch, stop):
 def test_loss_is_minus_the_reward_plus_the_deviation(setup, oracle, stop, steps):
     """The deviation is the mean over all of the K steps with gradient."""
     backbone, policy, batch, oracles = setup
-    loss, metrics, rollout = run(Draft(backbone, policy, oracles[oracle], GRID, grad_steps=steps, regulariser=0.5), batch, stop)
-    apart = []
+    loss, metrics, rollout = run(
+        Draft(backbone, policy, oracles[oracle], GRID, grad_steps=steps, regulariser=0.5, guidance=2.0), batch, stop
+    )
+    apart, velocity = [], backbone.bind(batch.text, 2.0)
     with torch.no_grad():
         start = noise_like(backbone.latent_shape, batch.seeds)
-        latent = sampling.sample(backbone.bind(batch.text), start, GRID, stop=stop)
+        latent = sampling.sample(velocity, start, GRID, stop=stop)
         reward = 2.0 * oracles[oracle](latent, batch)[:, 0]
         for k in range(stop - steps, stop):
-            before = sampling.sample(backbone.bind(batch.text), start, GRID, stop=k)
-            v = backbone.velocity(before.z, before.sigma, batch.text)
+            before = sampling.sample(velocity, start, GRID, stop=k)
+            v = velocity(before.z, before.sigma)
             with policy.use(REFERENCE):
-                apart.append((v - backbone.velocity(before.z, before.sigma, batch.text)).square().mean())
+                apart.append((v - velocity(before.z, before.sigma)).square().mean())
     deviation = torch.stack(apart).mean()
     assert deviation > 0 and (steps == 1 or abs(apart[-1] / deviation - 1) > 0.01)
     assert loss.item() == pytest.approx((-reward.mean() + 0.5 * deviation).item(), rel=1e-4)
     assert metrics["deviation"].item() == pytest.approx(deviation.item(), rel=1e-4)
+    half = Draft(backbone, policy, oracles[oracle], GRID, regulariser=0.0).losses(
+        SimpleNamespace(scores=torch.tensor([[torch.nan], [3.0]]))
+    )
+    assert next(half)[0].item() == -3.0  # of weight 2: the mean is over both samples, whatever is known
 
 
 @pytest.mark.parametrize("oracle,stop,k", [("stitched", 3, 2), ("terminal", 4, 1)])
@@ -260,6 +266,11 @@ def test_oracles_together_answer_where_all_of_them_do():
     models = {"a": SimpleNamespace(sigma_range=(0.0, 0.8)), "b": SimpleNamespace(sigma_range=(0.1, 0.9))}
     one, two = (Stitched({name: model}, {name: 1.0}) for name, model in models.items())
     assert Stitched(models, {"a": 1.0, "b": 1.0}).sigma_range == Weighted([one, two], [1.0, 1.0]).sigma_range == (0.1, 0.8)
+    z = torch.ones(2, 3, requires_grad=True)  # only a row without a total has no gradient: a reward of weight 0 may fail
+    scores = Terminal(None, dict.fromkeys("ab"), {"a": 1.0, "b": 0.0}).asked(
+        lambda z: torch.stack([z.sum(1) + torch.tensor([0.0, torch.nan]), torch.full((2,), torch.nan)], 1), z
+    )
+    assert torch.autograd.grad(scores[:, 0].sum(), z)[0].tolist() == [[1.0] * 3, [0.0] * 3]
 
 
 def test_recipe_faults():

@@ -134,19 +134,21 @@ def test_what_is_watched_is_finished_by_the_policy_and_each_model_has_its_own_pa
     model, grid = stitched(backbone, reward)[0].requires_grad_(False).eval(), schedule.sigmas(3, 3.0, "plain")
     truths = {"r": torch.tensor([0.1, 0.2, 0.3]), "s": torch.tensor([5.0, 6.0, 7.0])}
     shown = {name: SimpleNamespace(score=lambda images, batch, name=name: truths[name]) for name in truths}
-    settings = RefreshConfig(fraction=1.0, agreement=0.5, pairs=8, buffer=8, steps=1, batch_size=2)
+    settings = RefreshConfig(fraction=1.0, agreement=0.5, pairs=8, buffer=4, steps=1, batch_size=2)
     watcher = Refresher(settings, {"r": model, "s": model}, backbone, shown, Seen(), guidance=1.0)
     z, values = torch.randn(3, *backbone.latent_shape, generator=generator), torch.randn(3, 3, generator=generator)
     batch = Batch(PROMPTS[:3], torch.arange(3), torch.arange(3), [{}] * 3, backbone.encode_prompts(PROMPTS[:3]))
-    watcher.measure([Rollout(batch, Latent(z, torch.full((3,), float(grid[1]))), values)], ["r", "other", "s"], grid, 1)
+    for at in (z + 1, z):
+        watcher.measure([Rollout(batch, Latent(at, torch.full((3,), float(grid[1]))), values)], ["r", "other", "s"], grid, 1)
     done = sampling.sample(backbone.bind(batch.text), z, grid[1:]).z.detach()
-    torch.testing.assert_close(watcher.latents, done, atol=1e-5, rtol=1e-4)
+    assert len(watcher.latents) == 4  # the latest
+    torch.testing.assert_close(watcher.latents[1:], done, atol=1e-5, rtol=1e-4)
     for k, name in ((0, "r"), (2, "s")):
-        torch.testing.assert_close(watcher.pairs[name][:, :2].float(), torch.stack([values[:, k], truths[name]], 1))
+        torch.testing.assert_close(watcher.pairs[name][3:, :2].float(), torch.stack([values[:, k], truths[name]], 1))
     watcher.rewards["r"] = reward
     watcher.refresh("r")
     assert not any(p.requires_grad for p in model.parameters()) and watcher.count == 1
-    assert len(watcher.pairs["r"]) == 0 and len(watcher.pairs["s"]) == 3
+    assert len(watcher.pairs["r"]) == 0 and len(watcher.pairs["s"]) == 6
 
 
 def test_a_watch_that_could_never_act_is_refused():
