@@ -171,7 +171,7 @@ def test_both_of_a_pair_share_level_and_noise(backbone, monkeypatch):
         s = sigma.view(-1, 1, 1, 1)
         noise = z - (1 - s) * clean.flatten(0, 1)
         torch.testing.assert_close(noise[::2], noise[1::2], atol=1e-5, rtol=1e-4)
-        drawn.append(noise)
+        drawn.append(noise / s)
     assert (drawn[0] - drawn[2]).abs().max() > 0.1  # each level has its own noise
     drawn, grid = {s for _, sigma, _ in seen[4:] for s in sigma.tolist()}, schedule.sigmas(4).tolist()
     assert drawn <= set(grid[:-1]) and grid[-2] in drawn  # down to the last above 0
