@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from benchmarks.common import arguments, save, table
 from benchmarks.material import Material
 from rlstitch import schedule
-from rlstitch.backbones.sd3 import advance, enter
+from rlstitch.backbones import cut
 from rlstitch.files import write_json
 from rlstitch.stitch import recipe as stitch
 from rlstitch.stitch.distill import DistillConfig, distill, distillation_loss
@@ -55,14 +55,16 @@ class WidePrefix(nn.Module):
 
     def __init__(self, prefix: nn.Module, *, taps: bool, level: bool):
         super().__init__()
-        self.inner, self.taps, self.level, self.blocks = prefix, taps, level, prefix.blocks
+        self.inner, self.taps, self.level, self.depth = prefix, taps, level, prefix.depth
 
     def forward(self, z: Tensor, sigma: Tensor, text: Conditioning) -> SimpleNamespace:
-        state, grids = enter(self.inner, z, sigma, text), []
-        for k in range(1, len(self.blocks) + 1):
-            state = advance(self.blocks, state, k)
-            if self.taps or k == len(self.blocks):
-                grids.append(state.grid)
+        inner, grids = self.inner, []
+
+        def see(block: int, returned: Any) -> None:
+            if self.taps or block == self.depth:
+                grids.append(inner.picture(returned, z))
+
+        cut.run(inner.model, inner.arch.inputs(inner.model, z, sigma, text, inner.embedded), inner.arch, stop=self.depth, see=see)
         if self.level:
             grids.append(level_maps(sigma, grids[0].shape[-2:]))
         return SimpleNamespace(grid=torch.cat(grids, 1))

@@ -23,7 +23,8 @@ from transformers import CLIPConfig, CLIPModel
 from benchmarks.common import arguments, interleaved, peak_megabytes, save
 from rlstitch import sampling, schedule, steering
 from rlstitch.algorithms.nft import NFT
-from rlstitch.backbones.sd3 import SD3Backbone, advance, enter
+from rlstitch.backbones import Diffusers, cut, sd3
+from rlstitch.files import write_json
 from rlstitch.oracles import Stitched, Terminal, Tweedie
 from rlstitch.policy import Policy
 from rlstitch.rewards.clip import ClipReward
@@ -82,13 +83,15 @@ def floors(size: str, pixels: int, blocks: int) -> dict[str, float]:
         side = pixels // 2 ** (len(spec["vae"]["channels"]) - 1)
         z = torch.empty(1, spec["vae"]["latent"], side, side)
         t = spec["transformer"]
-        text = Conditioning(torch.empty(1, spec["tokens"], t["joint_attention_dim"]), torch.empty(1, t["pooled_projection_dim"]))
+        text = Conditioning(
+            tokens=torch.empty(1, spec["tokens"], t["joint_attention_dim"]), pooled=torch.empty(1, t["pooled_projection_dim"])
+        )
         sigma, image = torch.empty(1), torch.empty(1, 3, spec["vision"]["image_size"], spec["vision"]["image_size"])
-        model.patch_size = t["patch_size"]
+        given = sd3.inputs(model, z, sigma, text, None)
         with torch.no_grad():
             return {
-                "denoiser": count(lambda: model(z, text.tokens, text.pooled, sigma)),
-                "prefix": count(lambda: advance(model.transformer_blocks, enter(model, z, sigma, text), blocks)),
+                "denoiser": count(lambda: model(**given)),
+                "prefix": count(lambda: cut.run(model, given, sd3, stop=blocks)),
                 "decode": count(lambda: vae.decode(z)),
                 "reward": count(lambda: vision(image, interpolate_pos_encoding=False)),
             }
@@ -100,7 +103,7 @@ def _text_config(spec: dict) -> dict:
     )
 
 
-def build(size: str, pixels: int, blocks: int, device: str, dtype: torch.dtype) -> tuple[SD3Backbone, ClipReward, StitchedValueModel]:
+def build(size: str, pixels: int, blocks: int, device: str, dtype: torch.dtype) -> tuple[Diffusers, ClipReward, StitchedValueModel]:
     """Random parts through the same files and classes as real ones."""
     spec, name = SIZES[size], str(dtype).removeprefix("torch.")
     torch.manual_seed(0)
@@ -114,12 +117,13 @@ def build(size: str, pixels: int, blocks: int, device: str, dtype: torch.dtype) 
         )
         CLIPModel(CLIPConfig(vision_config=spec["vision"], text_config=text, projection_dim=64)).to(dtype).save_pretrained(path / "clip")
         (path / "clip" / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.3] * 3}))
-        backbone = SD3Backbone(str(path), dtype=name, image_size=pixels, device=device)
+        write_json(path / "model_index.json", {"_class_name": "StableDiffusion3Pipeline"})
+        backbone = Diffusers(str(path), dtype=name, image_size=pixels, device=device)
         reward = ClipReward(str(path / "clip"), dtype=name, device=device)
     t = spec["transformer"]
-    backbone._null = Conditioning(torch.randn(1, spec["tokens"], t["joint_attention_dim"]), torch.randn(1, t["pooled_projection_dim"])).to(
-        device, dtype
-    )
+    backbone._null = Conditioning(
+        tokens=torch.randn(1, spec["tokens"], t["joint_attention_dim"]), pooled=torch.randn(1, t["pooled_projection_dim"])
+    ).to(device, dtype)
     value = StitchedValueModel.from_search(
         backbone, reward, blocks, 1, 0.02 * torch.randn(reward.width, backbone.width, device=device), torch.zeros(reward.width, device=device),
         cls_state=torch.zeros(reward.width), norm=1.0, normalise=True, sigma_range=(0.0, 1.0), card={},
@@ -158,7 +162,7 @@ def measure(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     backbone, reward, value = build(size, pixels, blocks, device, dtype)
-    text = Conditioning(torch.randn_like(backbone.null.tokens), torch.randn_like(backbone.null.pooled))
+    text = backbone.null.map(torch.randn_like)
     batch = Batch(["a red circle"], torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long), [{}], text)
     z, sigma = torch.randn(1, *backbone.latent_shape, device=device), torch.full((1,), 0.5, device=device)
     oracles = {"tweedie": Tweedie(backbone, {"r": reward}, {"r": 1.0}), "stitched": Stitched({"r": value}, {"r": 1.0})}

@@ -8,7 +8,7 @@ import time
 import torch
 
 from benchmarks.common import arguments, save
-from rlstitch.backbones.sd3 import SD3Backbone
+from rlstitch.backbones import Diffusers
 from rlstitch.rewards.clip import ClipReward
 from rlstitch.shapes.images import scenes
 from rlstitch.stitch.search import features, search
@@ -16,7 +16,7 @@ from rlstitch.stitch.search import features, search
 
 def main() -> None:
     options = arguments({"images": "200"})
-    backbone, reward = SD3Backbone("shapes:shapes", max_sequence_length=0), ClipReward("shapes:clip")
+    backbone, reward = Diffusers("shapes:shapes", max_sequence_length=0), ClipReward("shapes:clip")
     images = scenes(int(options["images"]), 9)[0].float() / 255
     started = time.perf_counter()
     result = search(backbone, reward, images, batch_size=25, seed=3)

@@ -120,7 +120,7 @@ class Bench:
 
             cases[name] = dps
         sigma, backbone = torch.full((rows,), 0.5, device=z.device), job.backbone  # the stitched job's from here on
-        depth = len(job.oracle.models[0].prefix.blocks)
+        depth = job.oracle.models[0].prefix.depth
 
         def part(ask):
             def run():

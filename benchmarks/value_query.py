@@ -6,7 +6,7 @@ python -m benchmarks.value_query [batch=32] [repeats=15] [value=shapes:value_cli
 import torch
 
 from benchmarks.common import arguments, interleaved, peak_megabytes, save
-from rlstitch.backbones.sd3 import SD3Backbone
+from rlstitch.backbones import Diffusers
 from rlstitch.oracles import Stitched, Tweedie
 from rlstitch.rewards.clip import ClipReward
 from rlstitch.stitch.model import StitchedValueModel
@@ -17,7 +17,7 @@ def main() -> None:
     options = arguments({"batch": "32", "repeats": "15", "value": "shapes:value_clip"})
     n = int(options["batch"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    backbone = SD3Backbone("shapes:shapes", max_sequence_length=0, device=device)
+    backbone = Diffusers("shapes:shapes", max_sequence_length=0, device=device)
     reward = ClipReward("shapes:clip", device=device)
     model = StitchedValueModel.from_pretrained(options["value"], backbone=backbone, reward=reward)
     prompts = ["a red circle and a blue star"] * n
@@ -73,7 +73,7 @@ def main() -> None:
     }
     save(
         "value_query",
-        {"batch": n, "blocks": len(model.prefix.blocks), "ratios": {k: round(v, 4) for k, v in ratios.items()}, "at_most": wanted},
+        {"batch": n, "blocks": model.prefix.depth, "ratios": {k: round(v, 4) for k, v in ratios.items()}, "at_most": wanted},
     )
 
 

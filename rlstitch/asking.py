@@ -172,16 +172,16 @@ def has_gradient(reward: Any) -> bool:
     return bool(getattr(reward, "differentiable", False))
 
 
-def probe_rewards(rewards: Mapping[str, Any], names: Iterable[str], batch: Batch, size: int, device: Any) -> None:
+def probe_rewards(rewards: Mapping[str, Any], names: Iterable[str], batch: Batch, size: tuple[int, int], device: Any) -> None:
     """Probe those rewards that are asked about the pictures of such a batch of two."""
     for name in (n for n in names if n in rewards):
         probe(name, rewards[name], batch, size, device)
 
 
-def probe(name: str, reward: Any, batch: Batch, size: int, device: Any) -> None:
-    """Ask a reward about two blank pictures [2, 3, size, size], grey with a little noise, before anything depends on it. Raises PartError where it does not
+def probe(name: str, reward: Any, batch: Batch, size: tuple[int, int], device: Any) -> None:
+    """Ask a reward about two blank pictures [2, 3, *size], grey with a little noise, before anything depends on it. Raises PartError where it does not
     keep to its protocol, changes the pictures behind autograd's back, or says `differentiable` and gives no gradient."""
-    noise = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    noise = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
     leaf = (0.4 + 0.2 * noise).to(device).requires_grad_(has_gradient(reward))
     with torch.set_grad_enabled(leaf.requires_grad):
         images = leaf + 0.0  # as it comes in training: no leaf

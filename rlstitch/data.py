@@ -115,9 +115,9 @@ def encode_pictures(backbone: Any, pictures: Tensor, *, batch_size: int = 4, eng
     Each batch of the set is encoded by one rank of `engine`, which gives it to the others, and never again where the backbone has a cache on disk. How the set is
     cut depends on neither, so that the latents are the same bits on any number of ranks.
     """
-    if pictures.shape[-2:] != (backbone.image_size, backbone.image_size):
+    if tuple(pictures.shape[-2:]) != tuple(backbone.size):
         raise UserError(
-            f"'data.images' gives pictures of {pictures.shape[-1]} x {pictures.shape[-2]}, the model takes {backbone.image_size} x {backbone.image_size}: resize them, or set model.image_size"
+            f"'data.images' gives pictures of {pictures.shape[-1]} x {pictures.shape[-2]}, the model takes {backbone.size[1]} x {backbone.size[0]}: resize them, or set model.image_size, or height and width"
         )
     rank, world = (0, 1) if engine is None else (engine.rank, engine.world)
     parts, folder, latents = pictures.flatten(0, -4).split(batch_size), _pictures_folder(backbone), []

@@ -236,7 +236,10 @@ def _bound(backbone: Any, given: Any, *arguments: Any, **options: Any) -> Callab
 
 
 def _text(backbone: Any, given: Any, prompts: Any) -> Conditioning:
-    for tensor in (_of(Conditioning, given, "an rlstitch.types.Conditioning").tokens, given.pooled):
+    fields = _of(Conditioning, given, "an rlstitch.types.Conditioning").fields
+    if "tokens" not in fields:
+        raise Unfit("text without tokens")
+    for tensor in fields.values():
         if not isinstance(tensor, Tensor) or len(tensor) != len(prompts):
             raise Unfit(f"text that is {told(tensor)}, not one row for each of {len(prompts)} prompts")
     return given
@@ -253,7 +256,7 @@ def _encoded(backbone: Any, given: Any, images: Tensor) -> Tensor:
 
 
 def _decoded(backbone: Any, given: Any, z: Tensor) -> Tensor:
-    return _tensor(given, len(z), 3, backbone.image_size, backbone.image_size)
+    return _tensor(given, len(z), 3, *backbone.size)
 
 
 # ---------------------------------------------------------------------------------------------------- rewards that can be stitched
@@ -310,6 +313,6 @@ RULES: dict[str, dict[str, Callable[..., Any]]] = {
 }
 ATTRIBUTES = {  # of each kind: what a part says of itself once it is built, and whether it must
     "oracle": {"names": (list[str], True), "weights": (list[float], True), "differentiable": (bool, False)},
-    "model": {"latent_shape": (tuple[Count, Count, Count], True), "image_size": (Count, True), "lora_targets": (list[str], True)},
+    "model": {"latent_shape": (tuple[Count, Count, Count], True), "size": (tuple[Count, Count], True), "lora_targets": (list[str], True)},
     "reward": {"differentiable": (bool, False)},
 }

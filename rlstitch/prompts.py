@@ -69,8 +69,8 @@ class PromptSet:
         if self.lookup is not None:
             text = self.lookup([self.prompts[i] for i in index])
         else:
-            text = None if self.text is None else self.text[torch.tensor(index, device=self.text.tokens.device)]
-        clean = None if self.clean is None else self.clean[torch.tensor(index)].to("cpu" if text is None else text.tokens.device)
+            text = None if self.text is None else self.text[torch.tensor(index, device=self.text.device)]
+        clean = None if self.clean is None else self.clean[torch.tensor(index)].to("cpu" if text is None else text.device)
         return Batch([self.prompts[i] for i in index], torch.tensor(index), seeds, [self.rows[i] for i in index], text, clean)
 
 

@@ -5,6 +5,7 @@ What is given in float64 is computed and returned in it; grids and tables are fl
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,20 +29,33 @@ def _like(sigma: float | Tensor, z: Tensor) -> Tensor:
     return sigma.view(-1, *[1] * (z.ndim - 1)) if sigma.ndim else sigma
 
 
+TRAINED_STEPS = 50  # of the grid whose shift a training table takes, where it depends on the steps
+
+
 @dataclass(frozen=True)
 class Shift:
     """How noise levels are shifted: by `factor`, and the last one above 0 is then brought to `terminal`, where there is one, the rest stretched with it.
 
-    dynamic: the factor was made for one picture size, and diffusers does not apply it to the ends of its table as well, see `sigmas`.
+    dynamic: the factor was made for one picture size, and diffusers does not apply it to the ends of its table as well, see `sigmas`. per_step: what its logarithm gains
+    with every step of the grid. spacing: of the model's own grid, `diffusers` or `plain`.
     """
 
     factor: float = 1.0
     dynamic: bool = False
     terminal: float | None = None
+    per_step: float = 0.0
+    spacing: str = "diffusers"
+
+    def at(self, num_steps: int) -> float:
+        """The factor on a grid of so many steps."""
+        return self.factor * math.exp(self.per_step * num_steps)
 
     def __str__(self) -> str:
         at_size = " at this size" if self.dynamic else ""
-        return f"{self.factor:.4g}{at_size}" + ("" if self.terminal is None else f", ending at sigma {self.terminal:g}")
+        at_steps = f" and {TRAINED_STEPS} steps ({self.per_step:+.3g} in its logarithm with each)" if self.per_step else ""
+        return f"{self.at(TRAINED_STEPS if self.per_step else 0):.4g}{at_size}{at_steps}" + (
+            "" if self.terminal is None else f", ending at sigma {self.terminal:g}"
+        )
 
 
 def shift_of(shift: float | Shift) -> Shift:
@@ -54,11 +68,12 @@ def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def sigmas(num_steps: int, shift: float | Shift = 1.0, spacing: Literal["diffusers", "plain"] = "diffusers") -> Tensor:
+def sigmas(num_steps: int, shift: float | Shift = 1.0, spacing: Literal["diffusers", "plain", "auto"] = "diffusers") -> Tensor:
     """Sampling grid [num_steps + 1], float32, falling from 1 to 0.
 
     `plain` shifts 1 - k/N. `diffusers` is FlowMatchEulerDiscreteScheduler's: a static shift is applied to 1/1000 .. 1 at construction and again to N
     equally spaced points between its ends, so that the last non-zero sigma hardly depends on N (0.0089 for shift 3); a dynamic one to the points alone.
+    `auto` is what the shift says of its model.
     Raises ValueError on bad arguments.
     """
     law = shift_of(shift)
@@ -66,14 +81,15 @@ def sigmas(num_steps: int, shift: float | Shift = 1.0, spacing: Literal["diffuse
         raise ValueError(f"num_steps must be at least 1, not {num_steps}")
     if not law.factor > 0:
         raise ValueError(f"shift must be positive, not {law.factor}")
+    spacing = law.spacing if spacing == "auto" else spacing
     if spacing == "plain":
         grid = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)[:-1]
     elif spacing == "diffusers":
         lowest = shift_sigma(torch.tensor(1 / 1000, dtype=torch.float64), 1.0 if law.dynamic else law.factor)
         grid = torch.linspace(1, float(lowest), num_steps, dtype=torch.float64)
     else:
-        raise ValueError(f"spacing must be 'diffusers' or 'plain', not {spacing!r}")
-    grid = shift_sigma(grid, law.factor)
+        raise ValueError(f"spacing must be 'diffusers', 'plain' or 'auto', not {spacing!r}")
+    grid = shift_sigma(grid, law.at(num_steps))
     if law.terminal is not None and num_steps > 1:  # a single level is 1 and stays there
         grid = 1 - (1 - grid) * (1 - law.terminal) / (1 - grid[-1])
     return torch.cat([grid, grid.new_zeros(1)]).float()
@@ -81,7 +97,7 @@ def sigmas(num_steps: int, shift: float | Shift = 1.0, spacing: Literal["diffuse
 
 def training_table(shift: float | Shift) -> Tensor:
     """The 1000 sigmas that SD3 is trained on, float32 and falling: i/1000 shifted once, where the sampling grid `diffusers` is shifted twice."""
-    return shift_sigma(torch.arange(1000, 0, -1, dtype=torch.float64) / 1000, shift_of(shift).factor).float()
+    return shift_sigma(torch.arange(1000, 0, -1, dtype=torch.float64) / 1000, shift_of(shift).at(TRAINED_STEPS)).float()
 
 
 def training_sigma(t: Tensor, shift: float | Shift) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +66,7 @@ def of_file(settings: dict[str, Any], tokens: int | None) -> Shift:
 
 def resolve(where: str, stated: float | str, backbone: Any) -> Shift:
     """The shift that a key `where` states for a backbone that is loaded."""
-    return of_directory(where, stated, backbone.path, backbone.image_tokens)
+    return of_directory(where, stated, backbone.path, backbone.image_tokens, getattr(backbone, "shift_of", None))
 
 
 def of_recipe(where: str, stated: Any, model: dict[str, Any], faults: list[str]) -> Shift | None:
@@ -74,19 +76,24 @@ def of_recipe(where: str, stated: Any, model: dict[str, Any], faults: list[str])
         return None if stated == AUTO else Shift(float(stated))
     try:
         path = require(model.get("path", ""), "the model directory")
-        count = protocols.asked(
-            "model", protocols.load_class(model["_target_"]), "count_image_tokens", model["path"], model.get("image_size")
-        )
-        return of_directory(where, stated, path, count)
+        backbone = protocols.load_class(model["_target_"])
+        count = protocols.asked("model", backbone, "image_tokens_of", model)
+        return of_directory(where, stated, path, count, getattr(backbone, "shift_of", None))
     except (UserError, KeyError) as error:
         faults.append(str(error))
         return None
 
 
-def of_directory(where: str, stated: float | str, model: str | Path, tokens: int | None) -> Shift:
+def of_directory(
+    where: str,
+    stated: float | str,
+    model: str | Path,
+    tokens: int | None,
+    law: Callable[[Any, dict[str, Any], int | None], Shift] | None = None,
+) -> Shift:
     """The shift that a key `where` states: `auto` is that of the model's own scheduler, a number stands as it is (where the file says another one, that is told once).
 
-    Raises UserError for anything else, and where `auto` finds no file or one that asks for another kind of grid.
+    law: (model, settings, tokens) -> Shift, where a backbone reads its scheduler otherwise than `of_file`. Raises UserError for anything else, and where `auto` finds no file or one that asks for another kind of grid.
     """
     if stated == AUTO:
         path = Path(model) / FILE
@@ -94,14 +101,16 @@ def of_directory(where: str, stated: float | str, model: str | Path, tokens: int
         if not path.is_file():
             raise UserError(f"'{where}' is auto, and {model} has no {FILE}: {own}")
         try:
-            return of_file(read_json(path, "the model's scheduler"), tokens)
+            settings = read_json(path, "the model's scheduler")
+            return of_file(settings, tokens) if law is None else law(model, settings, tokens)
         except UserError as error:
             raise UserError(f"'{where}' is auto, and {path} {error}: {own}") from error
     if not _number(stated) or not stated > 0:
         raise UserError(f"'{where}' must be auto (the model's own scheduler) or a positive number, not {stated!r}")
     stands = Shift(float(stated))
     try:
-        own_shift = of_directory(where, AUTO, model, tokens)
+        own_shift = of_directory(where, AUTO, model, tokens, law)
+        stands = replace(stands, spacing=own_shift.spacing)
     except UserError:
         return stands  # there is nothing to differ from
     if (

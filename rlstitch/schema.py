@@ -26,12 +26,15 @@ from rlstitch.ranges import (
 
 @dataclass
 class SamplerConfig:
-    """shift: of the noise levels, `auto` for what the scheduler of the model's directory says at the run's picture size, or a number."""
+    """shift: of the noise levels, `auto` for what the scheduler of the model's directory says at the run's picture size, or a number. spacing: of the grid before it is
+    shifted, `plain` 1 - k/N as most pipelines have it, `diffusers` as SD3's, `auto` the model's own. guidance_gradient: `both` is the gradient of the guided velocity;
+    `conditional` leaves out that of its unconditional branch, as the released Flow-GRPO does, which also saves that half of the backward pass."""
 
     num_steps: GridSteps = 10
     shift: AutoShift = "auto"
     spacing: Spacing = "plain"
     guidance: Guidance = 1.0
+    guidance_gradient: Literal["both", "conditional"] = "both"
     activation_checkpointing: bool = False
 
 

@@ -214,7 +214,7 @@ class Job:
         names = dict.fromkeys([*config.oracle["weights"], *config.judges])
         self.rewards = {name: cfg.build(config.rewards[name], kind="reward", device=device) for name in names}
         prompts = read_prompts(config.prompts, config.column)
-        probe_rewards(self.rewards, names, prompts.two(), self.backbone.image_size, device)
+        probe_rewards(self.rewards, names, prompts.two(), self.backbone.size, device)
         values = load_values(config.oracle, config.values, self.backbone, self.rewards)
         if config.lora:
             self.backbone.load_lora(config.lora)  # after the values, whose prefixes are the base's

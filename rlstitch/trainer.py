@@ -68,7 +68,7 @@ class Trainer:
             (config.evaluation.rewards, held_out)
         ]
         for names, rows in asked:
-            self.engine.together(lambda: probe_rewards(self.rewards, names, rows.two(), self.backbone.image_size, device))
+            self.engine.together(lambda: probe_rewards(self.rewards, names, rows.two(), self.backbone.size, device))
         self.values = {}
         for part in parts:
             self.values |= load_values(
@@ -101,6 +101,7 @@ class Trainer:
             for name, end, part, stop in zip(stages.names(config), ends, parts, stops)
         ]
         self.backbone.checkpoint_activations(config.sampler.activation_checkpointing)
+        self.backbone.guidance_gradient = config.sampler.guidance_gradient
         shift = scheduler.resolve("sampler.shift", config.sampler.shift, self.backbone)
         self.grid = schedule.sigmas(config.sampler.num_steps, shift, config.sampler.spacing)
         self.algorithm = cfg.build(

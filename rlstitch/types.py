@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (z [B, C, H, W], sigma [B]) -> [B, C, H, W]
 Value = Callable[[Tensor, Tensor], Tensor]  # (z [B, C, H, W], sigma [B]) -> [B]
@@ -25,22 +26,81 @@ class Latent:
     sigma: Tensor
 
 
-@dataclass
-class Conditioning:
-    """What the denoiser sees of a prompt: `tokens` [B, L, D] and `pooled` [B, P]."""
+RAGGED = ("tokens", "mask")  # fields, by the beginning of their names, whose second dimension is a prompt's length
 
-    tokens: Tensor
-    pooled: Tensor
+
+class Conditioning:
+    """What the denoiser sees of B prompts: named tensors [B, ...], which are attributes, too.
+
+    `tokens` [B, L, D] is always there. An architecture may add `pooled` [B, P], and `mask` [B, L] (bool, True on tokens that are the prompt's) where lengths differ.
+    """
+
+    def __init__(self, **fields: Tensor):
+        self.fields = fields
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name != "fields" and name in self.fields:
+            return self.fields[name]
+        raise AttributeError(f"the text has no {name}")
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
+        return Conditioning(**{name: change(value) for name, value in self.fields.items()})
+
+    def __len__(self) -> int:
+        return len(self.tokens)
 
     def __getitem__(self, index) -> Conditioning:
-        return Conditioning(self.tokens[index], self.pooled[index])
+        return self.map(lambda value: value[index])
+
+    def get(self, name: str) -> Tensor | None:
+        return self.fields.get(name)
+
+    @property
+    def device(self) -> torch.device:
+        return self.tokens.device
 
     def expand(self, batch: int) -> Conditioning:
         """One prompt for a batch of any size."""
-        return Conditioning(self.tokens.expand(batch, -1, -1), self.pooled.expand(batch, -1))
+        return self.map(lambda value: value.expand(batch, *value.shape[1:]))
 
     def to(self, *args, **kwargs) -> Conditioning:
-        return Conditioning(self.tokens.to(*args, **kwargs), self.pooled.to(*args, **kwargs))
+        """As Tensor.to; a precision is for what is no mask and no number of anything."""
+        place = [a for a in args if not isinstance(a, torch.dtype)]
+        return self.map(lambda value: value.to(*(args if value.is_floating_point() else place), **kwargs))
+
+    def lengths(self) -> list[int]:
+        """Tokens of each prompt."""
+        mask = self.get("mask")
+        return [self.tokens.shape[1]] * len(self) if mask is None else mask.sum(1).tolist()
+
+    def rows(self) -> list[dict[str, Tensor]]:
+        """Each prompt alone, as long as it is: what `stack` takes."""
+        own = {name: value for name, value in self.fields.items() if name != "mask"}
+        return [
+            {name: value[i, :n] if name.startswith(RAGGED) else value[i] for name, value in own.items()}
+            for i, n in enumerate(self.lengths())
+        ]
+
+    @staticmethod
+    def stack(rows: Sequence[dict[str, Tensor]]) -> Conditioning:
+        """Of single prompts, whose `tokens` are [L, D]: padded with zeros to the longest, with a mask where lengths differ."""
+        lengths = torch.tensor([len(row["tokens"]) for row in rows])
+        longest = int(lengths.max())
+        mask = torch.arange(longest)[None] < lengths[:, None]
+
+        def joined(name: str) -> Tensor:
+            values = [row[name] for row in rows]
+            return pad_sequence(values, batch_first=True) if name.startswith(RAGGED) else torch.stack(values)
+
+        fields = {name: joined(name) for name in rows[0]}
+        return Conditioning(**fields, **({} if bool(mask.all()) else {"mask": mask.to(fields["tokens"].device)}))
+
+    @staticmethod
+    def cat(parts: Sequence[Conditioning]) -> Conditioning:
+        """Batches one behind the other, padded to the longest; a mask where one of them has it or lengths differ."""
+        if len({p.tokens.shape[1] for p in parts}) == 1 and all(p.get("mask") is None for p in parts):
+            return Conditioning(**{name: torch.cat([p.fields[name] for p in parts]) for name in parts[0].fields})
+        return Conditioning.stack([row for p in parts for row in p.rows()])
 
 
 @dataclass
@@ -69,7 +129,7 @@ class Batch:
         clean = [p.clean for p in parts if p.clean is not None]
         return Batch(
             [x for p in parts for x in p.prompts], torch.cat([p.group for p in parts]), torch.cat([p.seeds for p in parts]), [x for p in parts for x in p.facts],
-            Conditioning(torch.cat([t.tokens for t in text]), torch.cat([t.pooled for t in text])) if text else None, torch.cat(clean) if clean else None,
+            Conditioning.cat(text) if text else None, torch.cat(clean) if clean else None,
         )  # fmt: skip
 
     def interleave(self, copies: int) -> Batch:
@@ -78,7 +138,7 @@ class Batch:
             return self
         index = torch.arange(len(self)).repeat_interleave(copies)
         rows = index.tolist()
-        text = None if self.text is None else self.text[index.to(self.text.tokens.device)]
+        text = None if self.text is None else self.text[index.to(self.text.device)]
         facts = [self.facts[i] for i in rows] if self.facts else []
         clean = None if self.clean is None else self.clean[index]
         return Batch([self.prompts[i] for i in rows], self.group[index], self.seeds[index], facts, text, clean)
@@ -137,8 +197,8 @@ class Rollout:
 class Backbone(Protocol):
     """A denoiser with its autoencoder and text encoders; what an adapter for another architecture has to give. It never loops over time.
 
-    parts: folders that its directory must hold. transformer: the module that LoRA is added to, on the linears named `lora_targets`. latent_shape (C, H, W), image_size in pixels, image_tokens of a picture in the transformer, width of a block's tokens.
-    too_long: (prompt, tokens, limit) of prompts that the encoders would cut; a static `cut_prompts(options, prompts)` says so of a recipe's options before anything loads, of rewards, too. cache: folder of encoded text, None for none; `remember` fills it; latents of pictures are kept there by `picture_fingerprint`. A prefix's activations have `block`, `size`, `grid`, `rows` and `join` (backbones.sd3.Activations).
+    parts: folders that its directory must hold. transformer: the module that LoRA is added to, on the linears named `lora_targets`. latent_shape (C, H, W), size (height, width) of a picture in pixels, image_tokens of one in the transformer, width of a block's tokens.
+    too_long: (prompt, tokens, limit) of prompts that the encoders would cut; a static `cut_prompts(options, prompts)` says so of a recipe's options before anything loads, of rewards, too. cache: folder of encoded text, None for none; `remember` fills it; latents of pictures are kept there by `picture_fingerprint`. image_tokens_of and shift_of tell of a recipe's model, before anything loads, what its scheduler shifts by. From `prefix` on is what stitching needs beside training; a cut has `block`, `grid`, `detach` and `rows` (backbones.core.Cut).
     """
 
     path: Any
@@ -148,7 +208,7 @@ class Backbone(Protocol):
     num_blocks: int
     width: int
     latent_shape: tuple[int, int, int]
-    image_size: int
+    size: tuple[int, int]
     image_tokens: int
     device: torch.device
     dtype: torch.dtype
@@ -157,7 +217,9 @@ class Backbone(Protocol):
     null: Conditioning  # of the empty prompt
 
     @staticmethod
-    def count_image_tokens(path: str, image_size: int | None = None) -> int: ...
+    def image_tokens_of(options: dict[str, Any]) -> int: ...
+    @staticmethod
+    def shift_of(path: str, settings: dict[str, Any], tokens: int | None) -> Any: ...
     @staticmethod
     def parameter_counts(path: str, rank: int) -> dict[str, int]: ...
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning: ...
@@ -170,7 +232,8 @@ class Backbone(Protocol):
     def prefix(self, z: Tensor, sigma: Tensor, blocks: int, text: Conditioning | None = None) -> Any: ...
     def extend(self, state: Any, blocks: int) -> Any: ...
     def resume(self, state: Any) -> Tensor: ...
-    def walk(self, z: Tensor, sigma: Tensor) -> Iterator[Any]: ...
+    def guided(self, v: Tensor, null: Tensor, scale: float) -> Tensor: ...
+    def walk(self, z: Tensor, sigma: Tensor, see: Callable[[Any], None]) -> None: ...
     def make_prefix(self, blocks: int, *, share: bool = True) -> Any: ...
     def encode(self, images: Tensor) -> Tensor: ...
     def decode(self, z: Tensor) -> Tensor: ...

@@ -8,6 +8,7 @@ from typing import Any
 from rlstitch.files import opened, weight_files, worthless
 from rlstitch.types import UserError
 
+COUNTS = ("num_batches_tracked",)  # of a batch norm, which are whole numbers
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 BENIGN = ("position_ids",)  # buffers that older libraries saved, counted from 0 again by the newer ones
 
@@ -17,7 +18,7 @@ def whole_files(folder: Path, what: str, variant: str | None = None) -> tuple[st
     variant, files = weight_files(folder, what, variant)
     for file in files:
         with opened(file) as tensors:
-            kinds = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys() if not name.endswith(BENIGN)}  # noqa: SIM118
+            kinds = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys() if not name.endswith((*BENIGN, *COUNTS))}  # noqa: SIM118
         if odd := [name for name, kind in kinds.items() if kind not in FLOATS]:
             raise UserError(
                 f"{what} in {folder} has {len(odd)} tensors that are no floating-point numbers, e.g. {odd[0]} ({kinds[odd[0]]}) in {file.name}: it is quantised or damaged; take the files in float32, bfloat16 or float16"

@@ -88,3 +88,19 @@ def test_importing_rlstitch_is_quick():
     code = "import time, torch; t = time.perf_counter(); import rlstitch, rlstitch.types, rlstitch.schedule, rlstitch.cli; print(time.perf_counter() - t)"
     seconds = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout)
     assert seconds < 1.5
+
+
+def test_no_file_outside_the_backbones_names_an_architecture():
+    """In code; what is told to people may. The miniature's training builds one model, and it is one of them."""
+    words = ("SD3", "StableDiffusion3", "Flux", "QwenImage", "ZImage", "Transformer2DModel")
+    named = []
+    for name, path in modules():
+        if name.startswith(("backbones", "shapes.pretrain")):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            said = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
+            said = ast.unparse(node) if isinstance(node, ast.Import | ast.ImportFrom) else said
+            named += [f"{name}: {said}" for word in words if word in said]
+    assert not named, named
+    lines = {p.stem: len(p.read_text().splitlines()) for p in (PACKAGE / "backbones").glob("*.py")}
+    assert all(lines[name] <= 90 for name in ("sd3", "flux", "flux2", "qwen", "zimage")), lines

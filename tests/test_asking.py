@@ -66,7 +66,7 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_what_is_no_score_is_told_in_one_line_with_the_reward_s_name(case):
     score, said = WRONG[case]
-    for act in (ask, lambda *a: probe(a[0], a[1], a[3], 4, "cpu")):
+    for act in (ask, lambda *a: probe(a[0], a[1], a[3], (4, 4), "cpu")):
         with pytest.raises(PartError, match=f"(?s)^reward 'mine' .*{said}") as error:
             act("mine", Saying(score), PICTURES.clone(), BATCH)
         assert "\n" not in str(error.value)
@@ -88,14 +88,14 @@ def test_scores_are_float32_wherever_the_reward_has_them_and_may_be_unknown():
 
 def test_the_probe_believes_no_gradient_and_no_pictures_unseen():
     for score, said in ((means, {}), (means, {"differentiable": True}), (lambda i: means(i.detach()), {"differentiable": False})):
-        probe("mine", Saying(score, **said), BATCH, 4, "cpu")
+        probe("mine", Saying(score, **said), BATCH, (4, 4), "cpu")
     weight = torch.ones((), requires_grad=True)  # a graph there is, but not to the pictures
     for score in (lambda i: means(i.detach()), lambda i: means(i.detach()) * weight, torch.no_grad()(means)):
         with pytest.raises(PartError, match="'mine' says `differentiable`, but no gradient reaches the pictures"):
-            probe("mine", Saying(score, differentiable=True), BATCH, 4, "cpu")
-        probe("mine", Saying(score), BATCH, 4, "cpu")
+            probe("mine", Saying(score, differentiable=True), BATCH, (4, 4), "cpu")
+        probe("mine", Saying(score), BATCH, (4, 4), "cpu")
     with pytest.raises(PartError, match="wrote into the pictures"):
-        probe("mine", Saying(blacken_by_numpy), BATCH, 4, "cpu")
+        probe("mine", Saying(blacken_by_numpy), BATCH, (4, 4), "cpu")
 
 
 def test_faults_of_people_keep_their_words_and_memory_is_no_part_s_affair():

@@ -1,6 +1,7 @@
 """Update streams and the geometry of a global batch."""
 
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,20 +81,20 @@ def test_any_seed_gives_noise_seeds_that_torch_takes():
 
 
 def test_a_disk_that_is_full_says_so_and_leaves_the_old_file(tmp_path, monkeypatch):
-    from safetensors import SafetensorError
-
     from rlstitch import files
 
     path = tmp_path / "a.safetensors"
     files.write_tensors(path, {"x": torch.ones(2)})
 
-    def full(tensors, file, metadata=None):
-        file.write_bytes(b"half")
-        raise SafetensorError("I/O error: No space left on device")
+    def full(self, data):
+        with self.open("wb") as file:
+            file.write(data[:4])
+        raise OSError("No space left on device")
 
-    monkeypatch.setattr(files, "save_file", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space left"):
         files.write_tensors(path, {"x": torch.zeros(2)})
+    monkeypatch.undo()
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"] and files.read_tensors(path)["x"].tolist() == [1, 1]
 
 

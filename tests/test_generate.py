@@ -56,7 +56,7 @@ def test_they_are_kept_by_all_that_made_them(backbone, sd3_dir, cache, monkeypat
     for n, other in enumerate(others, 2):
         generate(backbone, prompts_of(backbone), other, "t")
         assert len(cache()) == n
-    large = SD3Backbone(str(sd3_dir), max_sequence_length=0, image_size=2 * backbone.image_size)
+    large = SD3Backbone(str(sd3_dir), max_sequence_length=0, image_size=2 * backbone.size[0])
     assert generate(large, prompts_of(large), config, "t")[0].shape[-1] == 2 * first.shape[-1] and len(cache()) == 7
     with torch.no_grad():  # another denoiser in the same folder, e.g. with a LoRA merged in
         from safetensors.torch import load_file, save_file

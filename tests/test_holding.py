@@ -97,10 +97,10 @@ class Algorithm:
 
 class Backbone:
     parts, lora_targets = (), ("to_q",)
-    latent_shape, image_size, device = (4, 2, 2), 4, torch.device("cpu")
+    latent_shape, size, device = (4, 2, 2), (4, 4), torch.device("cpu")
 
     def encode_prompts(self, prompts):
-        return Conditioning(torch.zeros(len(prompts), 3, 2), torch.zeros(len(prompts), 2))
+        return Conditioning(tokens=torch.zeros(len(prompts), 3, 2), pooled=torch.zeros(len(prompts), 2))
 
     def too_long(self, prompts):
         return []
@@ -180,7 +180,7 @@ WRONG = {  # beyond nonsense, which fits nothing: what each method must not give
     "algorithm.state": [{"x": 1}, {1: ones(1)}, {"x": ones(1, device="meta")}, [ones(1)]],
     "model.velocity": [ones(1, 4, 2, 2), ones(2, 4, 2, 1), ones(2, 4, 2, 2).int(), ones(2, 4, 2, 2).double(), ones(2, 4, 2, 2).to_sparse()],
     "model.bind": [lambda z, sigma: ones(1, 4, 2, 2), lambda z, sigma: None, lambda z: z, leaving(SystemExit(0))],
-    "model.encode_prompts": [Conditioning(ones(1, 3, 2), ones(1, 2)), Conditioning(None, None), ones(2, 3)],
+    "model.encode_prompts": [Conditioning(tokens=ones(1, 3, 2), pooled=ones(1, 2)), Conditioning(tokens=None, pooled=None), Conditioning(pooled=ones(2, 2)), ones(2, 3)],
     "model.too_long": [[1], [("a", 1)], [("a", 30, 20.5)]],
     "model.encode": [ones(1, 4, 2, 2), ones(2, 4, 4, 4)],
     "model.decode": [ones(1, 3, 4, 4), ones(2, 4, 4, 4), ones(2, 3, 8, 8), ones(2, 3, 4, 4, dtype=torch.uint8)],
@@ -264,7 +264,7 @@ class Meta(type):
 SAYING = {  # what a class says of itself: fits or not
     "algorithm": {"learns_from": ["x", None, 3, property(lambda self: "prompts")], "needs_oracle": [None, 1, "x"], "collects": ["yes"], "backwards": [None, 1], "faults": [None, 3, lambda self, options, stops: []]},
     "reward": {"differentiable": [None, 1, "yes"], "unreadable": [3, lambda self, rows: "", "x"], "cut_prompts": [3, lambda self, options, prompts: []], "faults": [lambda self, options: [], 1]},
-    "model": {"parts": [3, "transformer", (1, 2)], "cut_prompts": [3], "count_image_tokens": [3], "faults": [3]},
+    "model": {"parts": [3, "transformer", (1, 2)], "cut_prompts": [3], "image_tokens_of": [3], "faults": [3]},
     "oracle": {"sigma_range": [None, 1.0, (1,), ("a", "b"), (0.0, float("nan"))], "differentiable": ["x"]},
     "stop": {"steps": [None, 3], "draw": [lambda self: 1]},
 }  # fmt: skip
@@ -274,7 +274,7 @@ ANSWERS = {  # of what is asked of a class: what it must not give
     ("reward", "unreadable"): [None, 1, []],
     ("reward", "cut_prompts"): [None, [1], [("a", 1)], [("a", "b", "c")]],
     ("reward", "faults"): [None, ["x"], [("a",)]],
-    ("model", "count_image_tokens"): [None, 0, 2.5],
+    ("model", "image_tokens_of"): [None, 0, 2.5],
     ("model", "parameter_counts"): [None, {"lora": "x"}, 3],
 }
 

@@ -89,7 +89,7 @@ def test_a_heads_file_is_strict_too(clip_dir, tmp_path):
 def velocity(folder, encode=False, **options):
     """Under a text of its own encoders, or a fixed one."""
     backbone = SD3Backbone(str(folder), max_sequence_length=4, **options)
-    text = backbone.encode_prompts(["a red circle"]) if encode else Conditioning(torch.ones(1, 5, 32), torch.ones(1, 32))
+    text = backbone.encode_prompts(["a red circle"]) if encode else Conditioning(tokens=torch.ones(1, 5, 32), pooled=torch.ones(1, 32))
     with torch.no_grad():
         return backbone.velocity(torch.ones(1, 4, 8, 8), torch.tensor([0.5]), text)
 
@@ -166,7 +166,8 @@ def _cut(file):
 
 
 BROKEN = {
-    "another pipeline": (lambda f: edited(f / "model_index.json", _class_name="FluxPipeline"), {}, "'model.path': .*FluxPipeline, not a StableDiffusion3Pipeline"),
+    "another pipeline": (lambda f: edited(f / "model_index.json", _class_name="PixArtSigmaPipeline"), {}, "'model.path': .*PixArtSigmaPipeline, and what is known here is StableDiffusion3Pipeline, FluxPipeline"),
+    "another architecture": (lambda f: edited(f / "model_index.json", _class_name="FluxPipeline"), {}, "'model.path': .*transformer/config.json is of a SD3Transformer2DModel, and a FluxPipeline has a FluxTransformer2DModel"),
     "no index": (lambda f: (f / "model_index.json").unlink(), {}, "'model.path': .*model_index.json"),
     "T5 not on disk": (lambda f: shutil.rmtree(f / "text_encoder_3"), {}, "'model.path': .*no text_encoder_3.*null"),
     "pickles": (_pickles, {}, "'model.path': .*diffusion_pytorch_model.bin.*save_pretrained"),

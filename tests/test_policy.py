@@ -7,6 +7,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
 
+from rlstitch.backbones import sd3
 from rlstitch.backbones.sd3 import SD3Backbone
 from rlstitch.policy import CURRENT, EMA, REFERENCE, Policy
 from rlstitch.types import UserError
@@ -97,7 +98,7 @@ def test_state_round_trip_keeps_raw_and_ema_apart(sd3_dir):
 
 def with_alpha_in_the_header(file, rank, alpha):
     """The same LoRA as it was written once: B as it is trained, alpha told by the header alone."""
-    told = {"transformer.r": rank, "transformer.lora_alpha": alpha, "transformer.target_modules": sorted(SD3Backbone.lora_targets)}
+    told = {"transformer.r": rank, "transformer.lora_alpha": alpha, "transformer.target_modules": sorted(sd3.LORA_TARGETS)}
     tensors = {k: v * (rank / alpha if ".lora_B." in k else 1) for k, v in load_file(file).items()}
     save_file(tensors, file, metadata={"format": "pt", "lora_adapter_metadata": json.dumps(told)})
 
@@ -153,8 +154,8 @@ def test_prefix_must_be_taken_before_lora(backbone):
     prefix = backbone.make_prefix(2)
     policy = policy_on(backbone)
     z, sigma, _ = inputs(backbone)
-    before = prefix(z, sigma, backbone.null.expand(2)).image
+    before = prefix(z, sigma, backbone.null.expand(2)).grid
     nudge(policy)
-    assert torch.equal(prefix(z, sigma, backbone.null.expand(2)).image, before), "no adapter reaches the value model"
+    assert torch.equal(prefix(z, sigma, backbone.null.expand(2)).grid, before), "no adapter reaches the value model"
     with pytest.raises(AssertionError, match="before LoRA"):
         backbone.make_prefix(2)

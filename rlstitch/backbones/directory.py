@@ -1,21 +1,49 @@
-"""An SD3 pipeline directory as it lies on disk: what is in it, and what keeps it from loading or running, told before a weight is read."""
+"""A pipeline directory as it lies on disk: what is in it, and what keeps it from loading or running, told before a weight is read."""
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
+from rlstitch.backbones.shared import Architecture, architecture
 from rlstitch.files import names_in, read_json, require, weight_files
 from rlstitch.types import UserError
-from rlstitch.weights import whole_files
+from rlstitch.weights import load_strictly, whole_files
 
 PARTS = ("transformer", "vae")  # folders that are loaded at once
-ENCODERS = {"text_encoder": CLIPTextModelWithProjection, "text_encoder_2": CLIPTextModelWithProjection, "text_encoder_3": T5EncoderModel}
 
-TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}  # of those that cut prompts at the tokenizer's own limit
+
+def load(cls: Any, path: Path, part: str, dtype: torch.dtype, variant: str | None, device: torch.device) -> Any:
+    """One part of a pipeline, frozen."""
+    model = load_strictly(cls, path / part, f"the {part}", variant=variant, dtype=dtype)
+    return model.to(device).requires_grad_(False).eval()
+
+
+def encoders(arch: Architecture, folder: Path) -> set[str]:
+    """The text encoders that a directory has, of those that its architecture knows."""
+    index = read_json(folder / "model_index.json", "the pipeline's index")
+    return {name for name in arch.ENCODERS if index.get(name) not in (None, [None, None])}
+
+
+def settings(cls: Any, folder: Path, what: str) -> dict[str, Any]:
+    """A part's config.json, with what it leaves out as its class has it by default."""
+    usual = {n: p.default for n, p in inspect.signature(cls.__init__).parameters.items() if p.default is not inspect.Parameter.empty}
+    return usual | {k: v for k, v in read_json(folder / "config.json", f"the {what}'s config").items() if v is not None}
+
+
+def _others(arch: Architecture, folder: Path) -> list[str]:
+    """Parts that are not what their pipeline is made of."""
+    out = []
+    for part, cls in zip(PARTS, (arch.TRANSFORMER, arch.VAE)):
+        name = read_json(folder / part / "config.json", f"the {part}'s config").get("_class_name", cls.__name__)
+        if name != cls.__name__:
+            out.append(f"{folder}/{part}/config.json is of a {name}, and a {arch.PIPELINE.__name__} has a {cls.__name__}")
+    return out
+
+
 LONGEST = 100_000  # tokens; a tokenizer whose file says nothing has 1e30
 
 
@@ -29,11 +57,13 @@ def _limit(file: Path) -> None:
 
 def _not_positive(transformer: dict[str, Any], vae: dict[str, Any]) -> list[str]:
     """Numbers of the configurations that everything is divided by and cannot be."""
-    told = [(f"transformer/config.json says {key}", transformer[key]) for key in ("patch_size", "sample_size")]
-    told += [
-        ("vae/config.json says block_out_channels", len(vae["block_out_channels"])),
-        ("vae/config.json says scaling_factor", vae.get("scaling_factor", 1.0)),
+    told = [
+        (f"transformer/config.json says {key}", transformer[key])
+        for key in ("patch_size", "sample_size", "in_channels")
+        if key in transformer
     ]
+    told += [("vae/config.json says block_out_channels", len(vae["block_out_channels"]))] if "block_out_channels" in vae else []
+    told += [("vae/config.json says scaling_factor", vae["scaling_factor"])] if "scaling_factor" in vae else []
     return [
         f"{what} {value}, which must be a positive number"
         for what, value in told
@@ -41,26 +71,41 @@ def _not_positive(transformer: dict[str, Any], vae: dict[str, Any]) -> list[str]
     ]
 
 
+def sizes(path: str | Path, height: int | None = None, width: int | None = None) -> tuple[tuple[int, ...], tuple[int, int], int]:
+    """(a latent's shape, the picture's height and width, its tokens in the transformer) of a directory, from its configurations alone. Raises UserError where a size
+    does not divide into patches."""
+    folder, arch = require(path, "the model directory"), architecture(path)
+    transformer, vae = (settings(cls, folder / part, part) for part, cls in zip(PARTS, (arch.TRANSFORMER, arch.VAE)))
+    channels, factor, patch, own = arch.latent(transformer, vae)
+    size = (height or own, width or own)
+    if odd := [side for side in size if side % (factor * patch)]:
+        raise UserError(f"{odd[0]} does not divide into patches of {factor * patch} pixels")
+    latent = [side // factor for side in size]
+    tokens = (latent[0] // patch) * (latent[1] // patch)
+    most = arch.largest(transformer)
+    if most is not None and max(latent) // patch > most:
+        raise UserError(f"{max(size)} is beyond the {most * factor * patch} pixels that this transformer has positions for")
+    return (channels, *latent), size, tokens
+
+
 def faults(options: dict[str, Any]) -> list[tuple[str, str]]:
     """(key, why) of what keeps a recipe's model from loading or running, from its small files and its weights' names alone."""
     folder, out = require(options["path"], "the model directory"), []
-    index = read_json(folder / "model_index.json", "the pipeline's index")
-    if not str(name := index.get("_class_name")).startswith("StableDiffusion3"):
-        return [("path", f"{folder} holds a {name}, not a StableDiffusion3Pipeline, which is what SD3Backbone takes")]
+    try:
+        arch = architecture(folder)
+    except UserError as error:
+        return [("path", str(error))]
     variant = options.get("variant")
-    for part in ENCODERS:
+    index = read_json(folder / "model_index.json", "the pipeline's index")
+    for part in arch.ENCODERS:
         entry = index.get(part, [None, None])
-        absent = part == "text_encoder_3" and entry == [None, None]
+        absent = part in arch.OPTIONAL and entry == [None, None]
         if not absent and not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(word, str) for word in entry)):
-            out.append(
-                (
-                    "path",
-                    f"{folder}/model_index.json says {part} is {str(entry)[:60]}, and SD3 takes a library and a class there: download it whole",
-                )
-            )
+            why = f"says {part} is {str(entry)[:60]}, and {arch.PIPELINE.__name__} takes a library and a class there: download it whole"
+            out.append(("path", f"{folder}/model_index.json {why}"))
     if out:
         return out
-    for part in [*PARTS, *(n for n in ENCODERS if index.get(n, [None])[0] is not None)]:
+    for part in [*PARTS, *sorted(encoders(arch, folder))]:
         if not (folder / part / "config.json").is_file():
             spare = ", or, for a model without T5, set it and tokenizer_3 to [null, null] in that file" if part == "text_encoder_3" else ""
             out.append(("path", f"{folder} has no {part}/config.json, which its model_index.json names: download it whole{spare}"))
@@ -68,16 +113,16 @@ def faults(options: dict[str, Any]) -> list[tuple[str, str]]:
         try:
             whole_files(folder / part, f"the {part}", variant)
             read_json(folder / part / "config.json", f"the config of the {part}")
-            if part in TOKENIZERS:
-                _limit(folder / TOKENIZERS[part] / "tokenizer_config.json")
+            if part in arch.LIMITED:
+                _limit(folder / arch.LIMITED[part] / "tokenizer_config.json")
         except UserError as error:
             out.append(("path", str(error)))
+    out += [] if out else [("path", why) for why in _others(arch, folder)]
     if out:
         return out
-    transformer = read_json(folder / "transformer" / "config.json", "the transformer's config", patch_size=int, sample_size=int)
-    vae = read_json(folder / "vae" / "config.json", "the vae's config", block_out_channels=list)
+    vae = settings(arch.VAE, folder / "vae", "vae")
     saved = names_in(weight_files(folder / "vae", "the vae", variant)[1])
-    lacking = [k for k in ("quant_conv", "post_quant_conv") if vae.get(f"use_{k}", True) and f"{k}.weight" not in saved]
+    lacking = [k for k in ("quant_conv", "post_quant_conv") if vae.get(f"use_{k}") and f"{k}.weight" not in saved]
     if lacking:
         told = " and ".join(f'"use_{k}": false' for k in lacking)
         out.append(
@@ -86,14 +131,18 @@ def faults(options: dict[str, Any]) -> list[tuple[str, str]]:
                 f"{folder}/vae/config.json asks for {' and '.join(lacking)}, which its weights do not have (an older diffusers left that out): put {told} into it",
             )
         )
-    out += [("path", f"{folder}/{why}: restore it") for why in _not_positive(transformer, vae)]
+    out += [
+        ("path", f"{folder}/{why}: restore it")
+        for why in _not_positive(settings(arch.TRANSFORMER, folder / "transformer", "transformer"), vae)
+    ]
     if out:
         return out
-    scale, patch, size = 2 ** (len(vae["block_out_channels"]) - 1), transformer["patch_size"], options.get("image_size")
-    if isinstance(size, int) and (size <= 0 or size % (scale * patch)):
-        out.append(("image_size", f"{size} does not divide into patches of {scale * patch} pixels"))
-    elif isinstance(size, int) and size > (most := transformer.get("pos_embed_max_size", 96) * scale * patch):
-        out.append(("image_size", f"{size} is beyond the {most} pixels that this transformer has positions for"))
+    for key in ("image_size", "height", "width"):
+        if isinstance(side := options.get(key), int):
+            try:
+                sizes(folder, side, side)
+            except UserError as error:
+                out.append((key, str(error)))
     if options.get("dtype") == "float16" and not torch.cuda.is_available():
         out.append(("dtype", "float16 does not run on a CPU: take bfloat16 or float32"))
     return out

@@ -46,17 +46,16 @@ class Steered:
         self.backbone, self.oracle, self.batch, self.guidance, self.guided_tweedie = backbone, oracle, batch, guidance, guided_tweedie
         self._seen: _Seen | None = None
         self._share = share
-        self._depths = sorted({len(m.prefix.blocks) for m in oracle.models}) if share and isinstance(oracle, Stitched) else []
+        self._depths = sorted({m.prefix.depth for m in oracle.models}) if share and isinstance(oracle, Stitched) else []
         if self._depths and not all(self._same_base(m) for m in oracle.models):
             self._depths = []
 
     def _same_base(self, model: StitchedValueModel) -> bool:
         """Whether the value's prefix is this denoiser's own first blocks under the same null text: the same tensors, and no adapter on them."""
-        own, null = (model.null_tokens, model.null_pooled), self.backbone.null
-        if not len(model.prefix.blocks) or not all(_same_text(a, b) for a, b in zip(own, (null.tokens, null.pooled))):
+        own, null = model.null.fields, self.backbone.null.fields
+        if not model.prefix.depth or own.keys() != null.keys() or not all(_same_text(own[name], null[name]) for name in own):
             return False
-        blocks = self.backbone.transformer.transformer_blocks[: len(model.prefix.blocks)]
-        return [p.data_ptr() for p in blocks.parameters()] == [p.data_ptr() for p in model.prefix.blocks.parameters()]
+        return model.prefix.shares_with(self.backbone.transformer)
 
     # ------------------------------------------------------------------------------------------------ rows
 
@@ -106,11 +105,10 @@ class Steered:
             if seen.conditional is None:
                 return self.backbone.velocity(z, sigma, text, guidance=self.guidance)
             null = self.backbone.velocity(z, sigma, self.backbone.null.expand(len(z)))
-            return null + self.guidance * (seen.conditional[index] - null)
+            return self.backbone.guided(seen.conditional[index], null, self.guidance)
         null = seen.null.rows(index)
         own = self.backbone.prefix(z, sigma, null.block, text)
-        v_null, v = self.backbone.resume(null.join(own)).chunk(2)
-        return v_null + self.guidance * (v - v_null)
+        return self.backbone.guided(self.backbone.resume(own), self.backbone.resume(null), self.guidance)
 
     def value(self, z: Tensor, sigma: Tensor) -> Tensor:
         """The oracle's weighted total [R]; differentiable in z where the oracle is."""
@@ -129,7 +127,7 @@ class Steered:
         for shallow, deep in zip(self._depths, self._depths[1:]):
             depths[deep] = self.backbone.extend(depths[shallow], deep)
         self._note(z, float(sigma[0])).null = depths[self._depths[-1]].detach()
-        return lambda model: depths[len(model.prefix.blocks)]
+        return lambda model: depths[model.prefix.depth]
 
     def _guess(self, z: Tensor, sigma: Tensor, batch: Batch) -> Tensor:
         """The velocity that Tweedie's posterior mean is made of: the guided or the conditional one; kept without its graph."""

@@ -3,6 +3,8 @@
 value = StitchedValueModel.from_pretrained("shapes:value_clip")
 guide = GradientGuide(value, prompts, scale=2.0)
 pipe(prompts, callback_on_step_end=guide)
+
+Some pipelines (FLUX, Qwen-Image) hand packed latents to callbacks, which do not tell the picture's sides: the guides then need those of the call, height and width.
 """
 
 from __future__ import annotations
@@ -31,9 +33,9 @@ def flow_sigma(pipe: Any, step: int) -> float:
 
 
 class _Bound:
-    """A value model (or an oracle) with the prompts of one pipeline call bound in."""
+    """A value model (or an oracle) with the prompts and the picture's size of one pipeline call bound in."""
 
-    def __init__(self, value: Any, prompts: str | Sequence[str]):
+    def __init__(self, value: Any, prompts: str | Sequence[str], height: int | None = None, width: int | None = None):
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise UserError("no prompt was given to steer by")
@@ -42,7 +44,9 @@ class _Bound:
         self.ask: Callable[[Latent, Batch], Tensor] = (
             value.value if isinstance(value, StitchedValueModel) else lambda latent, batch: value.total(value(latent, batch))
         )
-        self.sigma_range = value.sigma_range
+        self.sigma_range, self.size = value.sigma_range, (height, width)
+        prefix = next((m.prefix for m in (value, *getattr(value, "models", ())) if hasattr(m, "prefix")), None)
+        self.arch = getattr(prefix, "arch", None) or getattr(getattr(value, "backbone", None), "arch", None)
         self.device = value.reward.device if isinstance(value, StitchedValueModel) else None
 
     def __call__(self, z: Tensor, sigma: Tensor) -> Tensor:
@@ -57,6 +61,21 @@ class _Bound:
             )
         return self.ask(Latent(z.float(), sigma), self.batch.interleave(copies))
 
+    def unpacked(self, pipe: Any, latents: Tensor) -> Tensor:
+        """Latents of a callback as the value takes them, float32 [B, C, H, W]. Raises UserError where they are packed and nothing tells the picture's sides."""
+        if latents.ndim != 3:
+            return latents.float()
+        if self.arch is None or None in self.size:
+            raise UserError(
+                f"this pipeline hands over packed latents {list(latents.shape)}, from which a picture's sides cannot be told: give the guide the height and width of the call"
+            )
+        factor = self.arch.latent(pipe.transformer.config, pipe.vae.config)[1]
+        return self.arch.from_pipeline(latents.float(), self.size[0] // factor, self.size[1] // factor)
+
+    def packed(self, z: Tensor, latents: Tensor) -> Tensor:
+        """Back to what the callback gave."""
+        return (z if latents.ndim != 3 else self.arch.to_pipeline(z)).to(latents.dtype)
+
     def answers(self, sigma: float) -> bool:
         return self.sigma_range[0] <= sigma <= self.sigma_range[1]
 
@@ -65,7 +84,8 @@ class GradientGuide:
     """DPS by operator splitting: after every step the latents gain h scale sigma / (1 - sigma) grad V, h the length of the step to come.
 
     The same first-order law as `steering.dps`, without touching the pipeline's solver. steps: indices after which to guide (None: all that the value
-    answers for). value: a StitchedValueModel or an oracle; prompts: those of the call (its num_images_per_prompt may be any).
+    answers for). value: a StitchedValueModel or an oracle; prompts: those of the call (its num_images_per_prompt may be any); height, width: its picture's, where
+    latents are packed.
     """
 
     tensor_inputs = ["latents"]
@@ -78,17 +98,21 @@ class GradientGuide:
         scale: float = 1.0,
         steps: Collection[int] | None = None,
         max_coefficient: float = 20.0,
+        height: int | None = None,
+        width: int | None = None,
     ):
-        self.value, self.scale, self.steps, self.max_coefficient = _Bound(value, prompts), scale, steps, max_coefficient
+        self.value = _Bound(value, prompts, height, width)
+        self.scale, self.steps, self.max_coefficient = scale, steps, max_coefficient
 
     def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         sigma, after = flow_sigma(pipe, step + 1), flow_sigma(pipe, step + 2)
         if sigma == 0 or self.scale == 0 or not self.value.answers(sigma) or (self.steps is not None and step not in self.steps):
             return tensors
         latents = tensors["latents"]
-        _, gradient = value_gradient(self.value, latents.float(), torch.full((len(latents),), sigma, device=latents.device))
+        z = self.value.unpacked(pipe, latents)
+        _, gradient = value_gradient(self.value, z, torch.full((len(z),), sigma, device=z.device))
         shift = (sigma - after) * tilt(sigma, self.scale, self.max_coefficient)
-        return tensors | {"latents": (latents.float() + shift * gradient).to(latents.dtype)}
+        return tensors | {"latents": self.value.packed(z + shift * gradient, latents)}
 
 
 class ParticleGuide:
@@ -110,10 +134,12 @@ class ParticleGuide:
         potential: Potential = "diff",
         resampling: Scheme = "systematic",
         generator: torch.Generator | None = None,
+        height: int | None = None,
+        width: int | None = None,
     ):
         if num_particles < 1:
             raise UserError(f"num_particles must be at least 1, not {num_particles}")
-        self.value, self.particles, self.steps = _Bound(value, prompts), num_particles, set(resample_steps)
+        self.value, self.particles, self.steps = _Bound(value, prompts, height, width), num_particles, set(resample_steps)
         self.lam, self.potential, self.resampling, self.generator = lam, potential, resampling, generator
         self.trace = Trace(lam=lam)
         self._potentials: Potentials | None = None
@@ -137,7 +163,7 @@ class ParticleGuide:
             return tensors
         sigma = torch.full((len(latents),), flow_sigma(pipe, step + 1), device=latents.device)
         with torch.no_grad():
-            values = self.value(latents.float(), sigma).view(-1, self.particles)
+            values = self.value(self.value.unpacked(pipe, latents), sigma).view(-1, self.particles)
         self.trace.queries += len(latents)
         weights, bad = normalised(self._potentials.step(values, last=step == last))
         self.trace.fallbacks += int(bad.sum())

@@ -82,7 +82,7 @@ class PreferenceHead(nn.Module):
         if batch.text is None:
             raise UserError("a preference head reads the denoiser under the prompt: the batch needs its encoded prompts")
         with torch.set_grad_enabled(torch.is_grad_enabled() and latent.z.requires_grad):
-            return self.backbone[0].prefix(latent.z, latent.sigma, self.blocks, batch.text).image.float()
+            return self.backbone[0].prefix(latent.z, latent.sigma, self.blocks, batch.text).grid.flatten(2).transpose(1, 2).float()
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.norm(tokens)
@@ -117,7 +117,7 @@ def train_preference_head(
         index = torch.randint(len(first_wins), (batch_size,), generator=generator)
         noise = torch.randn(batch_size, *pair[0].shape[1:], generator=generator).to(pair[0].device)
         sigma = draw_sigma(batch_size, config, head.sigma_range, generator).to(noise.device)
-        batch = Batch([prompts[i] for i in index.tolist()], index, index, [], text[index.to(text.tokens.device)])
+        batch = Batch([prompts[i] for i in index.tolist()], index, index, [], text[index.to(text.device)])
         first, second = (head.value(Latent(schedule.interpolate(side[index], noise, sigma), sigma), batch) for side in pair)
         sign = (2 * first_wins[index].float() - 1).to(first.device)
         loss = F.softplus(-sign * (first - second)).mean()

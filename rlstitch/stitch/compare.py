@@ -137,7 +137,7 @@ class Comparison:
     @cached_property
     def rewards(self) -> dict[str, Any]:
         rewards = {name: cfg.build(self.config.rewards[name], kind="reward", device=self.device) for name in self.config.compare}
-        probe_rewards(rewards, rewards, self.prompts[:1].interleave(2), self.backbone.image_size, self.device)
+        probe_rewards(rewards, rewards, self.prompts[:1].interleave(2), self.backbone.size, self.device)
         return rewards
 
     @cached_property

@@ -109,9 +109,9 @@ def targets_of(
 @torch.no_grad()
 def latents_of(backbone: Any, images: Tensor, batch_size: int = 64) -> Tensor:
     """Clean latents [N, C, H, W] of pictures, uint8 or float in [0, 1]. Raises UserError where they have another size than the model's."""
-    if images.shape[-1] != backbone.image_size or images.shape[-2] != backbone.image_size:
+    if tuple(images.shape[-2:]) != tuple(backbone.size):
         raise UserError(
-            f"the pictures have {images.shape[-1]} x {images.shape[-2]} pixels, the model takes {backbone.image_size} x {backbone.image_size}: resize them, or set model.image_size"
+            f"the pictures have {images.shape[-1]} x {images.shape[-2]} pixels, the model takes {backbone.size[1]} x {backbone.size[0]}: resize them, or set model.image_size, or height and width"
         )
     return torch.cat([backbone.encode(_pixels(images[s : s + batch_size]).to(backbone.device)) for s in range(0, len(images), batch_size)])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from rlstitch.ranges import Count, CountOrNone, NotNegative, Positive, Share, mi
 from rlstitch.types import Batch, Conditioning, Latent, UserError
 
 CARD, WEIGHTS = "value.json", "value.safetensors"
+NULL = "null_"  # what the names of the empty prompt's tensors begin with in that file
 NAMEABLE = ("rlstitch.backbones.", "rlstitch.rewards.", "rlstitch.shapes.reward")  # modules whose classes a card may name
 
 
@@ -69,7 +71,7 @@ class LatentPrefix(nn.Module):
 
     def __init__(self, fold: int = 1):
         super().__init__()
-        self.fold, self.blocks = fold, nn.ModuleList()
+        self.fold, self.depth = fold, 0
 
     def forward(self, z: Tensor, sigma: Tensor, text: Conditioning) -> SimpleNamespace:
         return SimpleNamespace(grid=F.pixel_unshuffle(z, self.fold))
@@ -101,8 +103,9 @@ class StitchedValueModel(nn.Module):
     ):
         super().__init__()
         self.prefix, self.stitch, self.tail = prefix, stitch, tail
-        self.register_buffer("null_tokens", null.tokens.clone(), persistent=False)
-        self.register_buffer("null_pooled", null.pooled.clone(), persistent=False)
+        self._null_fields = list(null.fields)
+        for name, value in null.fields.items():
+            self.register_buffer(f"null_{name}", value.clone(), persistent=False)
         self.reward, self.normalise, self.norm, self.sigma_range, self.card = reward, normalise, norm, sigma_range, card
 
     @classmethod
@@ -139,10 +142,15 @@ class StitchedValueModel(nn.Module):
             card=card,
         )
 
+    @property
+    def null(self) -> Conditioning:
+        """The empty prompt [1, ...], as its denoiser sees it."""
+        return Conditioning(**{name: getattr(self, f"null_{name}") for name in self._null_fields})
+
     def activations(self, z: Tensor, sigma: Tensor) -> Any:
         """The frozen prefix under the null text, in the prefix's own precision."""
-        null = Conditioning(self.null_tokens, self.null_pooled).expand(len(z))
-        return self.prefix(z.to(self.null_tokens.dtype), sigma, null)
+        null = self.null
+        return self.prefix(z.to(null.tokens.dtype), sigma, null.expand(len(z)))
 
     def embed(self, grid: Tensor) -> tuple[Tensor, Tensor]:
         """From the prefix's image stream [B, W, h, w] to (embedding [B, D], tail's tokens [B, N + 1, W'])."""
@@ -172,13 +180,14 @@ class StitchedValueModel(nn.Module):
         """`value.safetensors` (stitch, tail, null text) and `value.json` (the card). What it was stitched from is named by hash."""
         folder = Path(path)
         tensors = {k: v for k, v in self.state_dict().items() if k.startswith(("stitch.", "tail."))}
-        tensors |= {"null_tokens": self.null_tokens, "null_pooled": self.null_pooled}
-        write_weights(folder / WEIGHTS, {k: v.half() if half else v for k, v in tensors.items()})
+        tensors |= {f"{NULL}{name}": value for name, value in self.null.fields.items()}
+        write_weights(folder / WEIGHTS, {k: v.half() if half and v.is_floating_point() else v for k, v in tensors.items()})
         card = self.card | {
             "normalise": self.normalise,
             "norm": self.norm,
             "sigma_range": list(self.sigma_range),
             "sha256": sha256(folder / WEIGHTS),
+            **({} if (embedded := getattr(self.prefix, "embedded", None)) is None else {"embedded_guidance": embedded}),
             "prefix_sha256": self.prefix.fingerprint(),
             "reward_sha256": self.reward.fingerprint(),
         }
@@ -195,13 +204,22 @@ class StitchedValueModel(nn.Module):
         """
         folder, card = require(path, "the value model"), read_card(path)
         tensors = read_weights(require(folder / WEIGHTS, "the value model's weights"), card["sha256"])
-        if lacking := [n for n in ("stitch.linear.weight", "stitch.linear.bias", "null_tokens", "null_pooled") if n not in tensors]:
-            raise UserError(f"value model '{path}' is not whole: it has no {' and no '.join(lacking)}: restore it or stitch it again")
         given = next((part.device for part in (backbone, reward) if part is not None), "cpu")
         where = str(given if device is None else device)
         backbone = build(card.get("backbone"), "model", where) if backbone is None else backbone
         reward = build(card.get("reward"), "reward", where) if reward is None else reward
+        needed = (
+            "stitch.linear.weight",
+            "stitch.linear.bias",
+            *(f"{NULL}{name}" for name in getattr(backbone, "text_fields", ("tokens",))),
+        )
+        if lacking := [n for n in needed if n not in tensors]:
+            raise UserError(f"value model '{path}' is not whole: it has no {' and no '.join(lacking)}: restore it or stitch it again")
         check_vae(card, backbone.path, path)
+        if not math.isclose(told := card.get("embedded_guidance") or 0.0, own := getattr(backbone, "embedded", None) or 0.0):
+            raise UserError(
+                f"value model '{path}' was made at embedded guidance {told:g} and the model is told {own:g}, which changes what its blocks give: set model.embedded_guidance={told:g}, or stitch again"
+            )
         linear, on_latents = tensors["stitch.linear.weight"], card.get("prefix") == "latent"
         width = backbone.latent_shape[0] * card["fold"] ** 2 if on_latents else backbone.width
         own = linear.shape[1] if linear.ndim == 4 else 0
@@ -209,7 +227,9 @@ class StitchedValueModel(nn.Module):
             raise OtherDenoiser(
                 f"value model '{path}' is for a denoiser of width {own} cut after block {card['blocks']}; this one has width {width} and {backbone.num_blocks} blocks"
             )
-        null = Conditioning(tensors["null_tokens"].to(backbone.dtype), tensors["null_pooled"].to(backbone.dtype)).to(backbone.device)
+        null = Conditioning(**{k.removeprefix(NULL): v for k, v in tensors.items() if k.startswith(NULL)}).to(
+            backbone.device, backbone.dtype
+        )
         try:
             stitch = StitchLayer(linear[:, :, 0, 0].float(), tensors["stitch.linear.bias"].float(), reward.grid)
             tail = reward.tail(card["reward_block"])
@@ -234,7 +254,7 @@ class StitchedValueModel(nn.Module):
                 raise kind(
                     f"value model '{path}' was stitched from another {what} (hash {wanted[:12]}..., this one has {found[:12]}...): stitch it again with launch/stitch.py"
                 )
-        trained = {k: v.float() for k, v in tensors.items() if k not in ("null_tokens", "null_pooled")}
+        trained = {k: v.float() for k, v in tensors.items() if not k.startswith(NULL)}
         wanted = {k for k in model.state_dict() if k.startswith(("stitch.", "tail."))}
         if odd := sorted(wanted ^ set(trained)):
             raise UserError(
@@ -325,7 +345,7 @@ def values(
         if activations is not None:
             return activations(model)
         key = (
-            model.prefix.fingerprint() if isinstance(model.prefix, LatentPrefix) else len(model.prefix.blocks),
+            model.prefix.fingerprint() if isinstance(model.prefix, LatentPrefix) else model.prefix.depth,
             *(p.data_ptr() for p in model.prefix.parameters()),
         )
         if key not in cache:

@@ -185,7 +185,7 @@ def run(recipe: StitchRecipe) -> StitchedValueModel:
         raise UserError(f"'max_reward_block' is {recipe.max_reward_block}, but the reward has {reward.num_blocks} blocks")
     images, _ = build_pictures("images", recipe.images)
     held, prompts = build_pictures("held_out", recipe.held_out)
-    probe_rewards({"reward": reward}, ["reward"], measure.batch_of(["", ""]), backbone.image_size, device)
+    probe_rewards({"reward": reward}, ["reward"], measure.batch_of(["", ""]), backbone.size, device)
     started = time.perf_counter()
     latents = latents_of(backbone, images)
     made, kept = {}, 0.0

@@ -57,8 +57,12 @@ def features(
     z0 = backbone.encode(images.to(backbone.device))
     sigma = torch.rand(len(z0), generator=generator).to(z0.device)
     noise = torch.randn(z0.shape, generator=generator).to(z0.device)
-    states = backbone.walk(schedule.interpolate(z0, noise, sigma), sigma)
-    denoiser = [resample(state.grid.double(), reward.grid).flatten(2).transpose(1, 2).flatten(0, 1) for state in states]
+    denoiser: list[Tensor] = []
+    backbone.walk(
+        schedule.interpolate(z0, noise, sigma),
+        sigma,
+        lambda state: denoiser.append(resample(state.grid.double(), reward.grid).flatten(2).transpose(1, 2).flatten(0, 1)),
+    )
     inputs = reward.inputs_of_block(images.to(backbone.device), max_reward_block)
     targets = [(x if j == 1 else x[:, 1:]).double().flatten(0, 1) for j, x in enumerate(inputs, 1)]
     return denoiser, targets, [x[:, 0].double() for x in inputs]

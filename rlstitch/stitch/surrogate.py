@@ -175,7 +175,7 @@ def run(config: SurrogateConfig) -> dict[str, Any]:
         for path, column in ((config.generate.prompts, config.generate.column), (config.held_out, ""))
     )
     for rows in (seen, held_out):
-        probe_rewards({name: black_box}, [name], rows.two(), backbone.image_size, device)
+        probe_rewards({name: black_box}, [name], rows.two(), backbone.size, device)
     latents, rows, seconds = generate(backbone, seen, config.generate, "pictures")
     images = pictures_of(backbone, latents)
     asked, truth = pairs_of(name, black_box, images, seen, rows, config.others)

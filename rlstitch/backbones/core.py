@@ -1,0 +1,296 @@
+"""Any flow transformer of diffusers behind rlstitch's seams: one backbone for all, over the model's own forward. It never loops over time."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor, nn
+
+from rlstitch.backbones import cut, directory
+from rlstitch.backbones.loras import load_lora
+from rlstitch.backbones.shared import architecture, lora_targets
+from rlstitch.backbones.texts import Texts, cut_prompts
+from rlstitch.files import hash_tensors, require
+from rlstitch.ranges import DeviceName, Dtype, Range, Side, Text
+from rlstitch.schedule import Shift
+from rlstitch.types import Conditioning, UserError
+
+
+@dataclass
+class Cut:
+    """A denoiser that stopped after its first `block` blocks: what the last of them returned, and what the forward was called with."""
+
+    returned: Any
+    block: int
+    z: Tensor
+    sigma: Tensor
+    text: Conditioning
+    picture: Callable[[Any, Tensor], Tensor]
+
+    @property
+    def grid(self) -> Tensor:
+        """The image stream as a map [B, W, h, w] of patches."""
+        return self.picture(self.returned, self.z)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Cut:
+        several = isinstance(self.returned, tuple)
+        streams = tuple(t if t is None else change(t) for t in (self.returned if several else (self.returned,)))
+        return replace(
+            self, returned=streams if several else streams[0], z=change(self.z), sigma=change(self.sigma), text=self.text.map(change)
+        )
+
+    def detach(self) -> Cut:
+        return self._map(lambda t: t.detach())
+
+    def rows(self, index: Tensor) -> Cut:
+        return self._map(lambda t: t[index])
+
+
+class Prefix(nn.Module):
+    """A transformer without the blocks behind the first `depth` and without its tail, frozen, no LoRA in it. It shares the base's tensors, or owns copies."""
+
+    def __init__(self, transformer: nn.Module, arch: Any, depth: int, *, embedded: float | None = None, share: bool = True):
+        super().__init__()
+        if any("lora_" in name for name, _ in transformer.named_parameters()):
+            raise AssertionError("take the value model's prefix before LoRA is added to the transformer")
+        self._arch, self.depth, self.embedded = arch.__name__, depth, embedded  # by name: a module cannot be copied with the prefix
+        self.model = cut.truncated(transformer, arch, depth, share=share)
+
+    @property
+    def arch(self) -> Any:
+        return sys.modules[self._arch]
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return cut.blocks_of(self.model, self.arch.LISTS)
+
+    def picture(self, returned: Any, z: Tensor) -> Tensor:
+        return self.arch.picture(returned, self.model, z)
+
+    def fingerprint(self) -> str:
+        """Of its weights, the first list's blocks called `blocks`, as they always were."""
+        return hash_tensors({n.replace(f"{self.arch.LISTS[0]}.", "blocks."): t for n, t in self.model.named_parameters()})
+
+    def shares_with(self, transformer: nn.Module) -> bool:
+        """Whether it is this transformer's own beginning: the same tensors, and no adapter anywhere on them."""
+        left_out = [id(b) for b in cut.blocks_of(transformer, self.arch.LISTS)[self.depth :]] + [
+            id(getattr(transformer, n)) for n in self.arch.TAIL
+        ]
+        skipped = {id(p) for m in transformer.modules() if id(m) in left_out for p in m.parameters()}
+        own = [p.data_ptr() for p in transformer.parameters() if id(p) not in skipped]
+        return own == [p.data_ptr() for p in self.model.parameters()]
+
+    def forward(self, z: Tensor, sigma: Tensor, text: Conditioning) -> Cut:
+        inputs = self.arch.inputs(self.model, z, sigma, text, self.embedded)
+        return Cut(cut.run(self.model, inputs, self.arch, stop=self.depth), self.depth, z, sigma, text, self.picture)
+
+
+class Diffusers:
+    """A pipeline directory of diffusers, of any architecture of `shared.ARCHITECTURES`. `transformer` and `vae` are loaded at once and frozen; text encoders only while
+    prompts are encoded.
+
+    path: directory or `shapes:NAME`; dtype: of the frozen weights; variant: of the weight files, e.g. fp16 (default: the plain ones, or the only one there is);
+    max_sequence_length: tokens of a prompt, where an encoder has no limit of its own (for SD3 those of T5, zeros where there is no T5; 0 adds none); image_size: side
+    in pixels (default: the transformer's own), or height and width of a picture that is no square; embedded_guidance: what a guidance-distilled model is told (default:
+    its pipeline's); cache: folder of encoded prompts and pictures, None for none.
+    """
+
+    def __init__(
+        self,
+        path: Text,
+        *,
+        dtype: Dtype = "float32",
+        variant: Text | None = None,
+        max_sequence_length: Annotated[int, Range(0, 100_000)] | None = None,
+        image_size: Side | None = None,
+        height: Side | None = None,
+        width: Side | None = None,
+        embedded_guidance: Annotated[float, Range(0, 1000)] | None = None,
+        device: DeviceName = "cpu",
+        cache: Text | None = None,
+    ):
+        self.path, self.device, self.dtype, self.variant = (
+            require(path, "the model directory"),
+            torch.device(device),
+            getattr(torch, dtype),
+            variant,
+        )
+        for part in self.parts:
+            require(self.path / part, f"the {part} of model '{path}'")
+        self.arch = architecture(path)
+        self.latent_shape, self.size, self.image_tokens = directory.sizes(path, height or image_size, width or image_size)
+        self.transformer, self.vae = (self._load(cls, part) for part, cls in zip(self.parts, (self.arch.TRANSFORMER, self.arch.VAE)))
+        self.arch.prepare(self.transformer, self.device.type)
+        self.cache = None if cache is None else Path(cache)
+        length = self.arch.MAX_SEQUENCE_LENGTH if max_sequence_length is None else max_sequence_length
+        self.texts = Texts(
+            self.arch, self.path, self.transformer, dtype=self.dtype, variant=variant, device=self.device, length=length, cache=self.cache
+        )
+        self.num_blocks, self.width = (
+            len(cut.blocks_of(self.transformer, self.arch.LISTS)),
+            getattr(self.transformer, "inner_dim", None) or self.transformer.dim,
+        )
+        self.lora_targets, self.text_fields = lora_targets(self.arch, self.transformer), self.arch.TEXT
+        distilled = bool(self.transformer.config.get("guidance_embeds"))
+        if embedded_guidance is not None and not distilled:
+            raise UserError(f"embedded_guidance is {embedded_guidance:g}, and the model {path} has no embedding of it: leave it out")
+        self.embedded = (self.arch.EMBEDDED if embedded_guidance is None else embedded_guidance) if distilled else None
+        self._null: Conditioning | None = None
+
+    checkpointing, guidance_gradient = False, "both"  # of activations; of guided velocities
+    parts, faults, cut_prompts = directory.PARTS, staticmethod(directory.faults), staticmethod(cut_prompts)
+
+    def _load(self, cls: Any, part: str) -> Any:
+        return directory.load(cls, self.path, part, self.dtype, self.variant, self.device)
+
+    @staticmethod
+    def image_tokens_of(options: dict[str, Any]) -> int:
+        """Patches of a picture, which a scheduler may shift by: of a recipe's model, from the configurations alone."""
+        side = options.get("image_size")
+        return directory.sizes(options["path"], options.get("height") or side, options.get("width") or side)[2]
+
+    @staticmethod
+    def shift_of(path: str | Path, settings: dict[str, Any], tokens: int | None) -> Shift:
+        """The shift of noise levels that a directory's scheduler settings ask for."""
+        return architecture(path).shift(settings, tokens)
+
+    @staticmethod
+    def parameter_counts(path: str, rank: int) -> dict[str, int]:
+        """Parameters of transformer, autoencoder and LoRA, from the configurations alone (call it under accelerate's init_empty_weights)."""
+        folder, arch = require(path, "the model directory"), architecture(path)
+        transformer = arch.TRANSFORMER.from_config(arch.TRANSFORMER.load_config(folder / "transformer"))
+        vae = arch.VAE.from_config(arch.VAE.load_config(folder / "vae"))
+        linears = [m for n, m in transformer.named_modules() if isinstance(m, nn.Linear) and n.endswith(lora_targets(arch, transformer))]
+        return {
+            "transformer": sum(p.numel() for p in transformer.parameters()),
+            "vae": sum(p.numel() for p in vae.parameters()),
+            "lora": sum(rank * (m.in_features + m.out_features) for m in linears),
+        }
+
+    def load_lora(self, folder: str | Path) -> None:
+        """Put a trained LoRA on the frozen transformer, see `loras.load_lora`. Prefixes made before stay without it."""
+        load_lora(self, folder)
+
+    # ------------------------------------------------------------------------------------------------ text
+
+    @property
+    def null(self) -> Conditioning:
+        """The encoding [1, ...] of the empty prompt (for Qwen-Image a space): guidance's unconditional branch and the text of every value model."""
+        if self._null is None:
+            self._null = self.encode_prompts([self.arch.NEGATIVE])
+        return self._null
+
+    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+        return self.texts.encode(prompts)
+
+    def remember(self, prompts: list[str]) -> None:
+        self.texts.remember(prompts)
+
+    def text_fingerprint(self) -> str:
+        return self.texts.fingerprint()
+
+    def too_long(self, prompts: list[str]) -> list[tuple[str, int, int]]:
+        """(prompt, its tokens, the limit) of prompts that the widest encoder would cut."""
+        return cut_prompts({"path": self.path, "max_sequence_length": self.texts.length}, prompts)
+
+    # ------------------------------------------------------------------------------------------------ denoiser
+
+    def velocity(self, z: Tensor, sigma: Tensor, text: Conditioning, *, guidance: float = 1.0) -> Tensor:
+        """v [B, ...] float32 at z, sigma [B]; classifier-free guidance as the architecture has it, both branches in one batch. The gradient is through both, or, where
+        `guidance_gradient` is `conditional`, through the conditional branch alone."""
+        if guidance == 1.0:
+            return self._forward(z, sigma, text)
+        if self.guidance_gradient == "conditional" and torch.is_grad_enabled():
+            v = self._forward(z, sigma, text)
+            with torch.no_grad():
+                v_null = self._forward(z, sigma, self.null.expand(len(z)))
+            return self.guided(v, v_null, guidance)
+        both = Conditioning.cat([self.null.expand(len(z)), text])
+        v_null, v = self._forward(torch.cat([z, z]), torch.cat([sigma, sigma]), both).chunk(2)
+        return self.guided(v, v_null, guidance)
+
+    def guided(self, v: Tensor, null: Tensor, scale: float) -> Tensor:
+        """The guided velocity of the two branches'; linear for most: v_null + w (v - v_null)."""
+        return self.arch.guided(v, null, scale)
+
+    def bind(self, text: Conditioning, guidance: float = 1.0):
+        """velocity(z, sigma) with the prompt and the guidance bound in."""
+        return lambda z, sigma: self.velocity(z, sigma, text, guidance=guidance)
+
+    def checkpoint_activations(self, on: bool = True) -> None:
+        """Hold no more of a forward with gradient than what enters each block, and run a block again in the backward pass: a third more time, a fraction of the memory."""
+        self.checkpointing = on
+        self.transformer.enable_gradient_checkpointing() if on else self.transformer.disable_gradient_checkpointing()
+
+    def _inputs(self, z: Tensor, sigma: Tensor, text: Conditioning) -> dict[str, Any]:
+        return self.arch.inputs(self.transformer, z.to(self.dtype), sigma, text, self.embedded)
+
+    def _forward(self, z: Tensor, sigma: Tensor, text: Conditioning) -> Tensor:
+        return self.arch.output(self.transformer(**self._inputs(z, sigma, text)), z).float()
+
+    # ------------------------------------------------------------------------------------------------ what stitching needs beside
+
+    def _cut(self, z: Tensor, sigma: Tensor, text: Conditioning, **how: Any) -> Any:
+        return cut.run(self.transformer, self._inputs(z, sigma, text), self.arch, **how)
+
+    def picture(self, returned: Any, z: Tensor) -> Tensor:
+        return self.arch.picture(returned, self.transformer, z)
+
+    def prefix(self, z: Tensor, sigma: Tensor, blocks: int, text: Conditioning | None = None) -> Cut:
+        """Run only the first `blocks` blocks, at least one (text None: the null text). `resume` finishes them into a velocity."""
+        text = self.null.expand(len(z)) if text is None else text
+        return Cut(self._cut(z, sigma, text, stop=blocks), blocks, z, sigma, text, self.picture)
+
+    def extend(self, state: Cut, blocks: int) -> Cut:
+        """Go on from a cut until `blocks` blocks have run."""
+        if blocks == state.block:
+            return state
+        return replace(
+            state, returned=self._cut(state.z, state.sigma, state.text, start=(state.block, state.returned), stop=blocks), block=blocks
+        )
+
+    def walk(self, z: Tensor, sigma: Tensor, see: Callable[[Cut], None]) -> None:
+        """One forward under the null text that shows `see` the cut after block 1, 2, ... to the last."""
+        text = self.null.expand(len(z))
+        self._cut(z, sigma, text, stop=self.num_blocks, see=lambda k, returned: see(Cut(returned, k, z, sigma, text, self.picture)))
+
+    def resume(self, state: Cut) -> Tensor:
+        """The full velocity [B, ...] from a cut, without running its blocks again."""
+        return self.arch.output(self._cut(state.z, state.sigma, state.text, start=(state.block, state.returned)), state.z).float()
+
+    def make_prefix(self, blocks: int, *, share: bool = True) -> Prefix:
+        return Prefix(self.transformer, self.arch, blocks, embedded=self.embedded, share=share)
+
+    # ------------------------------------------------------------------------------------------------ autoencoder
+
+    def picture_fingerprint(self) -> str:
+        """Of everything that latents of pictures depend on beside the pictures."""
+        c = self.vae.config
+        prints = hash_tensors(dict(self.vae.named_parameters()))
+        told = f"{prints}:{c.get('scaling_factor')}:{c.get('shift_factor')}:{self.size}:{self.dtype}:{self.device.type}"
+        return hashlib.sha256(told.encode()).hexdigest()[:20]
+
+    @staticmethod
+    def _parts(x: Tensor, factor: int, pixels: int = 8 * 512**2) -> tuple[Tensor, ...]:
+        """A batch cut so that the autoencoder, whose activations outweigh everything else, sees no more than so many pixels at once; whole where gradients flow."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            return (x,)
+        return x.split(max(1, pixels // (x.shape[-1] * x.shape[-2] * factor**2)))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1] -> latents as the denoiser takes them (the posterior's mode); without gradient a few at a time."""
+        parts = self._parts(images, 1)
+        return (
+            self.arch.VAES.encode(self.vae, images) if len(parts) == 1 else torch.cat([self.arch.VAES.encode(self.vae, p) for p in parts])
+        )
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents -> images [B, 3, H, W] in [0, 1], differentiable inside the range; without gradient a few at a time."""
+        parts = self._parts(z, self.size[0] // self.latent_shape[-2])
+        return self.arch.VAES.decode(self.vae, z) if len(parts) == 1 else torch.cat([self.arch.VAES.decode(self.vae, p) for p in parts])

@@ -1,0 +1,143 @@
+"""What several architectures have in common, and how a pipeline directory tells which one it is.
+
+An architecture is a module of this package, stateless; what it must hold stands in `Architecture`.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rlstitch import scheduler
+from rlstitch.files import read_json, require
+from rlstitch.schedule import Shift
+from rlstitch.types import Conditioning, UserError
+
+# by the pipeline's class in model_index.json
+ARCHITECTURES = {
+    "StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux", "Flux2KleinPipeline": "flux2", "QwenImagePipeline": "qwen", "ZImagePipeline": "zimage",
+}  # fmt: skip
+
+
+class Architecture(Protocol):
+    """What is known of an architecture beside its own forward, which is run as it is.
+
+    The maths' latents z [B, C, H, W] are never packed; velocities are noise minus data; sigma is in [0, 1]. What a transformer takes otherwise is turned in `inputs` and `output`.
+    """
+
+    PIPELINE: Any
+    TRANSFORMER: Any
+    VAE: Any
+    VAES: Any  # how it is used, of backbones.autoencoders
+    ENCODERS: dict[str, Any]  # classes of the text encoders by folder; a model may lack the optional ones
+    OPTIONAL: Sequence[str]  # of the encoders, those that a model may be without
+    LIMITED: dict[str, str]  # tokenizers that cut prompts at a limit of their own, by encoder
+    LISTS: Sequence[str]  # module lists of blocks, in the order in which they run
+    STREAMS: Sequence[int]  # tensors that a block of each list returns
+    BEFORE: Sequence[str]  # lists of refiners ahead of them
+    TAIL: Sequence[str]  # modules that run behind the last block
+    LORA_TARGETS: Sequence[str]  # ends of linears' names; one with a * is of whole names
+    TEXT: Sequence[str]  # fields of its Conditioning beside the mask
+    MAX_SEQUENCE_LENGTH: int  # tokens of a prompt, by default
+    NEGATIVE: str  # the prompt of guidance's other branch
+    EMBEDDED: float | None  # guidance that a model distilled with it is told, by default
+
+    def latent(self, transformer: dict[str, Any], vae: dict[str, Any]) -> tuple[int, int, int, int]: ...
+    def largest(self, transformer: dict[str, Any]) -> int | None: ...
+    def prepare(self, transformer: Any, device: str) -> None: ...
+    def inputs(self, model: Any, z: Tensor, sigma: Tensor, text: Conditioning, embedded: float | None) -> dict[str, Any]: ...
+    def output(self, out: Any, z: Tensor) -> Tensor: ...
+    def picture(self, returned: Any, model: Any, z: Tensor) -> Tensor: ...  # of a block -> [B, W, h, w]
+    def guided(self, v: Tensor, null: Tensor, scale: float) -> Tensor: ...
+    def text(self, pipeline: Any, prompts: Sequence[str], length: int, device: Any) -> list[dict[str, Tensor]]: ...  # unpadded
+    def reader(self, encoders: set[str]) -> tuple[str, bool]: ...
+    def count(self, tokenizer: Any, prompts: Sequence[str]) -> list[int]: ...
+    def shift(self, settings: dict[str, Any], tokens: int | None) -> Shift: ...
+    def to_pipeline(self, z: Tensor) -> Tensor: ...  # latents as the stock pipeline hands them to callbacks
+    def from_pipeline(self, latents: Tensor, height: int, width: int) -> Tensor: ...
+
+
+def architecture(path: str | Path) -> Architecture:
+    """The architecture of a pipeline directory, by the class that its model_index.json names. Raises UserError for one that is not known."""
+    folder = require(path, "the model directory")
+    name = str(read_json(folder / "model_index.json", "the pipeline's index").get("_class_name"))
+    if name not in ARCHITECTURES:
+        raise UserError(f"{folder} holds a {name}, and what is known here is {', '.join(ARCHITECTURES)}")
+    return import_module(f"rlstitch.backbones.{ARCHITECTURES[name]}")
+
+
+def lora_targets(arch: Architecture, transformer: Any) -> tuple[str, ...]:
+    """What LoRA goes on, with every * filled in."""
+    names = [n for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)]
+    return tuple(name for t in arch.LORA_TARGETS for name in (fnmatch.filter(names, t) if "*" in t else [t]))
+
+
+def linear(v: Tensor, null: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance: v_null + w (v - v_null)."""
+    return null + scale * (v - null)
+
+
+def shift(settings: dict[str, Any], tokens: int | None) -> Shift:
+    """What the scheduler's file says, on the evenly spaced grid that most pipelines hand to it."""
+    return replace(scheduler.of_file(settings, tokens), spacing="plain")
+
+
+def count(tokenizer: Any, prompts: Sequence[str]) -> list[int]:
+    return [len(ids) for ids in tokenizer(list(prompts)).input_ids]
+
+
+def chat_count(tokenizer: Any, prompts: Sequence[str], *, enable_thinking: bool) -> list[int]:
+    """Tokens of prompts in the tokenizer's chat template."""
+    said = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    return count(
+        tokenizer,
+        [tokenizer.apply_chat_template(m, tokenize=False, add_generation_prompt=True, enable_thinking=enable_thinking) for m in said],
+    )
+
+
+def nothing(transformer: Any, device: str) -> None:
+    """There is nothing to prepare."""
+
+
+def unlimited(transformer: dict[str, Any]) -> None:
+    """Positions are computed: a picture may have any size."""
+
+
+def time(sigma: Tensor, z: Tensor) -> Tensor:
+    """sigma as the pipelines hand it over, rounded to the latents' precision."""
+    return (1000 * sigma).to(z.dtype) / 1000
+
+
+def as_it_is(latents: Tensor, *_: int) -> Tensor:
+    return latents
+
+
+def grid(tokens: Tensor, z: Tensor, patch: int) -> Tensor:
+    """Tokens [B, N, W] of the patches of z, row by row, as a map [B, W, h, w]."""
+    return tokens.transpose(1, 2).unflatten(2, (z.shape[-2] // patch, z.shape[-1] // patch))
+
+
+def pack(z: Tensor) -> Tensor:
+    """[B, C, H, W] -> [B, H/2 W/2, 4 C]: a token is a 2 x 2 patch, channel by channel."""
+    return F.pixel_unshuffle(z, 2).flatten(2).transpose(1, 2)
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """Back to [B, C, height, width]."""
+    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height // 2, width // 2)), 2)
+
+
+def positions(height: int, width: int, device: torch.device, axes: int = 3) -> Tensor:
+    """[height width, axes]: row and column of each token in the second and the third place, zeros elsewhere."""
+    ids = torch.zeros(height, width, axes, device=device)
+    ids[..., 1] = torch.arange(height, device=device)[:, None]
+    ids[..., 2] = torch.arange(width, device=device)[None]
+    return ids.flatten(0, 1)

@@ -1,0 +1,114 @@
+"""Prompts as a denoiser sees them: encoded once by the pipeline's own encoders, which are loaded for that alone, and kept on disk, each prompt as long as it is."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from rlstitch.backbones import directory
+from rlstitch.backbones.shared import Architecture, architecture
+from rlstitch.cache import is_kept, keep, kept
+from rlstitch.files import quick_fingerprint, require
+from rlstitch.telling import progress
+from rlstitch.types import Conditioning, UserError
+
+
+class Texts:
+    """The encoders of a pipeline directory. length: tokens of the longest prompt, for those that have no limit of their own; cache: a folder, or None."""
+
+    def __init__(
+        self,
+        arch: Architecture,
+        path: Path,
+        transformer: Any,
+        *,
+        dtype: torch.dtype,
+        variant: str | None,
+        device: torch.device,
+        length: int,
+        cache: Path | None,
+    ):
+        self.arch, self.path, self.transformer = arch, path, transformer
+        self.dtype, self.variant, self.device, self.length, self.cache = dtype, variant, device, length, cache
+        self._folder: Path | None = None
+
+    def fingerprint(self) -> str:
+        """Of everything that a prompt's text depends on."""
+        prints = quick_fingerprint(self.path, ("text_encoder*/*.safetensors", "text_encoder*/config.json", "tokenizer*/*"))
+        return hashlib.sha256(f"{prints}:{self.length}:{self.dtype}".encode()).hexdigest()[:20]
+
+    def encode(self, prompts: Sequence[str], *, batch_size: int = 64) -> Conditioning:
+        """Text of N prompts, from the cache where it is there. The encoders are loaded once for all that are missing and freed again."""
+        files = self.files(prompts)
+        known = {p: text for p, f in files.items() if f is not None and (text := kept(f)) is not None}
+        missing = {p: f for p, f in files.items() if p not in known}
+        known |= {prompt: {name: value.clone() for name, value in row.items()} for prompt, row in self._encoded(missing, batch_size)}
+        return Conditioning.stack([known[p] for p in prompts]).to(self.device)
+
+    def remember(self, prompts: Sequence[str], *, batch_size: int = 64) -> None:
+        """Put the text of prompts into the cache, holding no more than a batch: a large set takes gigabytes (1.6 MiB a prompt at SD3.5's size)."""
+        for _ in self._encoded({p: f for p, f in self.files(prompts).items() if not is_kept(f)}, batch_size):
+            pass
+
+    def files(self, prompts: Sequence[str]) -> dict[str, Path | None]:
+        """Where the cache keeps each prompt's text; None without a cache."""
+        if self.cache is None:
+            return dict.fromkeys(prompts)
+        if self._folder is None:
+            self._folder = self.cache / self.fingerprint()
+        return {p: self._folder / f"{hashlib.sha256(p.encode()).hexdigest()[:32]}.safetensors" for p in prompts}
+
+    def _encoded(self, files: dict[str, Path | None], batch_size: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """(prompt, its text on the CPU), each put into its file, where it has one, batch by batch."""
+        if not files:
+            return
+        pipeline, prompts = self.pipeline(), list(files)
+        bar = progress(len(prompts), "encoding prompts", "prompt", shown=len(prompts) > 8 * batch_size)
+        for start in range(0, len(prompts), batch_size):
+            part = prompts[start : start + batch_size]
+            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):  # text is the same whatever it is asked in the midst of
+                rows = self.arch.text(pipeline, part, self.length, self.device)
+            for prompt, row in zip(part, rows):
+                row = {name: value.cpu() for name, value in row.items()}
+                if files[prompt] is not None:
+                    keep(files[prompt], row)
+                yield prompt, row
+            bar.update(len(part))
+        bar.close()
+        del pipeline
+        gc.collect()
+
+    def pipeline(self) -> Any:
+        """The stock pipeline with its encoders alone."""
+        there, parts = directory.encoders(self.arch, self.path), {}
+        for name, cls in self.arch.ENCODERS.items():
+            parts[name] = directory.load(cls, self.path, name, self.dtype, self.variant, self.device) if name in there else None
+            if parts[name] is None:
+                parts[name.replace("text_encoder", "tokenizer")] = None
+        others = dict.fromkeys(("transformer", "vae", "scheduler"))  # which text does not need
+        try:
+            pipeline = self.arch.PIPELINE.from_pretrained(self.path, **others, local_files_only=True, **parts)
+        except Exception as error:  # diffusers raises many kinds for a missing or damaged file
+            raise UserError(f"the text encoders of model '{self.path}' cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        pipeline.transformer = self.transformer  # some read its configuration
+        return pipeline.to(self.device)
+
+
+def cut_prompts(options: dict[str, Any], prompts: Sequence[str]) -> list[tuple[str, int, int]]:
+    """(prompt, its tokens, the limit) of prompts that the encoders of a recipe's model would cut, by the tokenizer alone."""
+    folder, arch = require(options["path"], "the model directory"), architecture(options["path"])
+    name, by_key = arch.reader(directory.encoders(arch, folder))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder / name, local_files_only=True)
+    except Exception as error:  # transformers raises many kinds for a missing or damaged file
+        raise UserError(f"the tokenizer of model '{folder}' cannot be loaded: {error}") from error
+    limit = options.get("max_sequence_length")
+    limit = (arch.MAX_SEQUENCE_LENGTH if limit is None else limit) if by_key else tokenizer.model_max_length
+    return [(p, n, limit) for p, n in zip(prompts, arch.count(tokenizer, prompts)) if n > limit]
