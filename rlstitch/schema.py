@@ -102,7 +102,7 @@ class EvaluationConfig:
     every_prompts: CountOrNone = 64
     num_steps: GridSteps = 40
     shift: AutoShift = "auto"
-    spacing: Spacing = "diffusers"
+    spacing: Spacing = "auto"
     guidance: Guidance = 1.0
     batch_size: Count = 64
     seed: Seed = 1234

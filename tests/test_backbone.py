@@ -105,6 +105,20 @@ def test_guidance_mixes_both_branches_and_carries_gradient(backbone):
     torch.testing.assert_close(both, apart, atol=1e-5, rtol=1e-5)
 
 
+def test_guidance_may_leave_out_the_gradient_of_its_unconditional_branch(backbone):
+    """As the released Flow-GRPO has it: the same velocity, and w times the conditional's gradient, in weights and latents alike."""
+    z, sigma, text = inputs(backbone)
+    z, weight = z.requires_grad_(True), backbone.transformer.proj_out.weight.requires_grad_(True)
+    whole = backbone.velocity(z, sigma, text, guidance=3.0)
+    own = torch.autograd.grad(3 * backbone.velocity(z, sigma, text).square().sum() / 2, (z, weight))
+    backbone.guidance_gradient = "conditional"
+    part = backbone.velocity(z, sigma, text, guidance=3.0)
+    torch.testing.assert_close(part, whole, atol=1e-5, rtol=1e-5)
+    slope = backbone.velocity(z, sigma, text).detach()
+    for got, wanted in zip(torch.autograd.grad((part * slope).sum(), (z, weight)), own):
+        torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+
+
 def test_text_equals_the_pipelines_and_is_cached(sd3_dir, tmp_path):
     backbone = SD3Backbone(str(sd3_dir), max_sequence_length=5, cache=str(tmp_path))
     prompts = ["a red circle", "", "two stars"]

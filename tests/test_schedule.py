@@ -154,3 +154,34 @@ def test_float64_is_kept_and_less_is_float32(given):
             assert done.z.dtype == done.sigma.dtype == dtype
     half = torch.full((2, 1, 2), 0.5, dtype=torch.bfloat16)
     assert schedule.score(half, half, make(s)).dtype == sampling.log_prob(half, half, 0.3).dtype == torch.float32
+
+
+# Grids of stock pipelines: (shift, steps, first four, last two above 0).
+GOLDEN = [
+    (schedule.Shift(3.0), 28, "1 .98738 .97411 .96013", ".11091 .00893"),
+    (schedule.Shift(3.0), 10, "1 .96013 .91335 .85769", ".27805 .00893"),
+    (schedule.Shift(math.exp(0.63), dynamic=True, spacing="plain"), 28, "1 .98066 .96064 .93993", ".12620 .06502"),
+    (schedule.Shift(math.exp(1.15), dynamic=True, spacing="plain"), 28, "1 .98841 .97622 .96339", ".19545 .10472"),
+    (schedule.Shift(math.exp(0.53871), dynamic=True, terminal=0.02, spacing="plain"), 50, "1 .98806 .97593 .96358", ".05332 .02000"),
+    (schedule.Shift(math.exp(0.69355), dynamic=True, terminal=0.02, spacing="plain"), 50, "1 .98970 .97919 .96847", ".05848 .02000"),
+    (schedule.Shift(6.0, spacing="plain"), 50, "1 .99661 .99310 .98947", ".20000 .10909"),
+    (schedule.Shift(3.0, spacing="plain"), 8, "1 .95455 .90000 .83333", ".50000 .30000"),
+]
+
+
+@pytest.mark.parametrize("law, steps, first, last", GOLDEN)
+def test_a_models_own_grid(law, steps, first, last):
+    grid = schedule.sigmas(steps, law, "auto")
+    wanted = [float(x) for x in f"{first} {last}".split()]
+    assert [*grid[:4].tolist(), *grid[-3:-1].tolist()] == pytest.approx(wanted, abs=1e-5) and grid[-1] == 0
+
+
+def test_a_shift_that_grows_with_the_steps():
+    """FLUX.2's, at 512 px (1024 tokens), at 1024 px (4096), and beyond 4300 tokens, where it does not."""
+    from rlstitch.backbones import flux2
+
+    settings = {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}
+    for tokens, steps, mu in ((1024, 50, 1.70196), (4096, 50, 2.02335), (4096, 4, 2.29118), (5000, 50, 1.30302), (5000, 4, 1.30302)):
+        assert math.log(flux2.shift(settings, tokens).at(steps)) == pytest.approx(mu, abs=2e-5), (tokens, steps)
+    grid = schedule.sigmas(50, flux2.shift(settings, 1024), "auto")
+    assert [*grid[:4].tolist(), *grid[-3:-1].tolist()] == pytest.approx([1, 0.99629, 0.99246, 0.98850, 0.18602, 0.10066], abs=1e-5)
