@@ -182,6 +182,7 @@ BROKEN = {
     "a config of no object": (lambda f: (f / "text_encoder_2" / "config.json").write_text("[]"), {}, "'model.path': the config of the text_encoder_2 .*list"),
     "a cut file": (lambda f: _cut(f / "text_encoder" / "model.safetensors"), {}, "'model.path': .*text_encoder/model.safetensors cannot be read as safetensors"),
     "too large": (lambda f: None, {"image_size": 68}, "'model.image_size': 68 is beyond the 64 pixels"),
+    "guidance that is not embedded": (lambda f: None, {"embedded_guidance": 3.5}, "'model.embedded_guidance': .*no embedding of it"),
     "odd size": (lambda f: None, {"image_size": 18}, "'model.image_size': 18 does not divide into patches of 4"),
     "half on a CPU": (lambda f: None, {"dtype": "float16"}, "'model.dtype': float16"),
     "no such dtype": (lambda f: None, {"dtype": "float99"}, "'model.dtype' must be one of float32, bfloat16, float16"),
@@ -194,7 +195,7 @@ def test_a_folder_that_cannot_run_is_told_by_key_before_anything_loads(copied, n
 
     change, options, why = BROKEN[name]
     node = {"_target_": "rlstitch.backbones.sd3.SD3Backbone", "path": str(copied)} | options
-    assert not model_faults(node | {k: v for k, v in (("dtype", "float32"), ("image_size", 16)) if k in options})
+    assert not model_faults(node | {k: v for k, v in (("dtype", "float32"), ("image_size", 16), ("embedded_guidance", None)) if k in options})
     change(copied)
     if name == "half on a CPU" and torch.cuda.is_available():
         pytest.skip("there is a GPU")

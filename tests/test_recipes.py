@@ -149,3 +149,17 @@ def test_shipped_recipes_pass_every_check(name):
     from rlstitch.checks import checked
 
     assert checked(cfg.compose(name), name).name == name
+
+
+def test_a_model_and_a_machine_are_laid_over_a_recipe(tmp_path):
+    """By composition alone: the model's own shift and grid, nothing of the miniature's left, on one card of 24 GB and on eight of 80."""
+    for model in sorted(p.stem for p in (cfg.RECIPES / "model").glob("*.yaml") if p.stem != "shapes"):
+        for method in ("draft_stitch", "nft_stitch"):
+            for machine in ("gpu24", "h100x8"):
+                mine = tmp_path / "mine.yaml"
+                mine.write_text(f"use: [{method}, model/{model}, hardware/{machine}]\n")
+                given, alone = cfg.compose(str(mine)), cfg.compose(f"model/{model}")["model"]
+                assert {k: given["model"][k] for k in alone} == alone and given["model"].keys() <= alone.keys() | {"max_sequence_length"}
+                assert given["sampler"]["shift"] == given["evaluation"].get("shift", "auto") == given["evaluation"]["spacing"] == "auto"
+                assert given["sampler"]["activation_checkpointing"] and given["distributed"]["precision"] == "bf16"
+                assert given["batch"]["prompts_per_update"] == cfg.compose(method)["batch"]["prompts_per_update"]

@@ -143,6 +143,10 @@ def faults(options: dict[str, Any]) -> list[tuple[str, str]]:
                 sizes(folder, side, side)
             except UserError as error:
                 out.append((key, str(error)))
+    if options.get("embedded_guidance") is not None and not settings(arch.TRANSFORMER, folder / "transformer", "transformer").get(
+        "guidance_embeds"
+    ):
+        out.append(("embedded_guidance", f"{folder} was not distilled with guidance and has no embedding of it: leave it out"))
     if options.get("dtype") == "float16" and not torch.cuda.is_available():
         out.append(("dtype", "float16 does not run on a CPU: take bfloat16 or float32"))
     return out
