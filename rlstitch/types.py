@@ -65,8 +65,8 @@ class Conditioning:
 
     def to(self, *args, **kwargs) -> Conditioning:
         """As Tensor.to; a precision is for what is no mask and no number of anything."""
-        place = [a for a in args if not isinstance(a, torch.dtype)]
-        return self.map(lambda value: value.to(*(args if value.is_floating_point() else place), **kwargs))
+        place, told = [a for a in args if not isinstance(a, torch.dtype)], {k: v for k, v in kwargs.items() if k != "dtype"}
+        return self.map(lambda value: value.to(*args, **kwargs) if value.is_floating_point() else value.to(*place, **told))
 
     def lengths(self) -> list[int]:
         """Tokens of each prompt."""

@@ -223,6 +223,23 @@ def test_missing_and_corrupt_models_are_named(tmp_path, sd3_dir):
         SD3Backbone(str(broken))
 
 
+def test_conditioning_of_several_lengths():
+    """Rows are padded to the longest under a mask, and come out as they went in, whatever is joined with them; a mask keeps its kind."""
+    rows = [{"tokens": torch.full((n, 2), float(n)), "pooled": torch.full((3,), float(n))} for n in (2, 4, 1)]
+    text = Conditioning.stack(rows)
+    assert text.tokens.shape == (3, 4, 2) and text.lengths() == [2, 4, 1] and float(text.tokens[0, 2:].abs().sum()) == 0
+    alone = Conditioning.stack(rows[1:2])
+    assert alone.get("mask") is None and alone.lengths() == [4] and alone.expand(5).tokens.shape == (5, 4, 2)
+    both = Conditioning.cat([alone, text[torch.tensor([2, 0])]])
+    assert both.lengths() == [4, 1, 2]
+    for got, wanted in zip(both.rows(), (rows[1], rows[2], rows[0])):
+        assert all(torch.equal(got[k], wanted[k]) for k in wanted)
+    for half in (text.to(torch.bfloat16), text.to(dtype=torch.bfloat16), text.to("cpu", torch.bfloat16)):
+        assert half.tokens.dtype == half.pooled.dtype == torch.bfloat16 and half.mask.dtype == torch.bool
+    with pytest.raises(AttributeError, match="no guidance"):
+        _ = text.guidance
+
+
 def test_conditioning_expands():
     one = Conditioning(tokens=torch.zeros(1, 2, 3), pooled=torch.zeros(1, 4))
     assert one.expand(5).tokens.shape == (5, 2, 3) and one.expand(5).pooled.shape == (5, 4)

@@ -195,7 +195,9 @@ def test_a_folder_that_cannot_run_is_told_by_key_before_anything_loads(copied, n
 
     change, options, why = BROKEN[name]
     node = {"_target_": "rlstitch.backbones.sd3.SD3Backbone", "path": str(copied)} | options
-    assert not model_faults(node | {k: v for k, v in (("dtype", "float32"), ("image_size", 16), ("embedded_guidance", None)) if k in options})
+    assert not model_faults(
+        node | {k: v for k, v in (("dtype", "float32"), ("image_size", 16), ("embedded_guidance", None)) if k in options}
+    )
     change(copied)
     if name == "half on a CPU" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
