@@ -69,10 +69,12 @@ def test_prefix_runs_only_its_blocks(backbone):
     z, sigma, _ = inputs(backbone)
     ran = []
     hooks = [b.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, b in enumerate(backbone.transformer.transformer_blocks)]
-    backbone.prefix(z, sigma, 2)
+    cut = backbone.prefix(z, sigma, 2)
+    assert ran == [0, 1]
+    backbone.resume(cut)
     for hook in hooks:
         hook.remove()
-    assert ran == [0, 1]
+    assert ran == list(range(backbone.num_blocks)), "those that a cut stands for are not run again"
 
 
 def test_frozen_prefix_equals_the_transformers_and_shares_its_tensors(backbone):
