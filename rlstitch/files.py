@@ -347,10 +347,15 @@ def read_weights(path: Path, expected_sha256: str | None = None) -> dict[str, Te
 
 def worthless(tensors: dict[str, Tensor]) -> str:
     """Why a model's weights cannot be meant: some are no numbers, or all are zero; '' where they can be."""
-    ends = {name: torch.stack(t.detach().aminmax()).float() for name, t in tensors.items() if t.numel() and t.is_floating_point()}
-    if bad := [name for name, two in ends.items() if not bool(torch.isfinite(two).all())]:
-        return f"{len(bad)} of {len(tensors)} tensors hold NaN or Inf, e.g. {bad[0]}"
-    return "" if any(bool(two.any()) for two in ends.values()) else f"all {len(tensors)} tensors are zero"
+    zero = not any(bool(t.any()) for t in tensors.values() if t.is_floating_point())
+    return not_finite(tensors) or f"all {len(tensors)} tensors are zero" * zero
+
+
+def not_finite(tensors: dict[str, Tensor]) -> str:
+    """'' where all numbers are finite, else how many tensors hold others."""
+    ends = {name: torch.stack(t.detach().aminmax()) for name, t in tensors.items() if t.numel() and t.is_floating_point()}
+    bad = [name for name, two in ends.items() if not bool(torch.isfinite(two).all())]
+    return f"{len(bad)} of {len(tensors)} tensors hold NaN or Inf, e.g. {bad[0]}" if bad else ""
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -362,10 +367,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 def write_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """write_tensors of a model's weights. Raises UserError where some are not finite: they are worth nothing, and nothing that is there is replaced by them."""
-    if bad := [name for name, t in tensors.items() if not bool(torch.isfinite(t).all())]:
-        raise UserError(
-            f"{path.name} is not written: {len(bad)} of {len(tensors)} tensors hold NaN or Inf, e.g. {bad[0]}. The training has diverged: lower the learning rate"
-        )
+    if told := not_finite(tensors):
+        raise UserError(f"{path.name} is not written: {told}. The training has diverged: lower the learning rate")
     write_tensors(path, tensors, metadata)
 
 

@@ -19,20 +19,9 @@ from rlstitch.protocols import CUT, ours
 from rlstitch.ranges import Count, misfit
 from rlstitch.types import Batch, Conditioning, Latent, Rollout
 
-OWN_KEYS = (
-    "step",
-    "samples",
-    "stage",
-    "stop",
-    "sigma",
-    "rewards",
-    "grad_norm",
-    "skipped",
-    "drift",
-    "eval",
-    "cpu_hours",
-    "gpu_hours",
-)  # of a row of metrics.jsonl
+OWN_KEYS = (  # of a row of metrics.jsonl
+    "step", "samples", "stage", "stop", "sigma", "rewards", "grad_norm", "skipped", "drift", "eval", "cpu_hours", "gpu_hours",
+)  # fmt: skip
 
 
 class Unfit(Exception):

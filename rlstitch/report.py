@@ -174,9 +174,8 @@ def _lines(rows: list[tuple[float, dict[str, Any]]]) -> dict[str, list[tuple[flo
 
 def write(run: Path) -> Path:
     """Write <run>/report.html from metrics.jsonl, summary.json and samples/."""
-    units = [
-        (next((key for key in row if key.endswith("_hours")), "hours"), row) for row in metrics.read(run)
-    ]  # a run may move to another machine
+    # a run may move to another machine
+    units = [(next((key for key in row if key.endswith("_hours")), "hours"), row) for row in metrics.read(run)]
     rows = [(hours, row) for unit, row in units if _is_number(hours := _group(row, unit).get("total"))]  # others are no rows of ours
     unit = units[-1][0] if units else "hours"
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))

@@ -26,7 +26,7 @@ class Latent:
     sigma: Tensor
 
 
-RAGGED = ("tokens", "mask")  # fields, by the beginning of their names, whose second dimension is a prompt's length
+RAGGED = "tokens"  # how the names of fields begin whose second dimension is a prompt's length
 
 
 class Conditioning:

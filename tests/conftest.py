@@ -14,20 +14,9 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
-FIRST = (
-    "zero",
-    "train",
-    "jobs",
-    "schedule",
-    "sampling",
-    "losses",
-    "advantages",
-    "policy",
-    "draft",
-    "nft",
-    "flow_grpo",
-    "marble",
-)  # what matters most
+FIRST = (  # what matters most
+    "zero", "train", "jobs", "schedule", "sampling", "losses", "advantages", "policy", "draft", "nft", "flow_grpo", "marble",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
@@ -52,9 +41,21 @@ def generator():
     return torch.Generator().manual_seed(0)
 
 
+def kl(**changes):
+    """A tiny random autoencoder of SD3's and FLUX.1's kind."""
+    from diffusers import AutoencoderKL
+
+    settings = dict(
+        in_channels=3, out_channels=3, down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=16, use_quant_conv=False,
+        use_post_quant_conv=False, shift_factor=0.1, scaling_factor=0.7,
+    )  # fmt: skip
+    return AutoencoderKL(**(settings | changes))
+
+
 def write_sd3(folder, *, qk_norm="rms_norm", dual=(), patch=2, layers=3, sample=8, t5=False, seed=0):
     """A random SD3 pipeline directory of a few thousand weights."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
     from rlstitch.shapes import tokenizer as shapes_tokenizer
@@ -93,21 +94,7 @@ def write_sd3(folder, *, qk_norm="rms_norm", dual=(), patch=2, layers=3, sample=
         qk_norm=qk_norm,
         dual_attention_layers=dual,
     )
-    vae = AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        shift_factor=0.1,
-        scaling_factor=1.3,
-    )
+    vae = kl(scaling_factor=1.3)
     extra = {"text_encoder_3": None, "tokenizer_3": None}
     if t5:
         extra = {

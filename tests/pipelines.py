@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from diffusers import (
-    AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
@@ -31,7 +30,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from tests.conftest import write_sd3
+from tests.conftest import kl, write_sd3
 
 CHAT = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}{% if enable_thinking %}<think>{% endif %}"
 DYNAMIC = dict(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=4, max_image_seq_len=64)
@@ -46,15 +45,6 @@ def tokenizer(length: int = 512) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=bytes_alone, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=length, chat_template=CHAT
     )
-
-
-def kl(**changes) -> AutoencoderKL:
-    settings = dict(
-        in_channels=3, out_channels=3, down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=16, use_quant_conv=False,
-        use_post_quant_conv=False, shift_factor=0.1, scaling_factor=0.7,
-    )  # fmt: skip
-    return AutoencoderKL(**(settings | changes))
 
 
 def qwen3(cls, width: int = 16, layers: int = 3):

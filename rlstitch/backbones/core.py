@@ -115,12 +115,8 @@ class Diffusers:
         device: DeviceName = "cpu",
         cache: Text | None = None,
     ):
-        self.path, self.device, self.dtype, self.variant = (
-            require(path, "the model directory"),
-            torch.device(device),
-            getattr(torch, dtype),
-            variant,
-        )
+        self.path, self.variant = require(path, "the model directory"), variant
+        self.device, self.dtype = torch.device(device), getattr(torch, dtype)
         for part in self.parts:
             require(self.path / part, f"the {part} of model '{path}'")
         self.arch = architecture(path)
@@ -132,10 +128,8 @@ class Diffusers:
         self.texts = Texts(
             self.arch, self.path, self.transformer, dtype=self.dtype, variant=variant, device=self.device, length=length, cache=self.cache
         )
-        self.num_blocks, self.width = (
-            len(cut.blocks_of(self.transformer, self.arch.LISTS)),
-            getattr(self.transformer, "inner_dim", None) or self.transformer.dim,
-        )
+        self.num_blocks = len(cut.blocks_of(self.transformer, self.arch.LISTS))
+        self.width = getattr(self.transformer, "inner_dim", None) or self.transformer.dim
         self.lora_targets, self.text_fields = lora_targets(self.arch, self.transformer), self.arch.TEXT
         distilled = bool(self.transformer.config.get("guidance_embeds"))
         if embedded_guidance is not None and not distilled:
@@ -283,14 +277,14 @@ class Diffusers:
             return (x,)
         return x.split(max(1, pixels // (x.shape[-1] * x.shape[-2] * factor**2)))
 
+    def _in_parts(self, run: Callable[[Any, Tensor], Tensor], x: Tensor, factor: int) -> Tensor:
+        parts = self._parts(x, factor)
+        return run(self.vae, x) if len(parts) == 1 else torch.cat([run(self.vae, part) for part in parts])
+
     def encode(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1] -> latents as the denoiser takes them (the posterior's mode); without gradient a few at a time."""
-        parts = self._parts(images, 1)
-        return (
-            self.arch.VAES.encode(self.vae, images) if len(parts) == 1 else torch.cat([self.arch.VAES.encode(self.vae, p) for p in parts])
-        )
+        return self._in_parts(self.arch.VAES.encode, images, 1)
 
     def decode(self, z: Tensor) -> Tensor:
         """Latents -> images [B, 3, H, W] in [0, 1], differentiable inside the range; without gradient a few at a time."""
-        parts = self._parts(z, self.size[0] // self.latent_shape[-2])
-        return self.arch.VAES.decode(self.vae, z) if len(parts) == 1 else torch.cat([self.arch.VAES.decode(self.vae, p) for p in parts])
+        return self._in_parts(self.arch.VAES.decode, z, self.size[0] // self.latent_shape[-2])

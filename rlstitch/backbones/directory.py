@@ -28,10 +28,13 @@ def encoders(arch: Architecture, folder: Path) -> set[str]:
     return {name for name in arch.ENCODERS if index.get(name) not in (None, [None, None])}
 
 
-def settings(cls: Any, folder: Path, what: str) -> dict[str, Any]:
-    """A part's config.json, with what it leaves out as its class has it by default."""
-    usual = {n: p.default for n, p in inspect.signature(cls.__init__).parameters.items() if p.default is not inspect.Parameter.empty}
-    return usual | {k: v for k, v in read_json(folder / "config.json", f"the {what}'s config").items() if v is not None}
+def _configs(arch: Architecture, folder: Path) -> list[dict[str, Any]]:
+    """config.json of transformer and autoencoder, with what it leaves out as the class has it by default."""
+    out = []
+    for part, cls in zip(PARTS, (arch.TRANSFORMER, arch.VAE)):
+        usual = {n: p.default for n, p in inspect.signature(cls.__init__).parameters.items() if p.default is not inspect.Parameter.empty}
+        out.append(usual | {k: v for k, v in read_json(folder / part / "config.json", f"the {part}'s config").items() if v is not None})
+    return out
 
 
 def _others(arch: Architecture, folder: Path) -> list[str]:
@@ -75,7 +78,7 @@ def sizes(path: str | Path, height: int | None = None, width: int | None = None)
     """(a latent's shape, the picture's height and width, its tokens in the transformer) of a directory, from its configurations alone. Raises UserError where a size
     does not divide into patches."""
     folder, arch = require(path, "the model directory"), architecture(path)
-    transformer, vae = (settings(cls, folder / part, part) for part, cls in zip(PARTS, (arch.TRANSFORMER, arch.VAE)))
+    transformer, vae = _configs(arch, folder)
     channels, factor, patch, own = arch.latent(transformer, vae)
     size = (height or own, width or own)
     if odd := [side for side in size if side % (factor * patch)]:
@@ -120,7 +123,7 @@ def faults(options: dict[str, Any]) -> list[tuple[str, str]]:
     out += [] if out else [("path", why) for why in _others(arch, folder)]
     if out:
         return out
-    vae = settings(arch.VAE, folder / "vae", "vae")
+    transformer, vae = _configs(arch, folder)
     saved = names_in(weight_files(folder / "vae", "the vae", variant)[1])
     lacking = [k for k in ("quant_conv", "post_quant_conv") if vae.get(f"use_{k}") and f"{k}.weight" not in saved]
     if lacking:
@@ -131,10 +134,7 @@ def faults(options: dict[str, Any]) -> list[tuple[str, str]]:
                 f"{folder}/vae/config.json asks for {' and '.join(lacking)}, which its weights do not have (an older diffusers left that out): put {told} into it",
             )
         )
-    out += [
-        ("path", f"{folder}/{why}: restore it")
-        for why in _not_positive(settings(arch.TRANSFORMER, folder / "transformer", "transformer"), vae)
-    ]
+    out += [("path", f"{folder}/{why}: restore it") for why in _not_positive(transformer, vae)]
     if out:
         return out
     for key in ("image_size", "height", "width"):
@@ -143,9 +143,7 @@ def faults(options: dict[str, Any]) -> list[tuple[str, str]]:
                 sizes(folder, side, side)
             except UserError as error:
                 out.append((key, str(error)))
-    if options.get("embedded_guidance") is not None and not settings(arch.TRANSFORMER, folder / "transformer", "transformer").get(
-        "guidance_embeds"
-    ):
+    if options.get("embedded_guidance") is not None and not transformer.get("guidance_embeds"):
         out.append(("embedded_guidance", f"{folder} was not distilled with guidance and has no embedding of it: leave it out"))
     if options.get("dtype") == "float16" and not torch.cuda.is_available():
         out.append(("dtype", "float16 does not run on a CPU: take bfloat16 or float32"))

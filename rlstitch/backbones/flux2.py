@@ -27,7 +27,7 @@ LORA_TARGETS = (
 TEXT = ("tokens",)
 MAX_SEQUENCE_LENGTH, NEGATIVE, EMBEDDED = 512, "", 4.0
 VAES = autoencoders.BatchNormed
-guided, prepare, largest = shared.linear, shared.nothing, shared.unlimited
+guided, prepare, largest, reader = shared.linear, shared.nothing, shared.unlimited, shared.by_key
 
 
 def latent(transformer: dict[str, Any], vae: dict[str, Any]) -> tuple[int, int, int, int]:
@@ -62,10 +62,6 @@ def picture(returned: Any, model: Any, z: Tensor) -> Tensor:
 def text(pipeline: Any, prompts: Sequence[str], length: int, device: Any) -> list[dict[str, Tensor]]:
     tokens, _ = pipeline.encode_prompt(list(prompts), device=device, max_sequence_length=length)
     return [{"tokens": t} for t in tokens]
-
-
-def reader(encoders: set[str]) -> tuple[str, bool]:
-    return "tokenizer", True
 
 
 def count(tokenizer: Any, prompts: Sequence[str]) -> list[int]:

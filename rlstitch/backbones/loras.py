@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from torch import nn
 
 from rlstitch.files import read_weights, require
 from rlstitch.types import UserError
-
-FILE = "pytorch_lora_weights.safetensors"
 
 
 def load_lora(backbone: Any, folder: str | Path) -> None:
@@ -18,7 +17,7 @@ def load_lora(backbone: Any, folder: str | Path) -> None:
 
     Raises UserError where the file is missing, corrupt, or was trained on another architecture.
     """
-    file = require(Path(require(folder, "the LoRA folder")) / FILE, "the LoRA's weights")
+    file = require(Path(require(folder, "the LoRA folder")) / LORA_WEIGHT_NAME_SAFE, "the LoRA's weights")
     tensors, pipeline = read_weights(file), backbone.arch.PIPELINE
     state, *_, metadata = pipeline.lora_state_dict(
         str(file.parent), weight_name=file.name, local_files_only=True, return_lora_metadata=True

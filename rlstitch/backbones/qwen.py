@@ -21,7 +21,7 @@ LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", 
 TEXT = ("tokens",)
 MAX_SEQUENCE_LENGTH, NEGATIVE, EMBEDDED = 512, " ", None
 VAES = autoencoders.OneFrame
-shift, prepare, largest = shared.shift, shared.nothing, shared.unlimited
+shift, prepare, largest, reader = shared.shift, shared.nothing, shared.unlimited, shared.by_key
 to_pipeline, from_pipeline = shared.pack, shared.unpack
 
 
@@ -58,10 +58,6 @@ def guided(v: Tensor, null: Tensor, scale: float) -> Tensor:
 def text(pipeline: Any, prompts: Sequence[str], length: int, device: Any) -> list[dict[str, Tensor]]:
     tokens, mask = pipeline.encode_prompt(list(prompts), device=device, max_sequence_length=length)
     return [{"tokens": t if mask is None else t[mask[i].bool()]} for i, t in enumerate(tokens)]
-
-
-def reader(encoders: set[str]) -> tuple[str, bool]:
-    return "tokenizer", True
 
 
 def count(tokenizer: Any, prompts: Sequence[str]) -> list[int]:

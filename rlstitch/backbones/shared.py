@@ -58,7 +58,7 @@ class Architecture(Protocol):
     def picture(self, returned: Any, model: Any, z: Tensor) -> Tensor: ...  # of a block -> [B, W, h, w]
     def guided(self, v: Tensor, null: Tensor, scale: float) -> Tensor: ...
     def text(self, pipeline: Any, prompts: Sequence[str], length: int, device: Any) -> list[dict[str, Tensor]]: ...  # unpadded
-    def reader(self, encoders: set[str]) -> tuple[str, bool]: ...
+    def reader(self, encoders: set[str]) -> tuple[str, bool]: ...  # the tokenizer that limits a prompt; whether a key is the limit
     def count(self, tokenizer: Any, prompts: Sequence[str]) -> list[int]: ...
     def shift(self, settings: dict[str, Any], tokens: int | None) -> Shift: ...
     def to_pipeline(self, z: Tensor) -> Tensor: ...  # latents as the stock pipeline hands them to callbacks
@@ -92,6 +92,11 @@ def shift(settings: dict[str, Any], tokens: int | None) -> Shift:
 
 def count(tokenizer: Any, prompts: Sequence[str]) -> list[int]:
     return [len(ids) for ids in tokenizer(list(prompts)).input_ids]
+
+
+def by_key(encoders: set[str]) -> tuple[str, bool]:
+    """A prompt may be as long as the key max_sequence_length says, by the only tokenizer."""
+    return "tokenizer", True
 
 
 def chat_count(tokenizer: Any, prompts: Sequence[str], *, enable_thinking: bool) -> list[int]:

@@ -22,7 +22,7 @@ LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT = ("tokens",)
 MAX_SEQUENCE_LENGTH, NEGATIVE, EMBEDDED = 512, "", None
 VAES = autoencoders.KL
-guided, shift, prepare, largest = shared.linear, shared.shift, shared.nothing, shared.unlimited
+guided, shift, prepare, largest, reader = shared.linear, shared.shift, shared.nothing, shared.unlimited, shared.by_key
 to_pipeline = from_pipeline = shared.as_it_is
 
 
@@ -50,10 +50,6 @@ def picture(returned: Any, model: Any, z: Tensor) -> Tensor:
 def text(pipeline: Any, prompts: Sequence[str], length: int, device: Any) -> list[dict[str, Tensor]]:
     rows, _ = pipeline.encode_prompt(list(prompts), device=device, do_classifier_free_guidance=False, max_sequence_length=length)
     return [{"tokens": row} for row in rows]
-
-
-def reader(encoders: set[str]) -> tuple[str, bool]:
-    return "tokenizer", True
 
 
 def count(tokenizer: Any, prompts: Sequence[str]) -> list[int]:

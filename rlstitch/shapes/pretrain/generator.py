@@ -203,10 +203,8 @@ def train(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )
     pipeline.save_pretrained(folder)
-    for name in (
-        "text_encoder",
-        "text_encoder_2",
-    ):  # stored in half precision, run in float32 like the rest: transformers loads in what this says
+    # stored in half precision, run in float32 like the rest: transformers loads in what this says
+    for name in ("text_encoder", "text_encoder_2"):
         config = folder / name / "config.json"
         write_json(config, read_json(config, "the text encoder's config") | {"dtype": "float32"})
     shutil.copy(vae_folder / "card.json", folder / "vae" / "card.json")
