@@ -34,13 +34,15 @@ def plain_attention() -> Iterator[None]:
     """On a CPU, attention by two matrix products: for short sequences its backward is several times faster than the fused kernel's."""
     fused = F.scaled_dot_product_attention
 
-    def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
-        logits = (q * (scale or q.shape[-1] ** -0.5)) @ k.transpose(-1, -2)
+    def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
+        logits = (query * (scale or query.shape[-1] ** -0.5)) @ key.transpose(-1, -2)
         if is_causal:
-            logits = logits.masked_fill(torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).triu(1), float("-inf"))
+            logits = logits.masked_fill(
+                torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).triu(1), float("-inf")
+            )
         elif attn_mask is not None:
             logits = logits.masked_fill(~attn_mask, float("-inf")) if attn_mask.dtype == torch.bool else logits + attn_mask
-        return logits.softmax(-1).to(v.dtype) @ v
+        return logits.softmax(-1).to(value.dtype) @ value
 
     if torch.cuda.is_available():
         yield

@@ -15,20 +15,21 @@ from rlstitch.files import SHAPES, require, resolve
 from rlstitch.paths import below, home
 from rlstitch.ranges import Seed, Text, Threads
 from rlstitch.shapes import prompts
-from rlstitch.shapes.pretrain import generator, grow, rewards, vae
+from rlstitch.shapes.pretrain import flux, generator, grow, rewards, vae
 from rlstitch.types import UserError
 
-# Minutes are wall time on one core (vae, clip, the rewards and shapes-large) or two (shapes: two ranks under torchrun); a part ends with its steps or its minutes, whichever comes first.
+# Minutes are wall time on one core (vae, clip, the rewards and shapes-large) or two (shapes, shapes-flux: two ranks under torchrun); a part ends with its steps or its minutes, whichever comes first.
 BUDGET = {
     "vae": dict(steps=20_000, minutes=28),
     "clip": dict(steps=4_000, minutes=18),
     "shapes": dict(steps=20_000, minutes=85),
     "shapes-large": dict(steps=6_000, minutes=45),
+    "shapes-flux": dict(steps=16_000, minutes=80),
     "hps": dict(steps=1_500, minutes=9),
     "aesthetic": dict(steps=3_000, minutes=None),
     "preference_b": dict(steps=2_500, minutes=10),
 }
-SEEDS = {"vae": 0, "clip": 1, "shapes": 2, "shapes-large": 3, "hps": 4, "aesthetic": 5, "preference_b": 61}
+SEEDS = {"vae": 0, "clip": 1, "shapes": 2, "shapes-large": 3, "hps": 4, "aesthetic": 5, "preference_b": 61, "shapes-flux": 7}
 
 
 def vae_folder(out: Path) -> Path:
@@ -52,6 +53,7 @@ def trainers(out: Path, work: Path, seed: int, init: str = "") -> dict[str, Call
         "aesthetic": lambda: rewards.train_aesthetic(vae=load_vae(out), **args("aesthetic")),
         "preference_b": lambda: rewards.train_preference("preference_b", vae=load_vae(out), **args("preference_b")),
         "shapes-large": lambda: grow.train(**args("shapes-large")),
+        "shapes-flux": lambda: flux.train(**args("shapes-flux")),
     }
 
 

@@ -1,0 +1,176 @@
+"""`shapes-flux`: a genuine `FluxPipeline` on the miniature's autoencoder and prompts, distilled from `shapes` with its guidance as an input, as FLUX.1-dev is.
+
+The student's velocity at an embedded guidance w is trained to be the teacher's guided velocity there, v_null + w (v - v_null), so that it runs no unconditional branch
+(On Distillation of Guided Diffusion Models, arXiv:2210.03142, eq. 3). The teacher's two velocities are taken once for a store of noisy latents, half of them on its own
+guided paths and half noised scenes, and serve under a new w each time that they are drawn.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+from rlstitch.backbones import Diffusers, flux
+from rlstitch.files import BORROWED, read_json, read_tensors, write_json, write_tensors
+from rlstitch.schedule import shift_sigma
+from rlstitch.shapes import tokenizer as shapes_tokenizer
+from rlstitch.shapes.pretrain.common import autocast, batches, device, fit, ranks, write_card
+from rlstitch.shapes.pretrain.generator import EMPTY_PROMPT_RATE, encode_latents
+from rlstitch.shapes.pretrain.pool import make_pool
+from rlstitch.types import Conditioning
+
+DOUBLE, SINGLE, HEADS, HEAD_DIM, AXES = 2, 4, 3, 40, (8, 16, 16)
+TEXT_WIDTH, POOLED_WIDTH = 96, 32
+GUIDANCE = (1.0, 5.0)  # what the student is told is drawn from between these
+# 64 tokens are shifted by 3, as the teacher's pictures are; 16 by 1.5
+SCHEDULER = dict(
+    shift=3.0, use_dynamic_shifting=True, base_shift=0.4054651, max_shift=1.0986123, base_image_seq_len=16, max_image_seq_len=64
+)  # fmt: skip
+
+
+def build_transformer() -> FluxTransformer2DModel:
+    model = FluxTransformer2DModel(
+        in_channels=32,
+        num_layers=DOUBLE,
+        num_single_layers=SINGLE,
+        attention_head_dim=HEAD_DIM,
+        num_attention_heads=HEADS,
+        joint_attention_dim=TEXT_WIDTH,
+        pooled_projection_dim=POOLED_WIDTH,
+        guidance_embeds=True,
+        axes_dims_rope=AXES,
+    )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+            if name.endswith(("norm1.linear", "norm1_context.linear", "norm.linear", "norm_out.linear")) or name == "proj_out":
+                nn.init.zeros_(module.weight)
+    return model
+
+
+def text_encoders(tokenizer) -> dict[str, nn.Module]:
+    """CLIP for the pooled vector, T5 for the tokens, both from scratch."""
+    ids = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    clip = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=POOLED_WIDTH, intermediate_size=4 * POOLED_WIDTH, num_hidden_layers=2, num_attention_heads=1,
+        max_position_embeddings=tokenizer.model_max_length, **ids,
+    )  # fmt: skip
+    t5 = T5Config(
+        vocab_size=len(tokenizer), d_model=TEXT_WIDTH, d_kv=32, d_ff=2 * TEXT_WIDTH, num_layers=2, num_heads=3, dropout_rate=0.0, **ids
+    )  # fmt: skip
+    return {"text_encoder": CLIPTextModel(clip), "text_encoder_2": T5EncoderModel(t5)}
+
+
+@dataclass
+class Store:
+    """The teacher's word: noisy latents and its two velocities there [N, 8, 16, 16], half precision; sigma [N]; the prompt's token ids [N, L]."""
+
+    z: Tensor
+    v: Tensor
+    v_null: Tensor
+    sigma: Tensor
+    ids: Tensor
+
+
+@torch.no_grad()
+def ask(teacher: Diffusers, z0: Tensor, prompts: list[str], ids: Tensor, *, seed: int, chunk: int = 128, steps: int = 10) -> Store:
+    """`steps` latents a prompt: of every second chunk those of a guided path from noise, of the others the scenes z0 [N, ...] at random noise levels."""
+    generator, kept = torch.Generator().manual_seed(seed), []
+
+    def normal(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator).to(like.device)
+
+    for number, part in enumerate(batches(len(prompts), chunk)):
+        clean, text = z0[part].float().to(device()), teacher.encode_prompts(prompts[part])
+        b = len(clean)
+        w = (GUIDANCE[0] + (GUIDANCE[1] - GUIDANCE[0]) * torch.rand(b, 1, 1, 1, generator=generator)).to(clean.device)
+        places = (torch.arange(1, steps) + torch.rand(steps - 1, generator=generator) - 0.5) / steps  # every path steps at its own levels
+        levels = shift_sigma(torch.cat([torch.ones(1), 1 - places, torch.zeros(1)]), 3.0)
+        z = normal(clean)
+        for k in range(steps):
+            sigma = levels[k].expand(b)
+            if number % 2:
+                sigma = shift_sigma(torch.rand(b, generator=generator), 2.0)
+                z = torch.lerp(clean, normal(clean), sigma.to(clean.device).view(-1, 1, 1, 1))
+            with autocast():
+                v, v_null = (teacher.velocity(z, sigma.to(clean.device), c) for c in (text, teacher.null.expand(b)))
+            kept.append([x.half().cpu() for x in (z, v, v_null)] + [sigma, ids[part]])
+            z = z + (levels[k + 1] - levels[k]) * teacher.guided(v, v_null, w)
+        if number % 10 == 0:
+            print(f"shapes-flux: the teacher was asked of {part.stop} of {len(prompts)} prompts", flush=True)
+    return Store(*(torch.cat(parts) for parts in zip(*kept)))
+
+
+def stored(teacher: Diffusers, tokenizer, work: Path, *, seed: int, count: int) -> Store:
+    """This rank's share of what the teacher says of `count` prompts; kept in `work`."""
+    rank, world = ranks()
+    file = work / f"shapes-flux-teacher-{rank}-of-{world}.safetensors"
+    if not file.exists():
+        pool, rng = make_pool(count // world, seed + 1 + rank), random.Random(seed + rank)
+        texts = [c.text if rng.random() < 0.25 else p.text for p, c in zip(pool.prompts, pool.captions)]
+        texts = ["" if rng.random() < EMPTY_PROMPT_RATE / 2 else t for t in texts]
+        ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        write_tensors(file, vars(ask(teacher, encode_latents(teacher.vae, pool.images), texts, ids, seed=seed + rank)))
+    return Store(**read_tensors(file))
+
+
+def objective(model: nn.ModuleDict, store: Store, *, batch: int) -> Callable[[int, torch.Generator], tuple[Tensor, dict[str, Tensor]]]:
+    """The distillation loss of a step, for `fit`: mean squared error to the teacher's guided velocity."""
+
+    def loss_of(step: int, generator: torch.Generator):
+        index = torch.randint(len(store.z), (batch,), generator=generator)
+        w = GUIDANCE[0] + (GUIDANCE[1] - GUIDANCE[0]) * torch.rand(batch, generator=generator)
+        z, v, v_null = (x[index].float().to(device()) for x in (store.z, store.v, store.v_null))
+        ids, sigma, w = store.ids[index].to(device()), store.sigma[index].to(device()), w.to(device())
+        with autocast():
+            text = Conditioning(tokens=model["text_encoder_2"](ids)[0], pooled=model["text_encoder"](ids).pooler_output)
+            out = model["transformer"](**flux.inputs(model["transformer"], z, sigma, text, w))
+        error = (flux.output(out, z).float() - flux.guided(v, v_null, w.view(-1, 1, 1, 1))).square().mean()
+        return error, {"loss": error.detach()}
+
+    return loss_of
+
+
+def train(
+    out: Path, work: Path, *, seed: int, steps: int, minutes: float | None, lr: float = 1.5e-3, batch: int = 64, prompts: int = 15_000
+) -> None:
+    """Distil `out`/shapes; writes `out`/shapes-flux, whose autoencoder is the teacher's own folder."""
+    torch.manual_seed(seed)
+    rank, world = ranks()
+    folder = out / "shapes-flux"
+    teacher = Diffusers(str(out / "shapes"), max_sequence_length=0, device=device().type)
+    tokenizer = shapes_tokenizer.build(folder / "tokenizer")
+    model = nn.ModuleDict({"transformer": build_transformer(), **text_encoders(tokenizer)}).to(device())
+    store = stored(teacher, tokenizer, work, seed=seed, count=prompts)
+    loss_of = objective(model, store, batch=batch // world)
+    facts = fit("shapes-flux", model, loss_of, steps=steps, lr=lr, seed=seed, work=work, minutes=minutes, weight_decay=0.01, log_every=100)
+    if rank:
+        return
+    FluxPipeline(
+        **{name: part.half() for name, part in model.items()},
+        vae=teacher.vae,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULER),
+    ).save_pretrained(folder)
+    shutil.rmtree(folder / "vae")
+    for name in (
+        "text_encoder",
+        "text_encoder_2",
+    ):  # stored in half precision, run in float32 like the rest: transformers loads in what this says
+        config = folder / name / "config.json"
+        write_json(config, read_json(config, "the text encoder's config") | {"dtype": "float32"})
+    write_json(folder / BORROWED, {"vae": "shapes"})
+    write_card(
+        folder, facts | {"part": "shapes-flux", "seed": seed, "parameters": sum(p.numel() for p in model["transformer"].parameters())}
+    )
+    print(facts, flush=True)
