@@ -85,9 +85,11 @@ def closed_form(
 def weighted(weight: Callable[[Tensor], Tensor]) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
     """`distillation_loss` of every row alone, weighted by its noise level."""
 
-    def objective(model: StitchedValueModel, z: Tensor, sigma: Tensor, target: Tensor, target_tokens: Tensor, config: DistillConfig):
+    def objective(
+        model: StitchedValueModel, z: Tensor, sigma: Tensor, target: Tensor, target_tokens: Tensor, config: DistillConfig, text: Any = None
+    ):
         with torch.no_grad():
-            grid = model.activations(z, sigma).grid
+            grid = model.activations(z, sigma, text).grid
         embedding, tokens = model.embed(grid)
         rows = (embedding - target).square().sum(-1) + config.token_weight * (tokens - target_tokens).square().mean((1, 2))
         if model.reward.head is not None:

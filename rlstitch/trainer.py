@@ -109,10 +109,12 @@ class Trainer:
             guidance=config.sampler.guidance, shift=shift, images_per_prompt=config.batch.images_per_prompt,
         )  # fmt: skip
         self.refresher = (
-            Refresher(config.refresh, self.values, self.backbone, self.rewards, self.engine, guidance=config.sampler.guidance)
+            Refresher(
+                config.refresh, self.values, self.backbone, self.rewards, self.engine, guidance=config.sampler.guidance, prompts=list(prompts.values())
+            )
             if config.refresh.fraction
             else None
-        )
+        )  # fmt: skip
         blind = [s.oracle for s in self.stages if s.oracle and not getattr(s.oracle, "differentiable", False)]
         if method.needs_gradient and blind:
             raise UserError(
@@ -205,7 +207,7 @@ class Trainer:
         if self.refresher is not None:
             try:
                 with clock.phase("refresh"):
-                    drift = self.refresher.after(rollouts, rewards_of(stage.oracle), self.grid, stop)
+                    drift = self.refresher.after(rollouts, rewards_of(stage.oracle), self.grid, stop, stage.stream.prompts)
             except PartError as error:  # the weights have moved: this update is whole
                 failed = error
         self.step, self.whole = self.step + 1, True

@@ -11,9 +11,10 @@ from rlstitch.checks import checked
 from rlstitch.config import compose, merge
 from rlstitch.distributed import Engine
 from rlstitch.oracles import Stitched
+from rlstitch.prompts import PromptSet
 from rlstitch.schema import RefreshConfig
 from rlstitch.stitch.refresh import Refresher
-from rlstitch.types import Batch, Latent, Rollout, UserError, noise_like
+from rlstitch.types import Batch, Conditioning, Latent, Rollout, UserError, noise_like
 from tests.test_guard import OneOf
 from tests.test_stitch import stitched
 
@@ -80,11 +81,20 @@ def test_what_is_acted_on_is_agreement_within_prompts(backbone, generator):
     assert figures[-1]["correlation/r"] == 0 and figures[-1]["refreshed"] == 1  # says the same of everything
     watcher, _ = watched(backbone, [(r[k], r[k], group) for k in range(3)], fraction=0.3, agreement=-1.0)
     assert watcher.pairs["r"][:, 0].tolist() == r[1:, :4].flatten().tolist() and watcher.updates == 3  # the latest, one group an update
+    sets = [PromptSet([f"{what} {k}" for k in range(n)], [{}] * n) for n, what in ((4, "red"), (2, "blue"))]
+    for prompts in sets:
+        prompts.lookup = lambda names: Conditioning(tokens=torch.tensor([[[float(len(n)), float(n[-1])]] for n in names]))
+    watcher.prompts = sets
+    for prompts, place in zip(sets, (3, 5)):  # the second prompt of the second set, drawn for the third time
+        rollout = Rollout(Batch(["a"], torch.tensor([place]), group[:1]), Latent(torch.zeros(1, *backbone.latent_shape), torch.zeros(1)))
+        rollout.scores, watcher.rewards = torch.zeros(1, 1), {}
+        watcher.measure([rollout], [], schedule.sigmas(2), 2, prompts)
+    assert watcher.text_of(torch.tensor([2, 3])).tokens[:, 0].tolist() == [[5, 3], [6, 1]]
     again = Refresher(watcher.config, {}, backbone, {}, Seen(), guidance=1.0)
     again.models = {"r": SimpleNamespace(load_state_dict=lambda *a, **o: None, state_dict=dict)}
     watcher.models = again.models
     again.restore(watcher.tensors(), watcher.progress())
-    assert torch.equal(again.pairs["r"], watcher.pairs["r"]) and again.updates == 3
+    assert torch.equal(again.pairs["r"], watcher.pairs["r"]) and again.updates == 5 and torch.equal(again.places, watcher.places)
 
 
 @pytest.mark.parametrize(

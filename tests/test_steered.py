@@ -111,6 +111,32 @@ def test_the_null_prefix_runs_once_a_step(backbone, reward, values, share, branc
     assert (first.rows, last.rows) == (branches * b * steps, 2 * b * steps)
 
 
+@pytest.mark.parametrize("guidance, branches, null", [(1.0, 1, False), (4.0, 2, False), (4.0, 2, True)])
+def test_a_value_under_the_prompts_text_is_the_conditional_branch(backbone, reward, values, guidance, branches, null):
+    """The first block runs once a step for the prompt, which velocity and value share, and under guidance once for the null text, which a value of that text shares."""
+    values["a"].card = {"text": "prompt"}
+    weights = {"a": 1.0, "b": 1.0} if null else {"a": 1.0}
+    z, grid, runs = noise_like(backbone.latent_shape, torch.arange(4)), schedule.sigmas(4, 3.0, "plain"), []
+    for share in (True, False):
+        steered = Steered(backbone, Stitched(values, weights), batch_of(backbone), guidance=guidance, share=share)
+        first = Count(backbone.transformer.transformer_blocks[0], *(values[name].prefix.blocks[0] for name in weights))
+        runs.append(
+            steering.fk(
+                steered.velocity,
+                steered.value,
+                z,
+                grid,
+                num_particles=2,
+                resample_steps=(0, 1, 2),
+                lam=3.0,
+                generator=torch.Generator().manual_seed(0),
+            )
+        )
+        if share:  # the finished latents' value has no velocity after it
+            assert first.rows == 4 * (4 * branches + len(weights))
+    torch.testing.assert_close(*runs, atol=2e-4, rtol=1e-3)
+
+
 def test_a_tweedie_value_is_the_next_steps_velocity(backbone, reward, values):
     batch, grid = batch_of(backbone), schedule.sigmas(4, 3.0, "plain")
     steered = Steered(backbone, oracles(backbone, reward, values)["tweedie"], batch, guidance=4.0)

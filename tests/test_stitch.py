@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -133,7 +134,7 @@ def test_minimiser_of_the_distillation_is_the_conditional_mean():
             self.free, self.normalise = nn.Parameter(torch.tensor([0.3, 0.9])), normalise
             self.reward = SimpleNamespace(head=None)
 
-        def activations(self, z, sigma):
+        def activations(self, z, sigma, text):
             return SimpleNamespace(grid=z)
 
         def embed(self, grid):
@@ -337,6 +338,35 @@ def test_a_value_by_hand(backbone, reward):
         torch.testing.assert_close(model.value(Latent(z, sigma), batch), reward.score_embedding(embedding, batch))
     late, _, result = stitched(backbone, reward, j=2)
     assert torch.equal(late.tail.cls, result.cls[2].float()) and late.tail.cls.any()
+
+
+def test_a_value_under_the_prompts_own_text(backbone, reward, tmp_path):
+    """By hand; its text goes through the search's features, shares nothing with the null text's prefix, is demanded, and is written in the card."""
+    model, null = (stitched(backbone, reward)[0] for _ in range(2))
+    model.card = model.card | {"text": "prompt"}
+    batch = replace(batch_of(["a red circle", "two stars"]), text=backbone.encode_prompts(["a red circle", "two stars"]))
+    latent = Latent(torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([0.2, 0.7]))
+    by_hand = reward.score_embedding(model.tail(model.stitch(model.prefix(latent.z, latent.sigma, batch.text).grid))[0] / 2, batch)
+    assert torch.equal(model.value(latent, batch), by_hand) and not torch.allclose(null.value(latent, batch), by_hand)
+    assert torch.equal(values([null, model], latent, batch), torch.stack([null.value(latent, batch), by_hand], 1))
+    with pytest.raises(UserError, match="text: prompt.*encode_prompts"):
+        model.value(latent, batch_of(["a red circle", "two stars"]))
+    model.save_pretrained(tmp_path / "v", half=False)
+    again = StitchedValueModel.from_pretrained(tmp_path / "v", backbone=backbone, reward=reward)
+    torch.testing.assert_close(again.value(latent, batch), by_hand)
+    told = [
+        features(backbone, reward, IMAGES[:2], 1, torch.Generator().manual_seed(0), text)[0][1]
+        for text in (None, backbone.null.expand(2), batch.text)
+    ]
+    assert torch.equal(told[0], told[1]) and not torch.allclose(told[0], told[2])
+
+
+def test_numbers_of_the_null_text_that_half_precision_does_not_hold_are_kept(backbone, reward, tmp_path):
+    model = stitched(backbone, reward)[0]
+    model.null_tokens = model.null_tokens.clone().index_fill_(1, torch.tensor([0]), 1e5)
+    model.save_pretrained(tmp_path / "v")
+    again = StitchedValueModel.from_pretrained(tmp_path / "v", backbone=backbone, reward=reward)
+    assert torch.equal(again.null.tokens, model.null.tokens)
 
 
 def test_a_value_is_loaded_in_its_rewards_precision_and_distilled_in_float32(sd3_dir, clip_dir, tmp_path):

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from rlstitch.stitch import recipe as stitch
@@ -42,6 +43,24 @@ def test_a_stitch_job_saves_a_value_model_with_a_card(folder, sd3_dir, clip_dir)
     best = min(card["search"], key=lambda row: row["normalised"])
     assert (card["blocks"], card["reward_block"]) == (best["i"], best["j"])
     assert StitchedValueModel.from_pretrained(folder / "values" / "tiny").sigma_range == (0.0, 1.0)
+
+
+def test_a_value_is_stitched_under_the_pictures_prompts(folder, sd3_dir, clip_dir, monkeypatch):
+    """Search, distillation and quality see each picture's own caption; pictures without captions are refused."""
+    recipe = stitch.checked(
+        given(folder, sd3_dir, clip_dir, text="prompt", generate={"count": 4, "num_steps": 2, "guidance": [1.0]}), "tiny"
+    )
+    with pytest.raises(UserError, match="'text' is prompt, and the pictures of 'images' have no prompts"):
+        stitch.run(recipe)
+    for k in range(12):
+        (folder / f"{k:02d}.txt").write_text(f"{k} red circles")
+    seen, own = [], stitch.PromptSet.batch
+    monkeypatch.setattr(stitch.PromptSet, "batch", lambda self, index, seeds: seen.append(own(self, index, seeds)) or seen[-1])
+    stitch.run(recipe)
+    asked = [b for b in seen if b.prompts[0].endswith("red circles") and torch.equal(b.group, b.seeds)]
+    assert {p for b in asked for p in b.prompts} >= {f"{k} red circles" for k in range(12)} and len({len(b) for b in asked}) == 2
+    model = StitchedValueModel.from_pretrained(folder / "values" / "tiny")
+    assert model.prompted and model.card["text"] == "prompt"
 
 
 def test_the_recipe_chooses_where_to_cut(folder, sd3_dir, clip_dir):

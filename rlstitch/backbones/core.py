@@ -249,9 +249,9 @@ class Diffusers:
             state, returned=self._cut(state.z, state.sigma, state.text, start=(state.block, state.returned), stop=blocks), block=blocks
         )
 
-    def walk(self, z: Tensor, sigma: Tensor, see: Callable[[Cut], None]) -> None:
-        """One forward under the null text that shows `see` the cut after block 1, 2, ... to the last."""
-        text = self.null.expand(len(z))
+    def walk(self, z: Tensor, sigma: Tensor, see: Callable[[Cut], None], text: Conditioning | None = None) -> None:
+        """One forward (text None: under the null text) that shows `see` the cut after block 1, 2, ... to the last."""
+        text = self.null.expand(len(z)) if text is None else text
         self._cut(z, sigma, text, stop=self.num_blocks, see=lambda k, returned: see(Cut(returned, k, z, sigma, text, self.picture)))
 
     def resume(self, state: Cut) -> Tensor:

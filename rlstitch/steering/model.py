@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,17 +11,18 @@ from torch import Tensor
 
 from rlstitch.oracles import Stitched, Tweedie
 from rlstitch.stitch.model import StitchedValueModel
-from rlstitch.types import Batch, Latent, Oracle, UserError
+from rlstitch.types import Batch, Conditioning, Latent, Oracle, UserError
 
 
 @dataclass
 class _Seen:
-    """What is known about the latents asked last: per-row prompt and, where computed, null-text activations, conditional and guided velocity."""
+    """What is known about the latents asked last: per-row prompt and, where computed, cuts of the null text's and of the prompt's own pass, conditional and guided velocity."""
 
     z: Tensor
     sigma: float
     prompt: Tensor
     null: Any = None
+    own: Any = None
     conditional: Tensor | None = None
     guided: Tensor | None = None
 
@@ -34,7 +36,7 @@ class Steered:
     """`velocity(z, sigma)` and `value(z, sigma)` of P prompts for any multiple of P rows, a prompt's rows side by side; one noise level a call.
 
     What the value computed at a latent is used again by the next velocity there, also after rows were selected or resampled: with a Stitched oracle
-    the null-text prefix is guidance's unconditional branch (it is resumed, not run again); with Tweedie the velocity itself. Results are the same as
+    the null-text prefix is guidance's unconditional branch, and the prefix of a value under the prompt's own text the conditional one (they are resumed, not run again); with Tweedie the velocity itself. Results are the same as
     without sharing. guided_tweedie: Tweedie's guess from the guided velocity (gradient through both branches), else from the conditional one alone.
     """
 
@@ -46,14 +48,17 @@ class Steered:
         self.backbone, self.oracle, self.batch, self.guidance, self.guided_tweedie = backbone, oracle, batch, guidance, guided_tweedie
         self._seen: _Seen | None = None
         self._share = share
-        self._depths = sorted({m.prefix.depth for m in oracle.models}) if share and isinstance(oracle, Stitched) else []
-        if self._depths and not all(self._same_base(m) for m in oracle.models):
-            self._depths = []
+        shared = share and isinstance(oracle, Stitched) and all(self._same_base(m) for m in oracle.models)
+        models = oracle.models if shared else ()
+        self._depths = {
+            prompted: depths for prompted in (False, True) if (depths := sorted({m.prefix.depth for m in models if m.prompted is prompted}))
+        }
 
     def _same_base(self, model: StitchedValueModel) -> bool:
-        """Whether the value's prefix is this denoiser's own first blocks under the same null text: the same tensors, and no adapter on them."""
+        """Whether the value's prefix is this denoiser's own first blocks under the same text: the same tensors, and no adapter on them."""
         own, null = model.null.fields, self.backbone.null.fields
-        if not model.prefix.depth or own.keys() != null.keys() or not all(_same_text(own[name], null[name]) for name in own):
+        same = model.prompted or (own.keys() == null.keys() and all(_same_text(own[name], null[name]) for name in own))
+        if not model.prefix.depth or not same:
             return False
         return model.prefix.shares_with(self.backbone.transformer)
 
@@ -99,35 +104,40 @@ class Steered:
             return self.backbone.velocity(z, sigma, text, guidance=self.guidance)
         if seen.guided is not None:
             return seen.guided[index]
+        if seen.null is seen.own is seen.conditional is None:
+            return self.backbone.velocity(z, sigma, text, guidance=self.guidance)
+
+        def branch(cut: Any, text: Conditioning) -> Tensor:
+            return self.backbone.velocity(z, sigma, text) if cut is None else self.backbone.resume(cut.rows(index))
+
+        own = seen.conditional[index] if seen.conditional is not None else branch(seen.own, text)
         if self.guidance == 1.0:
-            return seen.conditional[index] if seen.conditional is not None else self.backbone.velocity(z, sigma, text)
-        if seen.null is None:
-            if seen.conditional is None:
-                return self.backbone.velocity(z, sigma, text, guidance=self.guidance)
-            null = self.backbone.velocity(z, sigma, self.backbone.null.expand(len(z)))
-            return self.backbone.guided(seen.conditional[index], null, self.guidance)
-        null = seen.null.rows(index)
-        own = self.backbone.prefix(z, sigma, null.block, text)
-        return self.backbone.guided(self.backbone.resume(own), self.backbone.resume(null), self.guidance)
+            return own
+        return self.backbone.guided(own, branch(seen.null, self.backbone.null.expand(len(z))), self.guidance)
 
     def value(self, z: Tensor, sigma: Tensor) -> Tensor:
         """The oracle's weighted total [R]; differentiable in z where the oracle is."""
         batch, latent = self.batch.interleave(self._copies(z)), Latent(z, sigma)
         if self._depths:
-            scores = self.oracle(latent, batch, self._prefixes(z, sigma))
+            scores = self.oracle(latent, batch, self._prefixes(z, sigma, batch.text))
         elif isinstance(self.oracle, Tweedie) and float(sigma[0]) > 0:  # finished latents need no guess
             scores = self.oracle.from_velocity(latent, self._guess(z, sigma, batch), batch)
         else:
             scores = self.oracle(latent, batch)
         return self.oracle.total(scores)
 
-    def _prefixes(self, z: Tensor, sigma: Tensor):
-        """Null-text activations by model: one walk over the denoiser's first blocks, read at every depth that a value model is cut at."""
-        depths = {self._depths[0]: self.backbone.prefix(z, sigma, self._depths[0])}
-        for shallow, deep in zip(self._depths, self._depths[1:]):
-            depths[deep] = self.backbone.extend(depths[shallow], deep)
-        self._note(z, float(sigma[0])).null = depths[self._depths[-1]].detach()
-        return lambda model: depths[model.prefix.depth]
+    def _prefixes(self, z: Tensor, sigma: Tensor, text: Conditioning) -> Callable[[StitchedValueModel], Any]:
+        """Activations by model: one walk a text over the denoiser's first blocks, read at every depth that a value model is cut at."""
+        cuts, note = {}, self._note(z, float(sigma[0]))
+        for prompted, depths in self._depths.items():
+            cut = self.backbone.prefix(z, sigma, depths[0], text if prompted else None)
+            for depth in depths:
+                cut = cuts[prompted, depth] = self.backbone.extend(cut, depth)
+            if prompted:
+                note.own = cut.detach()
+            else:
+                note.null = cut.detach()
+        return lambda model: cuts[model.prompted, model.prefix.depth]
 
     def _guess(self, z: Tensor, sigma: Tensor, batch: Batch) -> Tensor:
         """The velocity that Tweedie's posterior mean is made of: the guided or the conditional one; kept without its graph."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from rlstitch.steering.dps import tilt, value_gradient
 from rlstitch.steering.particles import Potential, Potentials, Scheme, Trace, effective_size, normalised, resample
 from rlstitch.stitch.model import StitchedValueModel
-from rlstitch.types import Batch, Latent, UserError
+from rlstitch.types import Batch, Conditioning, Latent, UserError
 
 
 def flow_sigma(pipe: Any, step: int) -> float:
@@ -35,12 +35,21 @@ def flow_sigma(pipe: Any, step: int) -> float:
 class _Bound:
     """A value model (or an oracle) with the prompts and the picture's size of one pipeline call bound in."""
 
-    def __init__(self, value: Any, prompts: str | Sequence[str], height: int | None = None, width: int | None = None):
+    def __init__(
+        self,
+        value: Any,
+        prompts: str | Sequence[str],
+        height: int | None = None,
+        width: int | None = None,
+        text: Conditioning | None = None,
+    ):
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise UserError("no prompt was given to steer by")
         index = torch.arange(len(prompts))
-        self.batch = Batch(prompts, index, index)
+        if text is not None and len(text) != len(prompts):
+            raise UserError(f"the guide was given {len(prompts)} prompts and the text of {len(text)}: as many of both")
+        self.batch = Batch(prompts, index, index, text=text)
         self.ask: Callable[[Latent, Batch], Tensor] = (
             value.value if isinstance(value, StitchedValueModel) else lambda latent, batch: value.total(value(latent, batch))
         )
@@ -69,8 +78,13 @@ class _Bound:
             raise UserError(
                 f"this pipeline hands over packed latents {list(latents.shape)}, from which a picture's sides cannot be told: give the guide the height and width of the call"
             )
-        factor = self.arch.latent(pipe.transformer.config, pipe.vae.config)[1]
-        return self.arch.from_pipeline(latents.float(), self.size[0] // factor, self.size[1] // factor)
+        channels, factor, patch, _ = self.arch.latent(pipe.transformer.config, pipe.vae.config)
+        height, width = self.size[0] // factor, self.size[1] // factor
+        if height % patch or width % patch or height * width * channels != latents[0].numel():
+            raise UserError(
+                f"the guide was made for pictures of {self.size[1]} x {self.size[0]}, and the pipeline's latents {list(latents.shape)} are of another size: give it the height and width of the call"
+            )
+        return self.arch.from_pipeline(latents.float(), height, width)
 
     def packed(self, z: Tensor, latents: Tensor) -> Tensor:
         """Back to what the callback gave."""
@@ -85,7 +99,7 @@ class GradientGuide:
 
     The same first-order law as `steering.dps`, without touching the pipeline's solver. steps: indices after which to guide (None: all that the value
     answers for). value: a StitchedValueModel or an oracle; prompts: those of the call (its num_images_per_prompt may be any); height, width: its picture's, where
-    latents are packed.
+    latents are packed; text: backbone.encode_prompts(prompts), for a value that was stitched under the prompts' own text.
     """
 
     tensor_inputs = ["latents"]
@@ -100,8 +114,9 @@ class GradientGuide:
         max_coefficient: float = 20.0,
         height: int | None = None,
         width: int | None = None,
+        text: Conditioning | None = None,
     ):
-        self.value = _Bound(value, prompts, height, width)
+        self.value = _Bound(value, prompts, height, width, text)
         self.scale, self.steps, self.max_coefficient = scale, steps, max_coefficient
 
     def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -136,10 +151,11 @@ class ParticleGuide:
         generator: torch.Generator | None = None,
         height: int | None = None,
         width: int | None = None,
+        text: Conditioning | None = None,
     ):
         if num_particles < 1:
             raise UserError(f"num_particles must be at least 1, not {num_particles}")
-        self.value, self.particles, self.steps = _Bound(value, prompts, height, width), num_particles, set(resample_steps)
+        self.value, self.particles, self.steps = _Bound(value, prompts, height, width, text), num_particles, set(resample_steps)
         self.lam, self.potential, self.resampling, self.generator = lam, potential, resampling, generator
         self.trace = Trace(lam=lam)
         self._potentials: Potentials | None = None

@@ -15,7 +15,7 @@ from rlstitch import schedule
 from rlstitch.distributed import autocast
 from rlstitch.ranges import Count, CountOrNone, Decay, NotNegative, Positive, Range, Rate, Seed, Share
 from rlstitch.stitch.model import StitchedValueModel
-from rlstitch.types import UserError
+from rlstitch.types import Conditioning, UserError
 
 
 @dataclass
@@ -59,15 +59,22 @@ def _error(a: Tensor, b: Tensor, kind: str) -> Tensor:
 
 
 def distillation_loss(
-    model: StitchedValueModel, z: Tensor, sigma: Tensor, target: Tensor, target_tokens: Tensor, config: DistillConfig
+    model: StitchedValueModel,
+    z: Tensor,
+    sigma: Tensor,
+    target: Tensor,
+    target_tokens: Tensor,
+    config: DistillConfig,
+    text: Conditioning | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Eq. (8): embedding error (summed over channels) + lambda_tok token error (mean over tokens and channels) + lambda_sc head error.
 
     target [B, D] is the frozen reward's unit embedding of the clean picture, target_tokens [B, N + 1, W] its output tokens. With an un-normalised student
-    the minimiser of the first term is E[target | z]: V is then the value function itself, not only its ranking.
+    the minimiser of the first term is E[target | z]: V is then the value function itself, not only its ranking. text: of the pictures' prompts, for a value model
+    that is run under it.
     """
     with torch.no_grad():
-        grid = model.activations(z, sigma).grid
+        grid = model.activations(z, sigma, text).grid
     embedding, tokens = model.embed(grid)
     parts = {
         "embedding": _error(embedding, target, config.loss).sum(-1).mean(),
@@ -127,12 +134,13 @@ def distill(
     target_tokens: Tensor | Callable[[Tensor], Tensor],
     config: DistillConfig,
     *,
+    text_of: Callable[[Tensor], Conditioning] | None = None,
     progress: Callable[[int, dict[str, float]], None] | None = None,
     objective: Callable[..., tuple[Tensor, dict[str, Tensor]]] = distillation_loss,
 ) -> float:
     """Train stitch and tail in place on N clean latents with their targets; returns the seconds it took. `progress(step, metrics)` is called every step.
 
-    target_tokens: tokens [N, T, W], or what gives those of rows [B]. objective: the loss to descend, with the signature of `distillation_loss`.
+    target_tokens: tokens [N, T, W], or what gives those of rows [B]. text_of: gives the prompts' text of rows [B], for a value model that is run under it. objective: the loss to descend, with the signature of `distillation_loss`.
     """
     generator = torch.Generator().manual_seed(config.seed)
     stitch, tail = list(model.stitch.parameters()), [p for p in model.tail.parameters() if p.requires_grad]
@@ -155,8 +163,11 @@ def distill(
         for rows in torch.arange(config.batch_size).split(config.micro_batch or config.batch_size):
             picked, share = index[rows], len(rows) / config.batch_size
             tokens = target_tokens(picked) if callable(target_tokens) else target_tokens[picked]
+            text = text_of(picked) if text_of is not None else None
             with autocast(latents.device.type, "auto" if config.autocast else "fp32"):
-                loss, parts = objective(model, z[rows], sigma[rows], targets[picked].to(z.device), tokens.float().to(z.device), config)
+                loss, parts = objective(
+                    model, z[rows], sigma[rows], targets[picked].to(z.device), tokens.float().to(z.device), config, text
+                )
             (loss * share).backward()
             for key, value in {"loss": loss.detach(), **parts}.items():
                 told[key] = told.get(key, 0.0) + share * value

@@ -31,7 +31,7 @@ class Subject:
 
 def stitched(name: str, model: StitchedValueModel) -> Subject:
     def embed(latent: Latent, batch: Batch) -> Tensor:
-        return model.embed(model.activations(latent.z, latent.sigma).grid)[0]
+        return model.embed(model.activations(latent.z, latent.sigma, batch.text).grid)[0]
 
     return Subject(name, model.value, embed)
 

@@ -32,6 +32,8 @@ SAID = {  # what stands in a card and can be used, beyond its type
     "vae_half_sha256": str,
     "prefix": Literal["latent"],
     "fold": Count,
+    "text": Literal["empty", "prompt"],
+    "embedded_guidance": NotNegative,
 }
 
 
@@ -61,6 +63,11 @@ class StitchLayer(nn.Module):
         return (y + self.residual(y)).flatten(2).transpose(1, 2)
 
 
+def _fits_half(x: Tensor) -> bool:
+    """Whether no number is beyond float16, as hidden states of a large text encoder may be."""
+    return not x.numel() or bool(x.abs().max() <= torch.finfo(torch.float16).max)
+
+
 def resample(grid: Tensor, side: int) -> Tensor:
     """Bilinear to [.., side, side]; nothing where it has that size already."""
     return grid if grid.shape[-2:] == (side, side) else F.interpolate(grid, (side, side), mode="bilinear", align_corners=False)
@@ -83,6 +90,7 @@ class LatentPrefix(nn.Module):
 class StitchedValueModel(nn.Module):
     """V(z, sigma, prompt) = reward head( tail_{>=j}( stitch( prefix_{<=i}(z, sigma, null text) ) ) ).
 
+    The card's `text: prompt` runs the prefix under the prompts' own text instead, for denoisers that have no unconditional branch to share it with.
     `prefix` is frozen and without LoRA; `stitch` and `tail` are what distillation trains; `reward` is the frozen pixel reward, whose text tower
     or head turns the embedding into a score. `normalise`: the student embedding is brought to unit norm, as the paper has it (ranks, but its
     magnitude is not E[r | z]); otherwise it is the raw projection over `norm`, and V is E[r | z] at the minimiser of the distillation.
@@ -147,10 +155,19 @@ class StitchedValueModel(nn.Module):
         """The empty prompt [1, ...], as its denoiser sees it."""
         return Conditioning(**{name: getattr(self, f"null_{name}") for name in self._null_fields})
 
-    def activations(self, z: Tensor, sigma: Tensor) -> Any:
-        """The frozen prefix under the null text, in the prefix's own precision."""
-        null = self.null
-        return self.prefix(z.to(null.tokens.dtype), sigma, null.expand(len(z)))
+    @property
+    def prompted(self) -> bool:
+        """Whether the prefix is run under the prompts' own text, not under the empty prompt."""
+        return self.card.get("text") == "prompt"
+
+    def activations(self, z: Tensor, sigma: Tensor, text: Conditioning | None = None) -> Any:
+        """The frozen prefix in its own precision, under the null text, or under the prompts' own `text` where it was stitched so. Raises UserError where that is missing."""
+        if self.prompted and text is None:
+            raise UserError(
+                "this value model was stitched under the prompts' own text (text: prompt) and is asked without it: give the batch's encoded prompts, backbone.encode_prompts(prompts)"
+            )
+        text = text if self.prompted else self.null.expand(len(z))
+        return self.prefix(z.to(self.null.tokens.dtype), sigma, text)
 
     def embed(self, grid: Tensor) -> tuple[Tensor, Tensor]:
         """From the prefix's image stream [B, W, h, w] to (embedding [B, D], tail's tokens [B, N + 1, W'])."""
@@ -168,7 +185,7 @@ class StitchedValueModel(nn.Module):
     def value(self, latent: Latent, batch: Batch) -> Tensor:
         """V [B] of a latent; differentiable in z. Raises UserError outside the trained sigma range."""
         self.check_range(latent.sigma)
-        return self.value_from(self.activations(latent.z, latent.sigma), batch)
+        return self.value_from(self.activations(latent.z, latent.sigma, batch.text), batch)
 
     def value_from(self, activations: Any, batch: Batch) -> Tensor:
         """V from activations that were computed already, e.g. by guidance's unconditional branch at the same (z, sigma)."""
@@ -181,7 +198,8 @@ class StitchedValueModel(nn.Module):
         folder = Path(path)
         tensors = {k: v for k, v in self.state_dict().items() if k.startswith(("stitch.", "tail."))}
         tensors |= {f"{NULL}{name}": value for name, value in self.null.fields.items()}
-        write_weights(folder / WEIGHTS, {k: v.half() if half and v.is_floating_point() else v for k, v in tensors.items()})
+        kept = {k: v.half() if half and v.is_floating_point() and _fits_half(v) else v for k, v in tensors.items()}
+        write_weights(folder / WEIGHTS, kept)
         card = self.card | {
             "normalise": self.normalise,
             "norm": self.norm,
@@ -216,11 +234,12 @@ class StitchedValueModel(nn.Module):
         if lacking := [n for n in needed if n not in tensors]:
             raise UserError(f"value model '{path}' is not whole: it has no {' and no '.join(lacking)}: restore it or stitch it again")
         check_vae(card, backbone.path, path)
-        if not math.isclose(told := card.get("embedded_guidance") or 0.0, own := getattr(backbone, "embedded", None) or 0.0):
+        linear, on_latents = tensors["stitch.linear.weight"], card.get("prefix") == "latent"
+        told, own = (0.0 if on_latents or x is None else x for x in (card.get("embedded_guidance"), getattr(backbone, "embedded", None)))
+        if not math.isclose(told, own):
             raise UserError(
                 f"value model '{path}' was made at embedded guidance {told:g} and the model is told {own:g}, which changes what its blocks give: set model.embedded_guidance={told:g}, or stitch again"
             )
-        linear, on_latents = tensors["stitch.linear.weight"], card.get("prefix") == "latent"
         width = backbone.latent_shape[0] * card["fold"] ** 2 if on_latents else backbone.width
         own = linear.shape[1] if linear.ndim == 4 else 0
         if own != width or card["blocks"] > backbone.num_blocks:
@@ -339,17 +358,18 @@ def values(
 
     activations: where a caller has them at hand already (guidance's unconditional branch), it gives them by model.
     """
-    cache: dict[tuple[int, ...], Any] = {}
+    cache: dict[tuple[Any, ...], Any] = {}
 
     def prefix(model: StitchedValueModel) -> Any:
         if activations is not None:
             return activations(model)
         key = (
+            model.prompted,
             model.prefix.fingerprint() if isinstance(model.prefix, LatentPrefix) else model.prefix.depth,
             *(p.data_ptr() for p in model.prefix.parameters()),
         )
         if key not in cache:
-            cache[key] = model.activations(latent.z, latent.sigma)
+            cache[key] = model.activations(latent.z, latent.sigma, batch.text)
         return cache[key]
 
     out = []

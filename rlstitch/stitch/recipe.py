@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,10 +16,11 @@ from rlstitch import config as cfg
 from rlstitch import scheduler, telling
 from rlstitch.asking import probe_rewards
 from rlstitch.checks import model_faults, reward_faults
-from rlstitch.data import build_pictures, encode, read_prompts
+from rlstitch.data import build_pictures, encode
 from rlstitch.distributed import resolve_precision
 from rlstitch.files import vae_names
 from rlstitch.paths import ready
+from rlstitch.prompts import PromptSet, read_prompts
 from rlstitch.ranges import Count, CountOrNone, Name, NotNegative, Range, Seed, Share, Text, Threads
 from rlstitch.stitch import measure
 from rlstitch.stitch.baselines import noisy_clip, vae_stitch
@@ -27,7 +29,10 @@ from rlstitch.stitch.generate import GenerateConfig, generate, pictures_of
 from rlstitch.stitch.generate import faults as generate_faults
 from rlstitch.stitch.model import StitchedValueModel
 from rlstitch.stitch.search import SearchResult, search
-from rlstitch.types import UserError
+from rlstitch.types import Conditioning, UserError
+
+TextOf = Callable[[Tensor], Conditioning]  # rows [B] -> the text of their prompts
+TURNS = 4  # prompts that a picture is scored under, its own first
 
 
 @dataclass
@@ -38,7 +43,8 @@ class StitchRecipe:
     kind: `stitch` for StitchVM, or a baseline on the latent itself: `vae` (closed-form stitch, no denoiser) or `noisy_clip` (random projection).
     blocks: the denoiser block to cut after ("best", "cheapest" within `margin` among the first `max_fraction` of the blocks, or a number);
     reward_block: 0 takes the search's. ridge: penalty of the closed-form fit. normalise: unit-norm student as in the paper; else its norm is free and
-    falls with its uncertainty, on latents unlike the training data's, too.
+    falls with its uncertainty, on latents unlike the training data's, too. text: what the denoiser's blocks are run under, the empty prompt, or the pictures' own
+    (`prompt`), which a model without an unconditional branch has computed anyway.
     """
 
     name: Name = ""
@@ -57,6 +63,7 @@ class StitchRecipe:
     margin: NotNegative = 0.05
     max_fraction: Annotated[float, Range(0, 1, open="low")] = 0.5
     normalise: bool = True
+    text: Literal["empty", "prompt"] = "empty"
     sigma_low: Share = 0.0
     sigma_high: Share = 1.0
     threads: Threads = 0
@@ -84,7 +91,7 @@ def checked(given: dict[str, Any], name: str) -> StitchRecipe:
         scheduler.of_recipe("generate.shift", recipe.generate.shift, recipe.model, faults)
     if recipe.kind != "stitch":
         plain = StitchRecipe()
-        own = ("blocks", "reward_block", "ridge", "sigma_low", "sigma_high")
+        own = ("blocks", "reward_block", "ridge", "sigma_low", "sigma_high", "text")
         faults += [
             f"'{k}' is {getattr(recipe, k)!r}, but kind={recipe.kind} has no such choice: leave it out"
             for k in own
@@ -115,13 +122,22 @@ def choose(result: SearchResult, recipe: StitchRecipe):
 
 
 @torch.no_grad()
-def quality(model: StitchedValueModel, latents: Tensor, prompts: list[str], targets: Tensor) -> dict[str, dict[str, float]]:
-    """By sigma: Recall@1 both ways over the N prompts (where the reward reads text), and the correlation of V with the clean reward over matched and mismatched prompts."""
+def quality(
+    model: StitchedValueModel, latents: Tensor, prompts: list[str], targets: Tensor, text_of: TextOf | None = None
+) -> dict[str, dict[str, float]]:
+    """By sigma: Recall@1 both ways over the N prompts (where the reward reads text), and the correlation of V with the clean reward over matched and mismatched prompts.
+
+    text_of: of rows, for a value model that is run under the prompts' text. It then knows a picture's prompt whatever the picture shows, and its recall says little.
+    """
     subject, reward, out = measure.stitched("", model), model.reward, {}
-    clean = scores_under(reward, targets, prompts)
+    clean = scores_under(reward, [targets] * TURNS, prompts)
     for level in measure.SIGMAS:
-        embedding = measure.in_parts(subject.embed, measure.noised(latents, level), measure.batch_of(prompts))
-        row = {"correlation": measure.correlation(scores_under(reward, embedding, prompts), clean)}
+        noised, embeddings = measure.noised(latents, level), []
+        for k in range(TURNS if text_of else 1):
+            text = text_of((torch.arange(len(prompts)) + k) % len(prompts)) if text_of else None
+            embeddings.append(measure.in_parts(subject.embed, noised, measure.batch_of(prompts, text)))
+        embedding = embeddings[0]
+        row = {"correlation": measure.correlation(scores_under(reward, embeddings if text_of else embeddings * TURNS, prompts), clean)}
         if reward.head is None:
             texts = reward.embed_texts(prompts)
             row |= {"recall_at_1": measure.recall(embedding, texts), "recall_at_1_text_to_image": measure.recall(texts, embedding)}
@@ -129,13 +145,21 @@ def quality(model: StitchedValueModel, latents: Tensor, prompts: list[str], targ
     return out
 
 
-def scores_under(reward: Any, embedding: Tensor, prompts: list[str], others: int = 3) -> Tensor:
-    """Scores of N embeddings under their own prompt and under those of the next `others` rows, so that matches and mismatches both count: [N (1 + others)]."""
-    return torch.cat([reward.score_embedding(embedding, measure.batch_of(prompts[k:] + prompts[:k])) for k in range(1 + others)])
+def scores_under(reward: Any, embeddings: Sequence[Tensor], prompts: list[str]) -> Tensor:
+    """Scores of N pictures under their own prompt, by their first embeddings, and under that of the next row, by their second, and so on, so that matches and
+    mismatches both count: [N len(embeddings)]."""
+    return torch.cat([reward.score_embedding(e, measure.batch_of(prompts[k:] + prompts[:k])) for k, e in enumerate(embeddings)])
 
 
 def assemble(
-    recipe: StitchRecipe, backbone: Any, reward: Any, images: Tensor, latents: Tensor, norm: float, card: dict[str, Any]
+    recipe: StitchRecipe,
+    backbone: Any,
+    reward: Any,
+    images: Tensor,
+    latents: Tensor,
+    norm: float,
+    card: dict[str, Any],
+    text_of: TextOf | None = None,
 ) -> StitchedValueModel:
     """The untrained value model of the recipe's kind."""
     if recipe.kind == "vae":
@@ -153,7 +177,8 @@ def assemble(
         return noisy_clip(backbone, reward, norm=norm, normalise=recipe.normalise, seed=recipe.seed, card=card)
     started = time.perf_counter()
     pictures = images[: recipe.search_images].float() / 255
-    result = search(backbone, reward, pictures, max_reward_block=recipe.max_reward_block, seed=recipe.seed, ridge=recipe.ridge)
+    how = dict(max_reward_block=recipe.max_reward_block, seed=recipe.seed, ridge=recipe.ridge, text_of=text_of)
+    result = search(backbone, reward, pictures, **how)
     pair, seconds = choose(result, recipe), time.perf_counter() - started
     telling.say(
         f"{recipe.name}: search over {len(result.table)} pairs took {seconds:.1f} s; best {result.best.i, result.best.j} ({result.best.normalised:.4f} of the variance), taken {pair.i, pair.j} ({pair.normalised:.4f})"
@@ -173,6 +198,18 @@ def assemble(
     )
 
 
+def encoded(backbone: Any, prompts: PromptSet, recipe: StitchRecipe) -> PromptSet:
+    return encode(backbone, prompts, truncate=recipe.generate.truncate, allow="generate.truncate")
+
+
+def texts(recipe: StitchRecipe, backbone: Any, prompts: list[str]) -> TextOf | None:
+    """What gives the text of rows of pictures, where the recipe runs the denoiser under their prompts."""
+    if recipe.text == "empty":
+        return None
+    known = encoded(backbone, PromptSet(prompts, [{}] * len(prompts)), recipe)
+    return lambda rows: known.batch(rows.tolist(), rows).text
+
+
 def run(recipe: StitchRecipe) -> StitchedValueModel:
     """Search, distil, measure, save to <out>/<name>."""
     if recipe.threads:
@@ -183,25 +220,21 @@ def run(recipe: StitchRecipe) -> StitchedValueModel:
     backbone, reward = cfg.build(recipe.model, kind="model", device=device), cfg.build(recipe.reward, kind="reward", device=device)
     if recipe.kind == "stitch" and recipe.max_reward_block > reward.num_blocks:
         raise UserError(f"'max_reward_block' is {recipe.max_reward_block}, but the reward has {reward.num_blocks} blocks")
-    images, _ = build_pictures("images", recipe.images)
+    images, captions = build_pictures("images", recipe.images)
     held, prompts = build_pictures("held_out", recipe.held_out)
+    if recipe.text == "prompt" and (bare := [where for where, what in (("images", captions), ("held_out", prompts)) if not any(what)]):
+        raise UserError(
+            f"'text' is prompt, and the pictures of '{bare[0]}' have no prompts: give captions (metadata.jsonl, or a .txt beside each picture), or leave 'text' out"
+        )
     probe_rewards({"reward": reward}, ["reward"], measure.batch_of(["", ""]), backbone.size, device)
     started = time.perf_counter()
     latents = latents_of(backbone, images)
     made, kept = {}, 0.0
     if recipe.generate.count:
         asked = time.perf_counter()
-        own, _, seconds = generate(
-            backbone,
-            encode(
-                backbone,
-                read_prompts(recipe.generate.prompts, recipe.generate.column),
-                truncate=recipe.generate.truncate,
-                allow="generate.truncate",
-            ),
-            recipe.generate,
-            f"{recipe.name}: pictures",
-        )
+        asked_for = encoded(backbone, read_prompts(recipe.generate.prompts, recipe.generate.column), recipe)
+        own, index, seconds = generate(backbone, asked_for, recipe.generate, f"{recipe.name}: pictures")
+        captions = captions + [asked_for.prompts[k] for k in index]
         kept = max(0.0, seconds - (time.perf_counter() - asked))  # pictures from the cache cost what they cost when they were made
         latents, images = torch.cat([latents, own]), torch.cat([images, pictures_of(backbone, own)])
         told = dataclasses.asdict(recipe.generate) | {"precision": resolve_precision(device, recipe.generate.precision)}
@@ -213,9 +246,11 @@ def run(recipe: StitchRecipe) -> StitchedValueModel:
         "reward": recipe.reward,
         **vae_names(recipe.model["path"]),
         "distill": dataclasses.asdict(recipe.distill),
+        **({"text": recipe.text} if recipe.text == "prompt" else {}),
         **made,
     }
-    model = assemble(recipe, backbone, reward, images, latents, norm, card)
+    text_of, held_text_of = (texts(recipe, backbone, what) for what in (captions, prompts))
+    model = assemble(recipe, backbone, reward, images, latents, norm, card, text_of)
     bar = telling.progress(recipe.distill.steps, recipe.name, "step")
 
     def progress(step: int, metrics: dict[str, float]) -> None:
@@ -223,12 +258,12 @@ def run(recipe: StitchRecipe) -> StitchedValueModel:
         if step % 20 == 0:
             bar.set_postfix_str(", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
 
-    seconds = distill(model, latents, targets, tokens, recipe.distill, progress=progress)
+    seconds = distill(model, latents, targets, tokens, recipe.distill, text_of=text_of, progress=progress)
     bar.close()
     with torch.no_grad():
         held_latents, held_targets = latents_of(backbone, held), targets_of(reward, held)[0]
     model.card |= {
-        "quality": quality(model, held_latents, prompts, held_targets),
+        "quality": quality(model, held_latents, prompts, held_targets, held_text_of),
         "distill_seconds": round(seconds, 1),
         "device_hours": round((time.perf_counter() - started + kept) / 3600, 5),
         "hardware": cfg.hardware(),

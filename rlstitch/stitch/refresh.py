@@ -15,10 +15,13 @@ from rlstitch import sampling
 from rlstitch.asking import ask
 from rlstitch.distributed import Engine
 from rlstitch.figures import correlation
+from rlstitch.prompts import PromptSet
 from rlstitch.schema import RefreshConfig
 from rlstitch.stitch.distill import DistillConfig, distill, targets_of
 from rlstitch.stitch.model import StitchedValueModel
-from rlstitch.types import Rollout
+from rlstitch.types import Conditioning, Rollout
+
+SET = 2**32  # a latent's prompt is its place in its set, and this times the set's own place
 
 
 class Refresher:
@@ -39,10 +42,12 @@ class Refresher:
         engine: Engine,
         *,
         guidance: float,
+        prompts: Sequence[PromptSet] = (),
     ):
         self.config, self.models, self.backbone, self.engine, self.guidance = config, dict(models), backbone, engine, guidance
         self.rewards = {name: rewards[name] for name in models}
-        self.latents = torch.empty(0, *backbone.latent_shape)
+        self.prompts = list(prompts)  # every stage's
+        self.latents, self.places = torch.empty(0, *backbone.latent_shape), torch.empty(0, dtype=torch.long)  # of the prompts
         self.pairs = {name: torch.empty(0, 3, dtype=torch.float64) for name in models}  # V, r, which prompt of which update
         self.updates, self.count = 0, 0
 
@@ -66,7 +71,7 @@ class Refresher:
         return [Rollout.joined(picked[k : k + size]) for k in range(0, len(picked), size)], counted.flatten()
 
     @torch.no_grad()
-    def measure(self, rollouts: Sequence[Rollout], names: Sequence[str], grid: Tensor, stop: int) -> None:
+    def measure(self, rollouts: Sequence[Rollout], names: Sequence[str], grid: Tensor, stop: int, prompts: PromptSet | None = None) -> None:
         """Finish some of an update's samples, this rank's `rollouts`, and remember their latents, and their pairs for every value model that the scores [B, K] have a
         column of, called `names`."""
         zs, columns, asked = [], [], [(k, name) for k, name in enumerate(names) if name in self.rewards]
@@ -88,6 +93,9 @@ class Refresher:
             self.pairs[name] = torch.cat([self.pairs[name], pairs[pairs.isfinite().all(1)]])[-self.config.pairs :]
         self.updates += 1
         self.latents = torch.cat([self.latents, self.engine.gather(torch.cat(zs)).cpu()[counted]])[-self.config.buffer :]
+        known = next((k for k, s in enumerate(self.prompts) if s is prompts), 0)
+        own = every[:, 0].long() % len(prompts or every) + known * SET
+        self.places = torch.cat([self.places, own])[-self.config.buffer :]
 
     def agreement(self, name: str) -> float:
         """Correlation of V with r over the pairs kept; 0 where V is the same whatever r is, NaN where r is."""
@@ -96,10 +104,12 @@ class Refresher:
         found = correlation(value, truth, together)
         return 0.0 if math.isnan(found) and not math.isnan(correlation(truth, truth, together)) else found
 
-    def after(self, rollouts: Sequence[Rollout], names: Sequence[str], grid: Tensor, stop: int) -> dict[str, float]:
-        """What the trainer calls after an update with this rank's rollouts, `names` the oracle's columns in it; -> figures for the log: `correlation/NAME`, and
+    def after(
+        self, rollouts: Sequence[Rollout], names: Sequence[str], grid: Tensor, stop: int, prompts: PromptSet | None = None
+    ) -> dict[str, float]:
+        """What the trainer calls after an update with this rank's rollouts of `prompts`, `names` the oracle's columns in it; -> figures for the log: `correlation/NAME`, and
         `gap/NAME`, the mean error in spreads of r, which nothing is decided by."""
-        self.measure(rollouts, names, grid, stop)
+        self.measure(rollouts, names, grid, stop, prompts)
         figures: dict[str, float] = {}
         full, apart = len(self.latents) >= min(self.config.buffer, 64), []
         for name in (n for n in names if n in self.pairs):
@@ -123,18 +133,23 @@ class Refresher:
             DistillConfig(**model.card.get("distill", {})), steps=self.config.steps, lr=self.config.lr, batch_size=min(self.config.batch_size, len(latents)), warmup=1, decay=False,
             uniform_share=0.3, seed=self.count,
         )  # fmt: skip
-        distill(model.thaw(), latents, targets, tokens, config)
+        distill(model.thaw(), latents, targets, tokens, config, text_of=self.text_of if model.prompted else None)
         if self.engine.world > 1:
             for p in (*model.stitch.parameters(), *model.tail.parameters()):
                 dist.broadcast(p.data, 0)
         model.freeze()
         self.pairs[name] = self.pairs[name][:0]  # what was measured is about the model as it was
 
+    def text_of(self, rows: Tensor) -> Conditioning:
+        """Text of the prompts that the kept latents [B] were made for."""
+        places = [divmod(place, SET) for place in self.places[rows].tolist()]
+        return Conditioning.cat([self.prompts[k].batch([place], torch.zeros(1)).text for k, place in places])
+
     # ------------------------------------------------------------------------------------------------ checkpoints
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything a resume needs beside `progress`: the refreshed weights, the latents and the pairs."""
-        out = {"latents": self.latents} | {f"pairs/{name}": pairs for name, pairs in self.pairs.items()}
+        out = {"latents": self.latents, "places": self.places} | {f"pairs/{name}": pairs for name, pairs in self.pairs.items()}
         for name, model in self.models.items():
             out |= {f"{name}.{k}": v.detach() for k, v in model.state_dict().items() if k.startswith(("stitch.", "tail."))}
         return out
@@ -144,6 +159,7 @@ class Refresher:
 
     def restore(self, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
         self.latents = tensors["latents"]
+        self.places = tensors.get("places", torch.zeros(len(self.latents), dtype=torch.long))  # checkpoints of old, of null-text values
         for name, model in self.models.items():
             own = {k.removeprefix(f"{name}."): v.to(self.backbone.device) for k, v in tensors.items() if k.startswith(f"{name}.")}
             model.load_state_dict(own, strict=False)

@@ -5,6 +5,7 @@ One streaming pass over the pictures gathers the float64 Gram matrices of all pa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from rlstitch import schedule
 from rlstitch.stitch.model import StitchLayer, resample
+from rlstitch.types import Conditioning
 
 
 @dataclass
@@ -51,7 +53,7 @@ class SearchResult:
 
 @torch.no_grad()
 def features(
-    backbone: Any, reward: Any, images: Tensor, max_reward_block: int, generator: torch.Generator
+    backbone: Any, reward: Any, images: Tensor, max_reward_block: int, generator: torch.Generator, text: Conditioning | None = None
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """One batch's denoiser features after every block and reward inputs of every early block, float64 [B N', W] on the reward's grid, and [CLS] states."""
     z0 = backbone.encode(images.to(backbone.device))
@@ -62,6 +64,7 @@ def features(
         schedule.interpolate(z0, noise, sigma),
         sigma,
         lambda state: denoiser.append(resample(state.grid.double(), reward.grid).flatten(2).transpose(1, 2).flatten(0, 1)),
+        **({} if text is None else {"text": text}),
     )
     inputs = reward.inputs_of_block(images.to(backbone.device), max_reward_block)
     targets = [(x if j == 1 else x[:, 1:]).double().flatten(0, 1) for j, x in enumerate(inputs, 1)]
@@ -97,18 +100,28 @@ def fit(grid: Tensor, tokens: Tensor, side: int, ridge: float = 0.0) -> StitchLa
 
 @torch.no_grad()
 def search(
-    backbone: Any, reward: Any, images: Tensor, *, max_reward_block: int = 4, batch_size: int = 25, seed: int = 0, ridge: float = 0.0
+    backbone: Any,
+    reward: Any,
+    images: Tensor,
+    *,
+    max_reward_block: int = 4,
+    batch_size: int = 25,
+    seed: int = 0,
+    ridge: float = 0.0,
+    text_of: Callable[[Tensor], Conditioning] | None = None,
 ) -> SearchResult:
     """Fit W_ij = argmin |W F_i + b - G_j|^2 (plus `ridge`, see `solve`) for all blocks i and j <= max_reward_block over images [N, 3, H, W] in [0, 1], one sigma ~ U[0, 1] each.
 
-    Losses are means over tokens of the squared error summed over channels. Raises ValueError where j exceeds the reward's blocks.
+    Losses are means over tokens of the squared error summed over channels. text_of: gives the text of rows [B] that the denoiser is run under (None: the null text). Raises ValueError where j exceeds the reward's blocks.
     """
     if not 1 <= max_reward_block <= reward.num_blocks:
         raise ValueError(f"max_reward_block must be within 1..{reward.num_blocks}, not {max_reward_block}")
     generator = torch.Generator().manual_seed(seed)
     count, offsets, sums = 0, None, None
     for start in range(0, len(images), batch_size):
-        denoiser, targets, states = features(backbone, reward, images[start : start + batch_size], max_reward_block, generator)
+        part = images[start : start + batch_size]
+        text = None if text_of is None else text_of(torch.arange(start, start + len(part)))
+        denoiser, targets, states = features(backbone, reward, part, max_reward_block, generator, text)
         if offsets is None:  # shifting by the first batch's means keeps the later subtraction of means exact
             offsets = ([f.mean(0) for f in denoiser], [g.mean(0) for g in targets])
             sums = {
