@@ -26,7 +26,6 @@ from rlstitch.types import UserError
 
 SHAPES = Path(__file__).parent / "shapes" / "weights"
 GROWN, GROWN_WEIGHTS = "grown.json", "blocks.safetensors"
-BORROWED = "borrowed.json"
 MADE = "made.json"  # what is in a folder of the cache
 STEMS = ("diffusion_pytorch_model", "model")  # of diffusers, of transformers
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from rlstitch.backbones import Diffusers, flux
-from rlstitch.files import BORROWED, read_json, read_tensors, write_json, write_tensors
+from rlstitch.files import read_json, read_tensors, write_json, write_tensors
 from rlstitch.schedule import shift_sigma
 from rlstitch.shapes import tokenizer as shapes_tokenizer
 from rlstitch.shapes.pretrain.common import autocast, batches, device, fit, ranks, write_card
@@ -169,7 +169,7 @@ def train(
     ):  # stored in half precision, run in float32 like the rest: transformers loads in what this says
         config = folder / name / "config.json"
         write_json(config, read_json(config, "the text encoder's config") | {"dtype": "float32"})
-    write_json(folder / BORROWED, {"vae": "shapes"})
+    (folder / "vae").symlink_to(Path("..") / "shapes" / "vae")
     write_card(
         folder, facts | {"part": "shapes-flux", "seed": seed, "parameters": sum(p.numel() for p in model["transformer"].parameters())}
     )
