@@ -10,7 +10,8 @@ from rlstitch import config as cfg
 from rlstitch import lengths, protocols, schedule, scheduler, stages
 from rlstitch.data import DIMENSIONS, Geometry, PromptSet, resolve_geometry
 from rlstitch.distributed import world_size
-from rlstitch.files import require, same_vae
+from rlstitch.files import require
+from rlstitch.fingerprints import same_vae
 from rlstitch.oracles import Tweedie, values_used
 from rlstitch.schema import RunConfig
 from rlstitch.stitch.model import read_card

@@ -11,7 +11,8 @@ from typing import Any
 
 from rlstitch import checkpoint, lock
 from rlstitch import config as cfg
-from rlstitch.files import quick_fingerprint, require, resolve, sha256
+from rlstitch.files import require, resolve, sha256
+from rlstitch.fingerprints import quick_fingerprint
 from rlstitch.paths import what_is
 from rlstitch.schema import RunConfig
 from rlstitch.stages import expand

@@ -23,6 +23,7 @@ DEFAULTS = {
     "max_image_seq_len": 4096, "shift_terminal": None, "time_shift_type": "exponential", "invert_sigmas": False, "use_karras_sigmas": False,
     "use_exponential_sigmas": False, "use_beta_sigmas": False, "stochastic_sampling": False,
 }  # fmt: skip
+BARE = {"_class_name": "FlowMatchEulerDiscreteScheduler"}  # settings that leave all out
 OTHER_GRIDS = ("invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "stochastic_sampling")
 _told: set[str] = set()
 
@@ -111,8 +112,8 @@ def of_directory(
     try:
         own_shift = of_directory(where, AUTO, model, tokens, law)
         stands = replace(stands, spacing=own_shift.spacing)
-    except UserError:
-        return stands  # there is nothing to differ from
+    except UserError:  # there is nothing to differ from; how a pipeline spaces its steps does not stand in its scheduler's file
+        return stands if law is None else replace(stands, spacing=law(model, BARE, tokens or 1).spacing)
     if (
         own_shift != stands
         and (line := f"{where} is {stated:g}; the model's own scheduler ({model}) says {own_shift}. {where}=auto takes that") not in _told

@@ -87,6 +87,10 @@ def test_a_cut_is_resumed_bit_for_bit_at_every_block(kind):
             assert torch.equal(backbone.resume(cut), v) and torch.equal(backbone.extend(first, k).grid, cut.grid)
             rows = torch.tensor([1])
             torch.testing.assert_close(backbone.resume(cut.rows(rows)), v[1:], atol=1e-6, rtol=1e-5)
+            try:  # without the longest prompt: the same, or told where padding is the batch's
+                torch.testing.assert_close(backbone.resume(cut.rows(1 - rows)), v[:1], atol=1e-5, rtol=1e-5)
+            except ValueError as error:
+                assert "leave out the batch's longest prompt" in str(error)
             for share in (True, False):
                 prefix = backbone.make_prefix(k, share=share)
                 assert torch.equal(prefix(z, sigma, text).grid, cut.grid) and prefix.shares_with(backbone.transformer) is share
@@ -96,6 +100,10 @@ def test_a_cut_is_resumed_bit_for_bit_at_every_block(kind):
         for k, cut in enumerate(seen, 1):
             assert cut.block == k and torch.equal(cut.grid, backbone.prefix(z, sigma, k).grid)
         assert len(seen) == backbone.num_blocks
+        seen.clear()
+        backbone.walk(z, sigma, seen.append, text)
+        assert torch.equal(backbone.resume(seen[0]), v)
+    assert torch.isfinite(backbone.guided(0 * v, 0 * v, 4.0)).all()
 
 
 def test_pictures_go_through_the_autoencoder_as_the_pipeline_takes_them(kind):
@@ -109,6 +117,15 @@ def test_pictures_go_through_the_autoencoder_as_the_pipeline_takes_them(kind):
         mode = backbone.vae.encode(frame(2 * images - 1)).latent_dist.mode()
         whole = backbone.vae.decode(mode).sample.reshape(2, 3, 16, 16) / 2 + 0.5
         torch.testing.assert_close(backbone.decode(z), whole.clamp(0, 1), atol=1e-5, rtol=1e-5)
+        prints = [backbone.picture_fingerprint()]
+        for buffer in backbone.vae.buffers():
+            buffer += 1
+            prints.append(backbone.picture_fingerprint())
+        for key in ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "batch_norm_eps"):
+            if (value := backbone.vae.config.get(key)) is not None:
+                backbone.vae.register_to_config(**{key: [2 * x for x in value] if isinstance(value, list | tuple) else 2 * value})
+                prints.append(backbone.picture_fingerprint())
+    assert len(set(prints)) == len(prints) > 1  # of all that latents depend on
 
 
 def test_text_is_cached_unpadded_and_stacked_as_it_was(kind, tmp_path):
@@ -183,6 +200,8 @@ def test_both_guides_steer_the_stock_pipeline(kind):
     if noise.shape != backbone.arch.to_pipeline(noise).shape:
         with pytest.raises(guides.UserError, match="height and width"):
             run(guides.GradientGuide(value, PROMPTS, scale=0.5))
+        with pytest.raises(guides.UserError, match="made for pictures of 16 x 16"):
+            run(guides.GradientGuide(value, PROMPTS, scale=0.5, height=16, width=16))
     pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, stochastic_sampling=True)
     particles = guides.ParticleGuide(value, PROMPTS, num_particles=2, resample_steps=[0], lam=1e6, height=size[0], width=size[1])
     pictures = run(particles)

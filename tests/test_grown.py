@@ -98,7 +98,7 @@ def test_other_blocks_or_another_base_are_refused(stored):
 
 def test_the_shipped_large_model_outgrew_the_shipped_one():
     """Same autoencoder and text, twice the depth: a value model of one reads the other's latents."""
-    from rlstitch.files import vae_fingerprint
+    from rlstitch.fingerprints import vae_fingerprint
 
     whole = require("shapes:shapes-large", "the grown pipeline")
     assert vae_fingerprint(whole) == vae_fingerprint("shapes:shapes")

@@ -57,7 +57,7 @@ def test_tweedie_subject_is_the_oracle(backbone, reward):
 def test_baselines_learn_and_are_saved_and_loaded(backbone, reward, kind, tmp_path, generator):
     images = torch.rand(48, 3, 16, 16, generator=generator)
     latents, (targets, tokens, norm) = latents_of(backbone, images), targets_of(reward, images)
-    from rlstitch.files import vae_fingerprint
+    from rlstitch.fingerprints import vae_fingerprint
 
     card = {"vae_sha256": vae_fingerprint(backbone.path)}
     if kind == "vae":

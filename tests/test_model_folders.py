@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPTextModelWithProjection, T5EncoderModel
 
-from rlstitch import files
+from rlstitch import files, fingerprints
 from rlstitch.backbones.sd3 import SD3Backbone
 from rlstitch.checks import model_faults, reward_faults
 from rlstitch.rewards.clip import ClipReward
@@ -119,38 +119,38 @@ def test_every_layout_that_diffusers_writes_loads(t5_dir, copied, tmp_path):
 def test_an_autoencoder_is_known_by_its_tensors(t5_dir, copied, tmp_path):
     """Whole, in shards, saved anew, in bfloat16, in float16, with a variant beside it; another one is another."""
     vae = AutoencoderKL.from_pretrained(t5_dir / "vae")
-    card = files.vae_names(t5_dir)
+    card = fingerprints.vae_names(t5_dir)
     again = {"shards": dict(max_shard_size="5KB"), "anew": {}, "half": dict(variant="fp16")}
     for name, options in again.items():
         vae.save_pretrained(tmp_path / name / "vae", **options)
-        assert files.same_vae(card, tmp_path / name)
+        assert fingerprints.same_vae(card, tmp_path / name)
     for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
         AutoencoderKL.from_pretrained(t5_dir / "vae").to(dtype).save_pretrained(tmp_path / name / "vae")
-        assert files.same_vae(card, tmp_path / name) and files.same_vae(files.vae_names(tmp_path / name), t5_dir)
+        assert fingerprints.same_vae(card, tmp_path / name) and fingerprints.same_vae(fingerprints.vae_names(tmp_path / name), t5_dir)
     AutoencoderKL.from_pretrained(t5_dir / "vae").half().save_pretrained(copied / "vae", variant="fp16")
-    assert files.same_vae(card, copied)
-    old = {"vae_sha256": files.weights_fingerprint(t5_dir, "vae")}  # cards hashed the file once
-    assert files.same_vae(old, copied) and not files.same_vae(old, tmp_path / "shards")
+    assert fingerprints.same_vae(card, copied)
+    old = {"vae_sha256": fingerprints.weights_fingerprint(t5_dir, "vae")}  # cards hashed the file once
+    assert fingerprints.same_vae(old, copied) and not fingerprints.same_vae(old, tmp_path / "shards")
     with torch.no_grad():
         vae.decoder.conv_out.bias[0] += 0.1
     vae.save_pretrained(tmp_path / "tuned" / "vae")
     vae.register_to_config(scaling_factor=0.9)
     config = tmp_path / "anew" / "vae" / "config.json"
     config.write_text(config.read_text().replace('"scaling_factor": 1.3', '"scaling_factor": 0.9'))
-    assert not files.same_vae(card, tmp_path / "tuned") and not files.same_vae(card, tmp_path / "anew")
+    assert not fingerprints.same_vae(card, tmp_path / "tuned") and not fingerprints.same_vae(card, tmp_path / "anew")
 
 
 def test_weights_are_hashed_once(copied, monkeypatch):
-    files.vae_fingerprint(copied)
-    monkeypatch.setattr(files, "opened", None)  # from here on nothing can be read
-    files.vae_fingerprint(copied)
+    fingerprints.vae_fingerprint(copied)
+    monkeypatch.setattr(fingerprints, "opened", None)  # from here on nothing can be read
+    fingerprints.vae_fingerprint(copied)
     file = copied / "vae" / "diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes())
     import os
 
     os.utime(file, ns=(1, 1))
     with pytest.raises(TypeError):
-        files.vae_fingerprint(copied)
+        fingerprints.vae_fingerprint(copied)
 
 
 def edited(file, **change):
@@ -183,6 +183,8 @@ BROKEN = {
     "a cut file": (lambda f: _cut(f / "text_encoder" / "model.safetensors"), {}, "'model.path': .*text_encoder/model.safetensors cannot be read as safetensors"),
     "too large": (lambda f: None, {"image_size": 68}, "'model.image_size': 68 is beyond the 64 pixels"),
     "guidance that is not embedded": (lambda f: None, {"embedded_guidance": 3.5}, "'model.embedded_guidance': .*no embedding of it"),
+    "a height alone": (lambda f: None, {"height": 16}, "'model.height': 16 stands alone: give width"),
+    "guidance that nobody is told": (lambda f: edited(f / "transformer" / "config.json", guidance_embeds=True), {}, "'model.path': .*guidance_embeds.*tells its model none"),
     "odd size": (lambda f: None, {"image_size": 18}, "'model.image_size': 18 does not divide into patches of 4"),
     "half on a CPU": (lambda f: None, {"dtype": "float16"}, "'model.dtype': float16"),
     "no such dtype": (lambda f: None, {"dtype": "float99"}, "'model.dtype' must be one of float32, bfloat16, float16"),
@@ -196,7 +198,7 @@ def test_a_folder_that_cannot_run_is_told_by_key_before_anything_loads(copied, n
     change, options, why = BROKEN[name]
     node = {"_target_": "rlstitch.backbones.sd3.SD3Backbone", "path": str(copied)} | options
     assert not model_faults(
-        node | {k: v for k, v in (("dtype", "float32"), ("image_size", 16), ("embedded_guidance", None)) if k in options}
+        node | {k: v for k, v in (("dtype", "float32"), ("image_size", 16), ("embedded_guidance", None), ("height", None)) if k in options}
     )
     change(copied)
     if name == "half on a CPU" and torch.cuda.is_available():

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -97,7 +98,9 @@ def test_a_grid_of_another_kind_is_refused_by_name(sd3_dir, tmp_path, settings, 
     (tmp_path / scheduler.FILE).write_text(json.dumps({"_class_name": "FlowMatchEulerDiscreteScheduler"} | settings))
     with pytest.raises(UserError, match=f"'evaluation.shift' is auto, and .*{why}.*give a number"):
         scheduler.of_directory("evaluation.shift", "auto", tmp_path, 64)
+    law = lambda path, settings, tokens: replace(scheduler.of_file(settings, tokens), spacing="plain")  # noqa: E731
     assert scheduler.of_directory("evaluation.shift", 2, tmp_path, 64) == schedule.Shift(2.0)
+    assert scheduler.of_directory("evaluation.shift", 2, tmp_path, 64, law) == schedule.Shift(2.0, spacing="plain")
 
 
 def test_a_number_that_differs_is_told_once_and_what_is_no_number_is_refused(sd3_dir, tmp_path, capsys):

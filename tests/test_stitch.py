@@ -16,6 +16,7 @@ from rlstitch.backbones.sd3 import SD3Backbone
 from rlstitch.files import sha256
 from rlstitch.rewards.clip import ClipReward
 from rlstitch.stitch import distill as distilling
+from rlstitch.stitch.baselines import noisy_clip
 from rlstitch.stitch.distill import DistillConfig, distill, draw_sigma
 from rlstitch.stitch.model import OtherDenoiser, StitchedValueModel, StitchLayer, read_card, values
 from rlstitch.stitch.search import features, search, solve
@@ -30,7 +31,7 @@ def batch_of(prompts):
 
 
 def stitched(backbone, reward, *, i=2, j=1, normalise=False, sigma_range=(0.0, 1.0)):
-    from rlstitch.files import vae_fingerprint
+    from rlstitch.fingerprints import vae_fingerprint
 
     result = search(backbone, reward, IMAGES, max_reward_block=2)
     pair = next(p for p in result.table if (p.i, p.j) == (i, j))
@@ -359,6 +360,21 @@ def test_a_value_under_the_prompts_own_text(backbone, reward, tmp_path):
         for text in (None, backbone.null.expand(2), batch.text)
     ]
     assert torch.equal(told[0], told[1]) and not torch.allclose(told[0], told[2])
+
+
+def test_embedded_guidance_is_asked_of_values_that_run_its_blocks(backbone, reward, tmp_path):
+    models = {
+        "stitch": stitched(backbone, reward)[0],
+        "latent": noisy_clip(backbone, reward, norm=1.0, normalise=True, card=stitched(backbone, reward)[0].card),
+    }
+    models["stitch"].prefix.embedded = backbone.embedded = 3.5
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+        StitchedValueModel.from_pretrained(tmp_path / name, backbone=backbone, reward=reward)
+    backbone.embedded = 2.0
+    StitchedValueModel.from_pretrained(tmp_path / "latent", backbone=backbone, reward=reward)
+    with pytest.raises(UserError, match="made at embedded guidance 3.5 and the model is told 2"):
+        StitchedValueModel.from_pretrained(tmp_path / "stitch", backbone=backbone, reward=reward)
 
 
 def test_numbers_of_the_null_text_that_half_precision_does_not_hold_are_kept(backbone, reward, tmp_path):

@@ -16,7 +16,8 @@ from rlstitch.backbones import cut, directory
 from rlstitch.backbones.loras import load_lora
 from rlstitch.backbones.shared import architecture, lora_targets
 from rlstitch.backbones.texts import Texts, cut_prompts
-from rlstitch.files import hash_tensors, require
+from rlstitch.files import require
+from rlstitch.fingerprints import hash_tensors, vae_factors
 from rlstitch.ranges import DeviceName, Dtype, Range, Side, Text
 from rlstitch.schedule import Shift
 from rlstitch.types import Conditioning, UserError
@@ -266,8 +267,8 @@ class Diffusers:
     def picture_fingerprint(self) -> str:
         """Of everything that latents of pictures depend on beside the pictures."""
         c = self.vae.config
-        prints = hash_tensors(dict(self.vae.named_parameters()))
-        told = f"{prints}:{c.get('scaling_factor')}:{c.get('shift_factor')}:{self.size}:{self.dtype}:{self.device.type}"
+        prints = hash_tensors({**dict(self.vae.named_parameters()), **dict(self.vae.named_buffers())})
+        told = f"{prints}:{vae_factors(c)}:{self.size}:{self.dtype}:{self.device.type}"
         return hashlib.sha256(told.encode()).hexdigest()[:20]
 
     @staticmethod

@@ -3,7 +3,8 @@
 A cut is taken by letting the model's forward run until block k has returned, and leaving it there; it is resumed by calling the same forward with blocks 1..k
 answering at once, the last of them with what was kept. Only three things are known of an architecture: which module lists its blocks stand in, how many tensors a
 block of each list returns, and which of them is the picture. Stand-ins take a block's place in its list for the call, so that what sits on the blocks themselves
-(compiled code, hooks of ZeRO or of offloading) stays there.
+(compiled code, hooks of ZeRO or of offloading) stays there. The forward is left by an exception: hooks behind the whole transformer do not run, and one that holds
+weights there must not be cut (under ZeRO 3 values have copies of their blocks). One cut of a transformer at a time; a cut runs without activation checkpointing.
 """
 
 from __future__ import annotations
@@ -62,12 +63,31 @@ def _standing_in(model: nn.Module, answers: Mapping[Place, Callable[..., Any]]) 
             group._modules[key] = block
 
 
+def _streams(args: tuple, kwargs: dict[str, Any], count: int) -> tuple[Tensor, ...]:
+    """What a block is called with of what it returns."""
+    return tuple(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.ndim == 3)[:count]
+
+
 def _passing(streams: int) -> Callable[..., Any]:
     """A block that hands on as many tensors as a block returns; what they hold is never read."""
 
     def answer(*args, **kwargs):
-        given = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.ndim == 3][:streams]
-        return given[0] if streams == 1 else tuple(given)
+        given = _streams(args, kwargs, streams)
+        return given[0] if streams == 1 else given
+
+    return answer
+
+
+def _keeping(returned: Any, streams: int) -> Callable[..., Any]:
+    """A block that gives what was kept of it. Raises ValueError where that is of other lengths than the call's: rows of a ragged batch without its longest prompt."""
+
+    def answer(*args, **kwargs):
+        kept = [tuple(t.shape) for t in (returned if isinstance(returned, tuple) else (returned,)) if t is not None]
+        if not set(kept) <= (called := {tuple(t.shape) for t in _streams(args, kwargs, streams)}):
+            raise ValueError(
+                f"a cut holds {kept} and is resumed in a forward of {sorted(called)}: rows of it that leave out the batch's longest prompt cannot be resumed; cut them alone"
+            )
+        return returned
 
     return answer
 
@@ -91,7 +111,7 @@ def run(
     if start is not None:
         answers = {place: _passing(1) for place in places(model, arch.BEFORE)}
         answers |= {where[k]: _passing(streams[k]) for k in range(start[0] - 1)}
-        answers[where[start[0] - 1]] = lambda *args, **kwargs: start[1]
+        answers[where[start[0] - 1]] = _keeping(start[1], streams[start[0] - 1])
     reached: list[Any] = []
 
     def watched(k: int) -> Callable[..., Any]:

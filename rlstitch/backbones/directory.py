@@ -143,6 +143,14 @@ def faults(options: dict[str, Any]) -> list[tuple[str, str]]:
                 sizes(folder, side, side)
             except UserError as error:
                 out.append((key, str(error)))
+    sides = {key: options.get(key) for key in ("height", "width")}
+    if sum(side is None for side in sides.values()) == 1 and options.get("image_size") is None:
+        given, lacking = sorted(sides, key=lambda key: sides[key] is None)
+        out.append((given, f"{sides[given]} stands alone: give {lacking}, too, or image_size for a square"))
+    if transformer.get("guidance_embeds") and arch.EMBEDDED is None:
+        out.append(
+            ("path", f"{folder} is distilled with its guidance (guidance_embeds), and a {arch.PIPELINE.__name__} tells its model none")
+        )
     if options.get("embedded_guidance") is not None and not transformer.get("guidance_embeds"):
         out.append(("embedded_guidance", f"{folder} was not distilled with guidance and has no embedding of it: leave it out"))
     if options.get("dtype") == "float16" and not torch.cuda.is_available():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
 from torch import Tensor
 from torch.linalg import vector_norm
@@ -52,7 +53,8 @@ def picture(returned: Any, model: Any, z: Tensor) -> Tensor:
 def guided(v: Tensor, null: Tensor, scale: float) -> Tensor:
     """Classifier-free guidance whose tokens keep the length that they have in the conditional velocity."""
     mixed, own = shared.pack(shared.linear(v, null, scale)), shared.pack(v)
-    return shared.unpack(mixed * (vector_norm(own, dim=-1, keepdim=True) / vector_norm(mixed, dim=-1, keepdim=True)), *v.shape[-2:])
+    length = vector_norm(mixed, dim=-1, keepdim=True).clamp_min(torch.finfo(mixed.dtype).tiny)  # a token that is zero stays so
+    return shared.unpack(mixed * (vector_norm(own, dim=-1, keepdim=True) / length), *v.shape[-2:])
 
 
 def text(pipeline: Any, prompts: Sequence[str], length: int, device: Any) -> list[dict[str, Tensor]]:

@@ -15,7 +15,8 @@ from transformers import AutoTokenizer
 from rlstitch.backbones import directory
 from rlstitch.backbones.shared import Architecture, architecture
 from rlstitch.cache import is_kept, keep, kept
-from rlstitch.files import quick_fingerprint, require
+from rlstitch.files import require
+from rlstitch.fingerprints import quick_fingerprint
 from rlstitch.telling import progress
 from rlstitch.types import Conditioning, UserError
 

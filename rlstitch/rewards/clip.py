@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
 from rlstitch.figures import exact
-from rlstitch.files import hash_tensors, read_json, read_weights, require
+from rlstitch.files import read_json, read_weights, require
+from rlstitch.fingerprints import hash_tensors
 from rlstitch.ranges import DeviceName, Dtype, Text
 from rlstitch.rewards import preprocessing
 from rlstitch.rewards.preprocessing import Resize

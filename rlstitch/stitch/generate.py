@@ -15,7 +15,8 @@ from torch import Tensor
 from rlstitch import sampling, schedule, scheduler
 from rlstitch.cache import keep, kept
 from rlstitch.distributed import autocast, resolve_precision
-from rlstitch.files import cache_folder, weights_fingerprint
+from rlstitch.files import cache_folder
+from rlstitch.fingerprints import weights_fingerprint
 from rlstitch.lengths import fitting
 from rlstitch.prompts import PromptSet
 from rlstitch.protocols import code_of

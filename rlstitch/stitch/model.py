@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from rlstitch.config import build as build_part
 from rlstitch.config import check_part, load_class
-from rlstitch.files import read_json, read_weights, require, same_vae, sha256, vae_fingerprint, write_json, write_weights
+from rlstitch.files import read_json, read_weights, require, sha256, write_json, write_weights
+from rlstitch.fingerprints import same_vae, vae_fingerprint
 from rlstitch.ranges import Count, CountOrNone, NotNegative, Positive, Share, misfit
 from rlstitch.types import Batch, Conditioning, Latent, UserError
 

@@ -18,7 +18,7 @@ from rlstitch.asking import probe_rewards
 from rlstitch.checks import model_faults, reward_faults
 from rlstitch.data import build_pictures, encode
 from rlstitch.distributed import resolve_precision
-from rlstitch.files import vae_names
+from rlstitch.fingerprints import vae_names
 from rlstitch.paths import ready
 from rlstitch.prompts import PromptSet, read_prompts
 from rlstitch.ranges import Count, CountOrNone, Name, NotNegative, Range, Seed, Share, Text, Threads
