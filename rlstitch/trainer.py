@@ -108,13 +108,8 @@ class Trainer:
             config.algorithm, kind="algorithm", backbone=self.backbone, policy=self.policy, oracle=self.stages[0].oracle, grid=self.grid,
             guidance=config.sampler.guidance, shift=shift, images_per_prompt=config.batch.images_per_prompt,
         )  # fmt: skip
-        self.refresher = (
-            Refresher(
-                config.refresh, self.values, self.backbone, self.rewards, self.engine, guidance=config.sampler.guidance, prompts=list(prompts.values())
-            )
-            if config.refresh.fraction
-            else None
-        )  # fmt: skip
+        refresh, told = config.refresh, {"guidance": config.sampler.guidance, "prompts": list(prompts.values())}
+        self.refresher = Refresher(refresh, self.values, self.backbone, self.rewards, self.engine, **told) if refresh.fraction else None
         blind = [s.oracle for s in self.stages if s.oracle and not getattr(s.oracle, "differentiable", False)]
         if method.needs_gradient and blind:
             raise UserError(

@@ -30,12 +30,12 @@ def latent(transformer: dict[str, Any], vae: dict[str, Any]) -> tuple[int, int, 
     return transformer["in_channels"] // 4, factor, 2, 128 * factor
 
 
-def inputs(model: Any, z: Tensor, sigma: Tensor, text: Conditioning, embedded: float | Tensor | None) -> dict[str, Any]:
+def inputs(model: Any, z: Tensor, sigma: Tensor, text: Conditioning, embedded: float | None) -> dict[str, Any]:
     height, width = z.shape[-2] // 2, z.shape[-1] // 2
     return {
         "hidden_states": shared.pack(z),
         "timestep": shared.time(sigma, z),
-        "guidance": torch.as_tensor(embedded, device=z.device).expand(len(z)) if model.config.guidance_embeds else None,
+        "guidance": torch.full((len(z),), embedded, device=z.device) if model.config.guidance_embeds else None,
         "pooled_projections": text.pooled,
         "encoder_hidden_states": text.tokens,
         "txt_ids": torch.zeros(text.tokens.shape[1], 3, device=z.device),

@@ -16,16 +16,17 @@ from pathlib import Path
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from rlstitch.backbones import Diffusers, flux
+from rlstitch.config import build
 from rlstitch.files import read_json, read_tensors, write_json, write_tensors
 from rlstitch.schedule import shift_sigma
 from rlstitch.shapes import tokenizer as shapes_tokenizer
 from rlstitch.shapes.pretrain.common import autocast, batches, device, fit, ranks, write_card
 from rlstitch.shapes.pretrain.generator import EMPTY_PROMPT_RATE, encode_latents
 from rlstitch.shapes.pretrain.pool import make_pool
-from rlstitch.types import Conditioning
+from rlstitch.types import Backbone
 
 DOUBLE, SINGLE, HEADS, HEAD_DIM, AXES = 2, 4, 3, 40, (8, 16, 16)
 TEXT_WIDTH, POOLED_WIDTH = 96, 32
@@ -82,7 +83,7 @@ class Store:
 
 
 @torch.no_grad()
-def ask(teacher: Diffusers, z0: Tensor, prompts: list[str], ids: Tensor, *, seed: int, chunk: int = 128, steps: int = 10) -> Store:
+def ask(teacher: Backbone, z0: Tensor, prompts: list[str], ids: Tensor, *, seed: int, chunk: int = 128, steps: int = 10) -> Store:
     """`steps` latents a prompt: of every second chunk those of a guided path from noise, of the others the scenes z0 [N, ...] at random noise levels."""
     generator, kept = torch.Generator().manual_seed(seed), []
 
@@ -110,7 +111,7 @@ def ask(teacher: Diffusers, z0: Tensor, prompts: list[str], ids: Tensor, *, seed
     return Store(*(torch.cat(parts) for parts in zip(*kept)))
 
 
-def stored(teacher: Diffusers, tokenizer, work: Path, *, seed: int, count: int) -> Store:
+def stored(teacher: Backbone, tokenizer, work: Path, *, seed: int, count: int) -> Store:
     """This rank's share of what the teacher says of `count` prompts; kept in `work`."""
     rank, world = ranks()
     file = work / f"shapes-flux-teacher-{rank}-of-{world}.safetensors"
@@ -126,15 +127,24 @@ def stored(teacher: Diffusers, tokenizer, work: Path, *, seed: int, count: int) 
 def objective(model: nn.ModuleDict, store: Store, *, batch: int) -> Callable[[int, torch.Generator], tuple[Tensor, dict[str, Tensor]]]:
     """The distillation loss of a step, for `fit`: mean squared error to the teacher's guided velocity."""
 
+    def velocity(z: Tensor, sigma: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        """As FluxPipeline has it: tokens are patches of 2 x 2, text stands at the origin."""
+        h, width = z.shape[-2] // 2, z.shape[-1] // 2
+        places = torch.cartesian_prod(torch.zeros(1), torch.arange(h), torch.arange(width)).to(z)
+        with autocast():
+            words, pooled = model["text_encoder_2"](ids)[0], model["text_encoder"](ids).pooler_output
+            out = model["transformer"](
+                hidden_states=F.pixel_unshuffle(z, 2).flatten(2).transpose(1, 2), encoder_hidden_states=words, pooled_projections=pooled,
+                timestep=sigma, guidance=w, img_ids=places, txt_ids=places.new_zeros(words.shape[1], 3), return_dict=False,
+            )[0]  # fmt: skip
+        return F.pixel_shuffle(out.float().transpose(1, 2).unflatten(2, (h, width)), 2)
+
     def loss_of(step: int, generator: torch.Generator):
         index = torch.randint(len(store.z), (batch,), generator=generator)
         w = GUIDANCE[0] + (GUIDANCE[1] - GUIDANCE[0]) * torch.rand(batch, generator=generator)
         z, v, v_null = (x[index].float().to(device()) for x in (store.z, store.v, store.v_null))
         ids, sigma, w = store.ids[index].to(device()), store.sigma[index].to(device()), w.to(device())
-        with autocast():
-            text = Conditioning(tokens=model["text_encoder_2"](ids)[0], pooled=model["text_encoder"](ids).pooler_output)
-            out = model["transformer"](**flux.inputs(model["transformer"], z, sigma, text, w))
-        error = (flux.output(out, z).float() - flux.guided(v, v_null, w.view(-1, 1, 1, 1))).square().mean()
+        error = (velocity(z, sigma, ids, w) - torch.lerp(v_null, v, w.view(-1, 1, 1, 1))).square().mean()
         return error, {"loss": error.detach()}
 
     return loss_of
@@ -147,7 +157,8 @@ def train(
     torch.manual_seed(seed)
     rank, world = ranks()
     folder = out / "shapes-flux"
-    teacher = Diffusers(str(out / "shapes"), max_sequence_length=0, device=device().type)
+    told = {"_target_": "rlstitch.backbones.Diffusers", "path": str(out / "shapes"), "max_sequence_length": 0}
+    teacher = build(told, device=device().type)
     tokenizer = shapes_tokenizer.build(folder / "tokenizer")
     model = nn.ModuleDict({"transformer": build_transformer(), **text_encoders(tokenizer)}).to(device())
     store = stored(teacher, tokenizer, work, seed=seed, count=prompts)
