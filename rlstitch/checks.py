@@ -12,7 +12,8 @@ from rlstitch.data import DIMENSIONS, Geometry, PromptSet, resolve_geometry
 from rlstitch.distributed import world_size
 from rlstitch.files import require
 from rlstitch.fingerprints import same_vae
-from rlstitch.oracles import Tweedie, values_used
+from rlstitch.oracles import Tweedie
+from rlstitch.parts import values_used
 from rlstitch.schema import RunConfig
 from rlstitch.stitch.model import read_card
 from rlstitch.stops import End

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Annotated, Any, Literal
@@ -14,12 +13,10 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from rlstitch import sampling, schedule, scheduler
 from rlstitch.asking import ask, has_gradient
-from rlstitch.config import load_class
 from rlstitch.distributed import autocast
 from rlstitch.figures import exact
 from rlstitch.ranges import AutoShift, GridSteps, Range, Seed, Weights
-from rlstitch.stitch.model import OtherDenoiser, StitchedValueModel, build, read_card, values
-from rlstitch.telling import say
+from rlstitch.stitch.model import StitchedValueModel, values
 from rlstitch.types import Backbone, Batch, Latent, Oracle, Reward, UserError, Velocity, noise_like
 
 
@@ -227,38 +224,3 @@ class Weighted(_Mixed):
             with torch.set_grad_enabled(torch.is_grad_enabled() and share != 0):
                 columns.append(oracle(latent, batch))
         return torch.cat(columns, 1)
-
-
-def values_used(node: Mapping[str, Any]) -> list[str]:
-    """Names of the value models that a recipe's oracle node asks for: the columns of a Stitched one, else none."""
-    weights = node.get("weights", {})
-    return list(weights) if isinstance(weights, Mapping) and weights and issubclass(load_class(node["_target_"]), Stitched) else []
-
-
-def load_values(
-    node: Mapping[str, Any],
-    paths: Mapping[str, str],
-    backbone: Backbone,
-    rewards: Mapping[str, Reward],
-    *,
-    share: bool = True,
-    known: Mapping[str, StitchedValueModel] | None = None,
-) -> dict[str, StitchedValueModel]:
-    """The value models of a recipe's oracle node, on these rewards; those `known` are not loaded again. Call it before LoRA is added.
-
-    One that was stitched on another denoiser of the same latents brings that one's first blocks with it (the paper's Table 6): its card says whose.
-    """
-    donors: dict[str, Backbone] = {}
-
-    def load(name: str) -> StitchedValueModel:
-        try:
-            return StitchedValueModel.from_pretrained(paths[name], backbone=backbone, reward=rewards[name], share=share)
-        except OtherDenoiser:
-            spec = read_card(paths[name]).get("backbone", {})
-            key = json.dumps(spec, sort_keys=True)
-            if key not in donors:
-                say(f"{paths[name]} was stitched on {spec.get('path')}: its first blocks are loaded beside {backbone.path}")
-                donors[key] = build(spec, "model", str(backbone.device))
-            return StitchedValueModel.from_pretrained(paths[name], backbone=donors[key], reward=rewards[name], share=share)
-
-    return {name: load(name) for name in values_used(node) if name not in (known or {})}

@@ -19,15 +19,15 @@ from torch import Tensor
 
 from rlstitch import config as cfg
 from rlstitch import lengths, protocols, sampling, schedule, scheduler
-from rlstitch.asking import PartError, ask, inside, probe_rewards, told, unlike
+from rlstitch.asking import PartError, ask, inside, told, unlike
 from rlstitch.checks import answered, attempt, judge_faults, part_faults, unknown_rewards, unread, value_cards, without_gradient
-from rlstitch.data import encode
 from rlstitch.distributed import autocast
 from rlstitch.evaluate import means_of, unscored
 from rlstitch.files import require, write_json, write_text
 from rlstitch.metrics import grid as draw_grid
 from rlstitch.metrics import peak_memory_mb, to_image
-from rlstitch.oracles import Terminal, load_values
+from rlstitch.oracles import Terminal
+from rlstitch.parts import Parts
 from rlstitch.paths import ready
 from rlstitch.prompts import PromptSet, read_prompts
 from rlstitch.ranges import Count, CountOrNone, Name, Range, Seed, Text, Threads
@@ -209,28 +209,23 @@ class Job:
         self.config = config
         if config.threads:
             torch.set_num_threads(config.threads)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.backbone = cfg.build(config.model, kind="model", device=device)
         names = dict.fromkeys([*config.oracle["weights"], *config.judges])
-        self.rewards = {name: cfg.build(config.rewards[name], kind="reward", device=device) for name in names}
+        parts = Parts.of(config.model, {name: config.rewards[name] for name in names})
+        self.backbone, self.rewards = parts.backbone, parts.rewards
         prompts = read_prompts(config.prompts, config.column)
-        probe_rewards(self.rewards, names, prompts.two(), self.backbone.size, device)
-        values = load_values(config.oracle, config.values, self.backbone, self.rewards)
+        parts.probe(names, prompts.two())
+        parts.load_values(config.oracle, config.values)
         if config.lora:
             self.backbone.load_lora(config.lora)  # after the values, whose prefixes are the base's
-        self.oracle = cfg.build(config.oracle, kind="oracle", backbone=self.backbone, rewards=self.rewards, values=values)
+        self.oracle = parts.oracle(config.oracle)
         self.terminal = Terminal(self.backbone, self.rewards, config.oracle["weights"])
         count = min(config.max_prompts or len(prompts), len(prompts))
         rows = [i for i in range(count) for _ in range(config.images_per_prompt)]
-        self.prompts = encode(
-            self.backbone,
-            PromptSet([prompts.prompts[i] for i in rows], [prompts.rows[i] for i in rows]),
-            truncate=config.truncate,
-            allow="truncate",
-        )
+        asked = PromptSet([prompts.prompts[i] for i in rows], [prompts.rows[i] for i in rows])
+        self.prompts = parts.encoded(asked, truncate=config.truncate, allow="truncate")
         shift = scheduler.resolve("sampler.shift", config.sampler.shift, self.backbone)
         self.grid = schedule.sigmas(config.sampler.num_steps, shift, config.sampler.spacing)
-        self.autocast = lambda: autocast(device, config.precision)
+        self.autocast = lambda: autocast(parts.device, config.precision)
 
     def _begin(self, rows: list[int], particles: int) -> tuple[Batch, Steered, Tensor, torch.Generator]:
         """Some pictures' prompts, their denoiser and value, the noise that they start from, and the kernel's."""

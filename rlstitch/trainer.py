@@ -11,9 +11,9 @@ from torch import Tensor
 
 from rlstitch import checkpoint, lock, memory, protocols, report, resume, schedule, scheduler, stages, tracker
 from rlstitch import config as cfg
-from rlstitch.asking import PartError, probe_rewards
+from rlstitch.asking import PartError
 from rlstitch.checks import geometry
-from rlstitch.data import UpdateStream, encode, read_data, read_prompts
+from rlstitch.data import UpdateStream, read_data, read_prompts
 from rlstitch.distributed import Engine, world_size
 from rlstitch.endings import keep_alone, kept, run_table
 from rlstitch.evaluate import Evaluation, evaluate, unscored
@@ -23,7 +23,8 @@ from rlstitch.guard import Guard, probe
 from rlstitch.interrupt import Interrupted, noted
 from rlstitch.metrics import Clock, Log, peak_memory_mb
 from rlstitch.metrics import grid as draw_grid
-from rlstitch.oracles import load_values, rewards_of
+from rlstitch.oracles import rewards_of
+from rlstitch.parts import Parts
 from rlstitch.policy import CURRENT, EMA, SETS, Policy
 from rlstitch.schema import RunConfig
 from rlstitch.scoring import Scorer
@@ -60,25 +61,19 @@ class Trainer:
             timeout=config.distributed.timeout,
         )
         self.engine.where = lambda: f"{self.clock.now} of update {self.step + 1}"
-        device = str(self.engine.device)
-        self.backbone = cfg.build(config.model, kind="model", device=device)
-        self.rewards = {name: cfg.build(node, kind="reward", device=device) for name, node in config.rewards.items()}
+        built = Parts.of(config.model, config.rewards, engine=self.engine)
+        self.backbone, self.rewards, self.values = built.backbone, built.rewards, built.values
         held_out = read_prompts(config.evaluation.prompts, config.evaluation.column)
         asked = [(list(part.oracle.get("weights", ())), prompts[part.data.prompts]) for part in parts] + [
             (config.evaluation.rewards, held_out)
         ]
         for names, rows in asked:
-            self.engine.together(lambda: probe_rewards(self.rewards, names, rows.two(), self.backbone.size, device))
-        self.values = {}
+            built.probe(names, rows.two())
         for part in parts:
-            self.values |= load_values(
-                part.oracle, config.values, self.backbone, self.rewards, share=config.distributed.zero_stage < 3, known=self.values
-            )
+            built.load_values(part.oracle, config.values, share=config.distributed.zero_stage < 3)
         self.clock.stitching = sum(model.card.get("device_hours", 0.0) for model in self.values.values())
         cut = config.data.truncate
-        for encoded in prompts.values():
-            encode(self.backbone, encoded, truncate=cut, engine=self.engine)
-        self.held_out = encode(self.backbone, held_out, truncate=cut, engine=self.engine)
+        *_, self.held_out = (built.encoded(rows, truncate=cut) for rows in (*prompts.values(), held_out))
         lora = config.lora
         self.policy = Policy(
             self.backbone.transformer, rank=lora.rank, alpha=lora.alpha, targets=self.backbone.lora_targets, seed=config.seed,
@@ -92,9 +87,7 @@ class Trainer:
             stages.Stage(
                 name,
                 end,
-                cfg.build(part.oracle, kind="oracle", backbone=self.backbone, rewards=self.rewards, values=self.values)
-                if part.oracle
-                else None,
+                built.oracle(part.oracle) if part.oracle else None,
                 stop,
                 UpdateStream(prompts[part.data.prompts], self.geometry, config.seed),
             )

@@ -48,7 +48,7 @@ def test_files_round_trip_and_refuse_what_is_foreign(backbone, reward, tmp_path)
 
 def test_a_value_of_another_denoiser_brings_its_own_blocks(backbone, reward, tmp_path, capsys):
     """Cross-backbone use (the paper's Table 6): same autoencoder, another transformer; two such values share one donor."""
-    from rlstitch.oracles import load_values
+    from rlstitch.parts import Parts
 
     model, _, _ = stitched(backbone, reward)
     for name in ("v", "w"):
@@ -61,13 +61,19 @@ def test_a_value_of_another_denoiser_brings_its_own_blocks(backbone, reward, tmp
         StitchedValueModel.from_pretrained(tmp_path / "v", backbone=foreign, reward=reward)
     node = {"_target_": "rlstitch.oracles.Stitched", "weights": {"clip": 1.0, "hps": 1.0}}
     paths = {"clip": str(tmp_path / "v"), "hps": str(tmp_path / "w")}
-    loaded = load_values(node, paths, foreign, {"clip": reward, "hps": reward})
+    parts = Parts(foreign, {"clip": reward, "hps": reward}, "cpu")
+    parts.load_values(node, paths)
+    loaded = parts.values
     assert "its first blocks are loaded beside" in capsys.readouterr().out
     latent, batch = Latent(torch.randn(2, 4, 8, 8), torch.tensor([0.5, 0.2])), batch_of(["a red circle", "two stars"])
     for one in loaded.values():
         torch.testing.assert_close(one.value(latent, batch), model.value(latent, batch))
     first, second = ([p.data_ptr() for p in one.prefix.parameters()] for one in loaded.values())
     assert first == second
+    card = tmp_path / "w" / "value.json"
+    card.write_text(json.dumps(json.loads(card.read_text()) | {"text": "prompt"}))
+    with pytest.raises(UserError, match="under the prompts' own text, which model .* encodes otherwise"):
+        Parts(foreign, {"clip": reward, "hps": reward}, "cpu").load_values(node, paths)
 
 
 def test_a_card_cannot_name_foreign_code(tmp_path, backbone, reward):

@@ -16,13 +16,13 @@ import torch
 
 from rlstitch import config as cfg
 from rlstitch import scheduler
-from rlstitch.asking import probe_rewards
 from rlstitch.checks import attempt, part_faults, unknown_rewards, unread
-from rlstitch.data import build_measured, build_pictures, encode, read_prompts
+from rlstitch.data import build_measured, build_pictures, read_prompts
 from rlstitch.distributed import resolve_precision
 from rlstitch.files import write_json, write_text
 from rlstitch.lengths import fitting
 from rlstitch.metrics import interleaved, peak_megabytes
+from rlstitch.parts import Parts
 from rlstitch.paths import ready
 from rlstitch.ranges import AutoShift, GridSteps, Name, NotEmpty, Range, Text, Threads
 from rlstitch.report import line_plot
@@ -112,8 +112,8 @@ class Comparison:
         self.config = config
         if config.threads:
             torch.set_num_threads(config.threads)
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.backbone = cfg.build(config.model, kind="model", device=self.device)
+        self.parts = Parts.of(config.model, {name: config.rewards[name] for name in config.compare})
+        self.backbone, self.rewards, self.device = self.parts.backbone, self.parts.rewards, self.parts.device
         self.held, self.captions = build_pictures("held_out", config.held_out)
         self.latents = latents_of(self.backbone, self.held)
         self.text = self.backbone.encode_prompts(self.captions)
@@ -121,7 +121,8 @@ class Comparison:
         prompts = read_prompts(c.prompts, c.column)
         step = max(1, len(prompts) // c.count)  # spread over the file, whose classes stand together
         index = list(range(0, len(prompts), step))[: c.count]
-        self.prompts = encode(self.backbone, prompts, allow="").batch(index, torch.tensor(index))
+        self.prompts = self.parts.encoded(prompts, allow="").batch(index, torch.tensor(index))
+        self.parts.probe(self.rewards, self.prompts[:1].interleave(2))
 
     def subjects(self, reward: str, built: Any) -> list[Subject]:
         out = [
@@ -133,12 +134,6 @@ class Comparison:
         if "tweedie_prompt" in self.config.rivals:
             out.append(measure.tweedie("Tweedie (true prompt)", self.backbone, built, prompt=True))
         return out
-
-    @cached_property
-    def rewards(self) -> dict[str, Any]:
-        rewards = {name: cfg.build(self.config.rewards[name], kind="reward", device=self.device) for name in self.config.compare}
-        probe_rewards(rewards, rewards, self.prompts[:1].interleave(2), self.backbone.size, self.device)
-        return rewards
 
     @cached_property
     def references(self) -> dict[str, Reference]:

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from rlstitch import config as cfg
 from rlstitch import scheduler, telling
-from rlstitch.asking import probe_rewards
 from rlstitch.checks import model_faults, reward_faults
-from rlstitch.data import build_pictures, encode
+from rlstitch.data import build_pictures
 from rlstitch.distributed import resolve_precision
 from rlstitch.fingerprints import vae_names
+from rlstitch.parts import Parts
 from rlstitch.paths import ready
 from rlstitch.prompts import PromptSet, read_prompts
 from rlstitch.ranges import Count, CountOrNone, Name, NotNegative, Range, Seed, Share, Text, Threads
@@ -198,15 +198,15 @@ def assemble(
     )
 
 
-def encoded(backbone: Any, prompts: PromptSet, recipe: StitchRecipe) -> PromptSet:
-    return encode(backbone, prompts, truncate=recipe.generate.truncate, allow="generate.truncate")
+def encoded(parts: Parts, prompts: PromptSet, recipe: StitchRecipe) -> PromptSet:
+    return parts.encoded(prompts, truncate=recipe.generate.truncate, allow="generate.truncate")
 
 
-def texts(recipe: StitchRecipe, backbone: Any, prompts: list[str]) -> TextOf | None:
+def texts(recipe: StitchRecipe, parts: Parts, prompts: list[str]) -> TextOf | None:
     """What gives the text of rows of pictures, where the recipe runs the denoiser under their prompts."""
     if recipe.text == "empty":
         return None
-    known = encoded(backbone, PromptSet(prompts, [{}] * len(prompts)), recipe)
+    known = encoded(parts, PromptSet(prompts, [{}] * len(prompts)), recipe)
     return lambda rows: known.batch(rows.tolist(), rows).text
 
 
@@ -216,8 +216,8 @@ def run(recipe: StitchRecipe) -> StitchedValueModel:
         torch.set_num_threads(recipe.threads)
     folder = ready(Path(recipe.out) / recipe.name)
     torch.manual_seed(recipe.seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    backbone, reward = cfg.build(recipe.model, kind="model", device=device), cfg.build(recipe.reward, kind="reward", device=device)
+    parts = Parts.of(recipe.model, {"reward": recipe.reward})
+    backbone, reward, device = parts.backbone, parts.rewards["reward"], parts.device
     if recipe.kind == "stitch" and recipe.max_reward_block > reward.num_blocks:
         raise UserError(f"'max_reward_block' is {recipe.max_reward_block}, but the reward has {reward.num_blocks} blocks")
     images, captions = build_pictures("images", recipe.images)
@@ -226,13 +226,13 @@ def run(recipe: StitchRecipe) -> StitchedValueModel:
         raise UserError(
             f"'text' is prompt, and the pictures of '{bare[0]}' have no prompts: give captions (metadata.jsonl, or a .txt beside each picture), or leave 'text' out"
         )
-    probe_rewards({"reward": reward}, ["reward"], measure.batch_of(["", ""]), backbone.size, device)
+    parts.probe(["reward"], measure.batch_of(["", ""]))
     started = time.perf_counter()
     latents = latents_of(backbone, images)
     made, kept = {}, 0.0
     if recipe.generate.count:
         asked = time.perf_counter()
-        asked_for = encoded(backbone, read_prompts(recipe.generate.prompts, recipe.generate.column), recipe)
+        asked_for = encoded(parts, read_prompts(recipe.generate.prompts, recipe.generate.column), recipe)
         own, index, seconds = generate(backbone, asked_for, recipe.generate, f"{recipe.name}: pictures")
         captions = captions + [asked_for.prompts[k] for k in index]
         kept = max(0.0, seconds - (time.perf_counter() - asked))  # pictures from the cache cost what they cost when they were made
@@ -249,7 +249,7 @@ def run(recipe: StitchRecipe) -> StitchedValueModel:
         **({"text": recipe.text} if recipe.text == "prompt" else {}),
         **made,
     }
-    text_of, held_text_of = (texts(recipe, backbone, what) for what in (captions, prompts))
+    text_of, held_text_of = (texts(recipe, parts, what) for what in (captions, prompts))
     model = assemble(recipe, backbone, reward, images, latents, norm, card, text_of)
     bar = telling.progress(recipe.distill.steps, recipe.name, "step")
 

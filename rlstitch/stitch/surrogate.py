@@ -20,12 +20,13 @@ from torch.nn import functional as F
 
 from rlstitch import config as cfg
 from rlstitch import scheduler
-from rlstitch.asking import ask, probe_rewards
+from rlstitch.asking import ask
 from rlstitch.checks import part_faults, unread
-from rlstitch.data import PromptSet, encode, read_prompts
+from rlstitch.data import PromptSet, read_prompts
 from rlstitch.distributed import autocast
 from rlstitch.files import require, write_json
 from rlstitch.lengths import fitting
+from rlstitch.parts import Parts
 from rlstitch.paths import ready
 from rlstitch.ranges import Count, Name, Range, Rate, Seed, Text, Threads
 from rlstitch.stitch import measure
@@ -33,6 +34,8 @@ from rlstitch.stitch.generate import GenerateConfig, generate, pictures_of
 from rlstitch.stitch.generate import faults as generate_faults
 from rlstitch.telling import progress, say
 from rlstitch.types import Batch, Reward, UserError
+
+START = "the reward to start from"  # among the parts, beside the black box
 
 
 @dataclass
@@ -166,16 +169,15 @@ def run(config: SurrogateConfig) -> dict[str, Any]:
         torch.set_num_threads(config.threads)
     folder = ready(Path(config.out) / config.name)
     torch.manual_seed(config.seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    backbone = cfg.build(config.model, kind="model", device=device)
     name, node = next(iter(config.rewards.items()))
-    black_box, start = cfg.build(node, kind="reward", device=device), cfg.build(config.start, kind="reward", device=device)
+    parts = Parts.of(config.model, {name: node, START: config.start})
+    backbone, black_box, start, device = parts.backbone, parts.rewards[name], parts.rewards[START], parts.device
     seen, held_out = (
-        encode(backbone, read_prompts(path, column), truncate=config.generate.truncate, allow="generate.truncate")
+        parts.encoded(read_prompts(path, column), truncate=config.generate.truncate, allow="generate.truncate")
         for path, column in ((config.generate.prompts, config.generate.column), (config.held_out, ""))
     )
     for rows in (seen, held_out):
-        probe_rewards({name: black_box}, [name], rows.two(), backbone.size, device)
+        parts.probe([name], rows.two())
     latents, rows, seconds = generate(backbone, seen, config.generate, "pictures")
     images = pictures_of(backbone, latents)
     asked, truth = pairs_of(name, black_box, images, seen, rows, config.others)

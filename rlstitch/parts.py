@@ -1,0 +1,81 @@
+"""A recipe becomes parts, in one way for every job: backbone, rewards, value models, oracle and prompts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from rlstitch.asking import probe_rewards
+from rlstitch.config import build as build_part
+from rlstitch.config import load_class
+from rlstitch.data import encode
+from rlstitch.distributed import Engine
+from rlstitch.oracles import Stitched
+from rlstitch.prompts import PromptSet
+from rlstitch.stitch.model import OtherDenoiser, StitchedValueModel, build, read_card
+from rlstitch.telling import say
+from rlstitch.types import Backbone, Batch, Oracle, Reward, UserError
+
+
+@dataclass
+class Parts:
+    """What a job has built of its recipe. `engine`: of a job on several ranks, which then act together; alone without one."""
+
+    backbone: Backbone
+    rewards: dict[str, Reward]
+    device: str
+    engine: Engine | None = None
+    values: dict[str, StitchedValueModel] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: Mapping[str, Any], rewards: Mapping[str, Any], *, engine: Engine | None = None) -> Parts:
+        """The denoiser and the rewards that a recipe's nodes name, on this process's device."""
+        device = str(engine.device) if engine is not None else "cuda" if torch.cuda.is_available() else "cpu"
+        backbone = build_part(model, kind="model", device=device)
+        return cls(backbone, {name: build_part(node, kind="reward", device=device) for name, node in rewards.items()}, device, engine)
+
+    def probe(self, names: Iterable[str], batch: Batch) -> None:
+        """Ask the rewards of two blank pictures under two prompts, see `asking.probe_rewards`."""
+        ask = lambda: probe_rewards(self.rewards, names, batch, self.backbone.size, self.device)  # noqa: E731
+        ask() if self.engine is None else self.engine.together(ask)
+
+    def load_values(self, node: Mapping[str, Any], paths: Mapping[str, str], *, share: bool = True) -> None:
+        """Add the value models of a recipe's oracle node, on the rewards; those that are there are not loaded again. Call it before LoRA is added.
+
+        One that was stitched on another denoiser of the same latents brings that one's first blocks with it (arXiv:2605.19804, Table 6): its card says whose.
+        share: prefixes hold the denoiser's own tensors, not copies.
+        """
+        donors: dict[str, Backbone] = {}
+        for name in (n for n in values_used(node) if n not in self.values):
+            try:
+                backbone = self.backbone
+                value = StitchedValueModel.from_pretrained(paths[name], backbone=backbone, reward=self.rewards[name], share=share)
+            except OtherDenoiser:
+                spec = read_card(paths[name]).get("backbone", {})
+                key = json.dumps(spec, sort_keys=True)
+                if key not in donors:
+                    say(f"{paths[name]} was stitched on {spec.get('path')}: its first blocks are loaded beside {backbone.path}")
+                    donors[key] = build(spec, "model", self.device)
+                value = StitchedValueModel.from_pretrained(paths[name], backbone=donors[key], reward=self.rewards[name], share=share)
+                if value.prompted and donors[key].text_fingerprint() != self.backbone.text_fingerprint():
+                    raise UserError(
+                        f"{paths[name]} was stitched on {spec.get('path')} under the prompts' own text, which model {self.backbone.path} encodes otherwise: stitch one for this model, or one with text: empty"
+                    ) from None
+            self.values[name] = value
+
+    def oracle(self, node: Mapping[str, Any]) -> Oracle:
+        return build_part(node, kind="oracle", backbone=self.backbone, rewards=self.rewards, values=self.values)
+
+    def encoded(self, prompts: PromptSet, *, truncate: bool = False, allow: str = "data.truncate") -> PromptSet:
+        """Prompts (and their pictures) as the denoiser takes them, see `data.encode`."""
+        return encode(self.backbone, prompts, truncate=truncate, engine=self.engine, allow=allow)
+
+
+def values_used(node: Mapping[str, Any]) -> list[str]:
+    """Names of the value models that a recipe's oracle node asks for: the columns of a Stitched one, else none."""
+    weights = node.get("weights", {})
+    return list(weights) if isinstance(weights, Mapping) and weights and issubclass(load_class(node["_target_"]), Stitched) else []
