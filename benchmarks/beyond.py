@@ -28,7 +28,8 @@ from rlstitch.backbones import cut
 from rlstitch.files import write_json
 from rlstitch.stitch import recipe as stitch
 from rlstitch.stitch.distill import DistillConfig, distill, distillation_loss
-from rlstitch.stitch.model import StitchedValueModel, StitchLayer, read_card
+from rlstitch.stitch.layer import StitchLayer
+from rlstitch.stitch.model import StitchedValueModel, read_card
 from rlstitch.stitch.search import fit
 from rlstitch.types import Conditioning
 

@@ -261,7 +261,8 @@ class Judge(Protocol):
 class StitchableReward(Reward, Protocol):
     """A transformer on patches that can be entered at block j (1-based; j = 1 takes what the patch embedding produces) and so be stitched; rewards.clip.ClipReward.
 
-    `width` of a token, `grid` patches a side, `head`: None where the score is a cosine with the prompt's embedding. Embeddings are [B, D].
+    `width` of a token, `grid` patches a side, `head`: None where the score is a cosine with the prompt's embedding. Embeddings are [B, D]. One whose patches are not of
+    the whole picture has `view(height, width)`, the (top, left, bottom, right) that they are of, as shares of the sides.
     """
 
     num_blocks: int

@@ -10,9 +10,11 @@ from torch.nn import functional as F
 from rlstitch import schedule
 from rlstitch.backbones.sd3 import SD3Backbone
 from rlstitch.rewards.clip import ClipReward
+from rlstitch.rewards.preprocessing import stated
 from rlstitch.stitch import distill as distilling
 from rlstitch.stitch.distill import DistillConfig, distill, draw_sigma
-from rlstitch.stitch.model import StitchedValueModel, StitchLayer, values
+from rlstitch.stitch.layer import StitchLayer, resample
+from rlstitch.stitch.model import StitchedValueModel, values
 from rlstitch.stitch.search import features, search, solve
 from rlstitch.types import Batch, Latent, UserError
 
@@ -96,6 +98,21 @@ def test_stitch_at_initialisation_is_the_linear_map(generator):
     torch.testing.assert_close(StitchLayer(weight, bias, 4)(grid), expected.flatten(2).transpose(1, 2))
     wide = F.interpolate(expected, (8, 8), mode="bilinear", align_corners=False)
     torch.testing.assert_close(StitchLayer(weight, bias, 8)(grid), wide.flatten(2).transpose(1, 2))
+
+
+@pytest.mark.parametrize("resize", ["shortest_crop", "squash", "longest_pad"])
+@pytest.mark.parametrize("size", [(32, 64), (64, 32), (40, 64), (16, 16)])
+def test_a_map_is_seen_as_the_reward_sees_the_picture(resize, size):
+    """Of smooth pictures, so that what they are resampled by does not matter: every patch's mean is that of the picture as the tower gets it."""
+    see = stated(resize, 16)
+    y, x = (torch.linspace(0, 3, n) for n in size)
+    picture = (0.5 + 0.25 * torch.sin(y)[:, None] + 0.2 * torch.cos(x)).expand(1, 3, *size)
+    told = F.avg_pool2d(see(picture), 4)
+    found = resample(F.avg_pool2d(picture, 4), 4, see.view(*size))
+    inside = see(torch.ones(1, 3, *size)).amin(1, keepdim=True)  # not what is padded with black
+    inside = -F.max_pool2d(-inside, 4) > 0.999
+    torch.testing.assert_close(found[inside.expand_as(found)], told[inside.expand_as(told)], atol=0.02, rtol=0)
+    assert inside.any()
 
 
 def test_exact_linear_features_reproduce_the_clean_reward(reward):

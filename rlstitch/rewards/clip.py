@@ -215,6 +215,9 @@ class ClipReward:
 
     # ---------------------------------------------------------------------------------------- stitching
 
+    def view(self, height: int, width: int) -> tuple[float, float, float, float]:
+        return self.preprocessing.view(height, width)
+
     def patches(self, images: Tensor) -> Tensor:
         """What the patch embedding produces [B, N, W]: images after preprocessing, no [CLS], no positions."""
         pixels = self.preprocessing(images.to(self.device))

@@ -55,6 +55,14 @@ class Preprocessing:
         scale = a / max(height, width)
         return max(1, round(height * scale)), max(1, round(width * scale))
 
+    def view(self, height: int, width: int) -> tuple[float, float, float, float]:
+        """(top, left, bottom, right) of what the tower sees of a picture, as shares of its height and width; beyond 0 and 1 where it is padded."""
+        h, w = self.target(height, width)
+        if self.crop is None:
+            return 0.0, 0.0, 1.0, 1.0
+        (top, left), (ch, cw) = ((h - self.crop[0]) // 2, (w - self.crop[1]) // 2), self.crop
+        return top / h, left / w, (top + ch) / h, (left + cw) / w
+
     def __call__(self, images: Tensor) -> Tensor:
         """Raises UserError where pictures of this shape do not come out as the tower takes them."""
         given = (images.shape[-2], images.shape[-1])

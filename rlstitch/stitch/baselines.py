@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from rlstitch import schedule
 from rlstitch.stitch.distill import DistillConfig, draw_sigma
-from rlstitch.stitch.model import LatentPrefix, StitchedValueModel, StitchLayer
+from rlstitch.stitch.layer import StitchLayer, view_of
+from rlstitch.stitch.model import LatentPrefix, StitchedValueModel
 from rlstitch.stitch.search import fit
 from rlstitch.types import Batch, Latent, UserError
 
@@ -41,7 +42,7 @@ def vae_stitch(
     generator = torch.Generator().manual_seed(seed)
     sigma = draw_sigma(len(latents), DistillConfig(uniform_share=1.0), (0.0, 1.0), generator).to(latents.device)
     z = schedule.interpolate(latents, torch.randn(latents.shape, generator=generator).to(latents.device), sigma)
-    stitch = fit(z, reward.patches(images.to(latents.device)), reward.grid)
+    stitch = fit(z, reward.patches(images.to(latents.device)), reward.grid, view=view_of(reward, backbone.size))
     return _on_latents(backbone, reward, stitch, 1, norm, normalise, card or {})
 
 
@@ -53,7 +54,7 @@ def noisy_clip(
     fold = max(1, side // reward.grid)
     width = channels * fold**2
     weight = torch.randn(reward.width, width, generator=torch.Generator().manual_seed(seed)) * width**-0.5
-    stitch = StitchLayer(weight, torch.zeros(reward.width), reward.grid).to(backbone.device)
+    stitch = StitchLayer(weight, torch.zeros(reward.width), reward.grid, view_of(reward, backbone.size)).to(backbone.device)
     return _on_latents(backbone, reward, stitch, fold, norm, normalise, card or {})
 
 

@@ -17,6 +17,7 @@ from rlstitch.config import check_part, load_class
 from rlstitch.files import read_json, read_weights, require, sha256, write_json, write_weights
 from rlstitch.fingerprints import same_vae, vae_fingerprint
 from rlstitch.ranges import Count, CountOrNone, NotNegative, Positive, Share, misfit
+from rlstitch.stitch.layer import StitchLayer, view_of
 from rlstitch.types import Batch, Conditioning, Latent, UserError
 
 CARD, WEIGHTS = "value.json", "value.safetensors"
@@ -42,36 +43,9 @@ class OtherDenoiser(UserError):
     """The value model was stitched from another denoiser than the one given."""
 
 
-class StitchLayer(nn.Module):
-    """h -> y = Up(F(h)), y + G(y): F a 1x1 convolution set to the closed-form map, Up bilinear to the reward's grid, G a residual that starts at zero."""
-
-    def __init__(self, weight: Tensor, bias: Tensor, grid: int):
-        super().__init__()
-        out_channels, in_channels = weight.shape
-        self.grid = grid
-        self.linear = nn.Conv2d(in_channels, out_channels, 1)
-        with torch.no_grad():
-            self.linear.weight.copy_(weight.view(out_channels, in_channels, 1, 1))
-            self.linear.bias.copy_(bias)
-        hidden = max(1, out_channels // 8)
-        self.residual = nn.Sequential(nn.SiLU(), nn.Conv2d(out_channels, hidden, 1), nn.SiLU(), nn.Conv2d(hidden, out_channels, 1))
-        nn.init.zeros_(self.residual[-1].weight)
-        nn.init.zeros_(self.residual[-1].bias)
-
-    def forward(self, grid: Tensor) -> Tensor:
-        """[B, W, h, w] -> tokens [B, grid^2, W']."""
-        y = resample(self.linear(grid), self.grid)
-        return (y + self.residual(y)).flatten(2).transpose(1, 2)
-
-
 def _fits_half(x: Tensor) -> bool:
     """Whether no number is beyond float16, as hidden states of a large text encoder may be."""
     return not x.numel() or bool(x.abs().max() <= torch.finfo(torch.float16).max)
-
-
-def resample(grid: Tensor, side: int) -> Tensor:
-    """Bilinear to [.., side, side]; nothing where it has that size already."""
-    return grid if grid.shape[-2:] == (side, side) else F.interpolate(grid, (side, side), mode="bilinear", align_corners=False)
 
 
 class LatentPrefix(nn.Module):
@@ -135,7 +109,7 @@ class StitchedValueModel(nn.Module):
         share: bool = True,
     ) -> StitchedValueModel:
         """Put a stitch together from the closed-form map; the tail is a trainable copy of the reward's."""
-        stitch = StitchLayer(weight.float(), bias.float(), reward.grid).to(weight.device)
+        stitch = StitchLayer(weight.float(), bias.float(), reward.grid, view_of(reward, backbone.size)).to(weight.device)
         tail = reward.tail(reward_block)
         if reward_block > 1:
             tail.cls.data.copy_(cls_state)
@@ -251,7 +225,8 @@ class StitchedValueModel(nn.Module):
             backbone.device, backbone.dtype
         )
         try:
-            stitch = StitchLayer(linear[:, :, 0, 0].float(), tensors["stitch.linear.bias"].float(), reward.grid)
+            view = view_of(reward, backbone.size)
+            stitch = StitchLayer(linear[:, :, 0, 0].float(), tensors["stitch.linear.bias"].float(), reward.grid, view)
             tail = reward.tail(card["reward_block"])
         except (ValueError, RuntimeError) as error:
             raise UserError(f"value model '{path}' does not fit its reward model: {error}") from error

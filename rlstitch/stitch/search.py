@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rlstitch import schedule
-from rlstitch.stitch.model import StitchLayer, resample
+from rlstitch.stitch.layer import WHOLE, StitchLayer, View, resample, view_of
 from rlstitch.types import Conditioning
 
 
@@ -59,11 +59,11 @@ def features(
     z0 = backbone.encode(images.to(backbone.device))
     sigma = torch.rand(len(z0), generator=generator).to(z0.device)
     noise = torch.randn(z0.shape, generator=generator).to(z0.device)
-    denoiser: list[Tensor] = []
+    denoiser, view = [], view_of(reward, backbone.size)
     backbone.walk(
         schedule.interpolate(z0, noise, sigma),
         sigma,
-        lambda state: denoiser.append(resample(state.grid.double(), reward.grid).flatten(2).transpose(1, 2).flatten(0, 1)),
+        lambda state: denoiser.append(resample(state.grid.double(), reward.grid, view).flatten(2).transpose(1, 2).flatten(0, 1)),
         **({} if text is None else {"text": text}),
     )
     inputs = reward.inputs_of_block(images.to(backbone.device), max_reward_block)
@@ -89,13 +89,13 @@ def solve(gram: Tensor, cross: Tensor, ridge: float = 0.0) -> Tensor:
 
 
 @torch.no_grad()
-def fit(grid: Tensor, tokens: Tensor, side: int, ridge: float = 0.0) -> StitchLayer:
+def fit(grid: Tensor, tokens: Tensor, side: int, ridge: float = 0.0, view: View = WHOLE) -> StitchLayer:
     """The stitch of one pair whose features are at hand: maps [B, W, h, w] brought to side x side, onto the reward's tokens [B, side^2, W'], float64."""
-    f = resample(grid.double(), side).flatten(2).transpose(1, 2).flatten(0, 1)
+    f = resample(grid.double(), side, view).flatten(2).transpose(1, 2).flatten(0, 1)
     g = tokens.double().flatten(0, 1)
     f_mean, g_mean = f.mean(0), g.mean(0)
     weight = solve((f - f_mean).T @ (f - f_mean), (f - f_mean).T @ (g - g_mean), ridge).T
-    return StitchLayer(weight.float(), (g_mean - weight @ f_mean).float(), side).to(grid.device)
+    return StitchLayer(weight.float(), (g_mean - weight @ f_mean).float(), side, view).to(grid.device)
 
 
 @torch.no_grad()
