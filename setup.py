@@ -38,5 +38,10 @@ setup(
         "tqdm>=4.66",
         "jinja2",
     ],
-    extras_require={"parquet": ["pyarrow>=18"], "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.8", "scipy>=1.13"]},
+    extras_require={
+        "parquet": ["pyarrow>=18"],
+        "bitsandbytes": ["bitsandbytes>=0.45"],
+        "torchao": ["torchao>=0.16"],
+        "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.8", "scipy>=1.13"],
+    },
 )

@@ -63,6 +63,10 @@ def _faults(config: RunConfig) -> list[str]:
     faults += guard_faults(config)
     if config.distributed.zero_stage and config.distributed.precision == "fp16":
         faults.append("'distributed.precision' fp16 has no loss scaling under ZeRO here: use bf16 or fp32, or zero_stage=0")
+    if config.distributed.zero_stage == 3 and config.model.get("quantise"):
+        faults.append(
+            "'model.quantise' packs whole weights, and distributed.zero_stage=3 holds parts of them: set zero_stage to 2 or less, or leave model.quantise out"
+        )
     attempt(faults, "batch", geometry, config, count)
     if config.resume not in ("auto", "never"):
         attempt(faults, "resume", require, config.resume, "the checkpoint to resume from")

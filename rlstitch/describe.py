@@ -118,9 +118,11 @@ def describe(config: RunConfig) -> str:
             "model", cfg.load_class(config.model["_target_"]), "parameter_counts", config.model["path"], config.lora.rank, default={}
         )
     width = 2 if config.model.get("dtype") in ("bfloat16", "float16") else 4
-    base, trained = sum(v for k, v in sizes.items() if k != "lora"), sizes.get("lora", 0)
+    packed = {"nf4": 0.5, "int8": 1}.get(config.model.get("quantise"), width)
+    frozen = sum(v * (packed if k == "transformer" else width) for k, v in sizes.items() if k != "lora")
+    trained = sizes.get("lora", 0)
     partitions = cut.world if config.distributed.zero_stage else 1
-    memory = base * width + trained * 4 * 3 + trained * 8 / partitions
+    memory = frozen + trained * 4 * 3 + trained * 8 / partitions
     e = config.evaluation
     held = read_prompts(e.prompts, e.column)
     count = min(e.max_prompts or len(held), len(held))
@@ -130,6 +132,6 @@ def describe(config: RunConfig) -> str:
     more = [
         f"geometry: {cut}",
         "parameters: " + (", ".join(f"{k} {v / 1e6:.2f} M" for k, v in sizes.items()) or "not told by this backbone"),
-        f"memory without activations: about {memory / 2**20:.0f} MiB a rank (frozen weights {base * width / 2**20:.0f}, LoRA with gradient, EMA and AdamW {(memory - base * width) / 2**20:.0f})",
+        f"memory without activations: about {memory / 2**20:.0f} MiB a rank (frozen weights {frozen / 2**20:.0f}, LoRA with gradient, EMA and AdamW {(memory - frozen) / 2**20:.0f})",
     ]
     return whole([*goals(config), *steps], config, more)

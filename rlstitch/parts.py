@@ -58,7 +58,8 @@ class Parts:
                 spec = read_card(paths[name]).get("backbone", {})
                 key = json.dumps(spec, sort_keys=True)
                 if key not in donors:
-                    say(f"{paths[name]} was stitched on {spec.get('path')}: its first blocks are loaded beside {backbone.path}")
+                    packed = f" in {spec['quantise']}" if spec.get("quantise") else ""
+                    say(f"{paths[name]} was stitched on {spec.get('path')}{packed}: its first blocks are loaded beside {backbone.path}")
                     donors[key] = build(spec, "model", self.device)
                 value = StitchedValueModel.from_pretrained(paths[name], backbone=donors[key], reward=self.rewards[name], share=share)
                 if value.prompted and donors[key].text_fingerprint() != self.backbone.text_fingerprint():

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rlstitch.files import opened, weight_files, worthless
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from rlstitch.files import not_finite, opened, weight_files, worthless
 from rlstitch.types import UserError
 
 COUNTS = ("num_batches_tracked",)  # of a batch norm, which are whole numbers
@@ -51,6 +53,11 @@ def load_strictly(cls: Any, folder: Path, what: str, *, variant: str | None = No
         raise UserError(
             f"{what} of {folder} cannot be loaded: of the weights of {cls.__name__}, {'; '.join(odd)}. The file is of another model or is incomplete: download or convert it again"
         )
-    if why := worthless(model.state_dict()):
+    state = model.state_dict()
+    packed = {
+        name: t for name, t in state.items() if is_traceable_wrapper_subclass(t)
+    }  # quantised as it was loaded: unpacked one at a time
+    why = next((told for name, t in packed.items() if (told := not_finite({name: t.dequantize()}))), "")
+    if why := why or worthless({name: t for name, t in state.items() if name not in packed}):
         raise UserError(f"{what} of {folder} cannot be loaded: {why}. Download or convert it again")
     return model

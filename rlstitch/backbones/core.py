@@ -12,7 +12,8 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from rlstitch.backbones import cut, directory
+from rlstitch import compiled
+from rlstitch.backbones import cut, directory, execution
 from rlstitch.backbones.loras import load_lora
 from rlstitch.backbones.shared import architecture, lora_targets
 from rlstitch.backbones.texts import Texts, cut_prompts
@@ -56,12 +57,21 @@ class Cut:
 class Prefix(nn.Module):
     """A transformer without the blocks behind the first `depth` and without its tail, frozen, no LoRA in it. It shares the base's tensors, or owns copies."""
 
-    def __init__(self, transformer: nn.Module, arch: Any, depth: int, *, embedded: float | None = None, share: bool = True):
+    def __init__(
+        self, transformer: nn.Module, arch: Any, depth: int, *, embedded: float | None = None, share: bool = True, compile: bool = False
+    ):
         super().__init__()
         if any("lora_" in name for name, _ in transformer.named_parameters()):
             raise AssertionError("take the value model's prefix before LoRA is added to the transformer")
-        self._arch, self.depth, self.embedded = arch.__name__, depth, embedded  # by name: a module cannot be copied with the prefix
+        self._arch, self.depth, self.embedded, self.compiled = (
+            arch.__name__,
+            depth,
+            embedded,
+            compile,
+        )  # by name: a module cannot be copied with the prefix
         self.model = cut.truncated(transformer, arch, depth, share=share)
+        if compile:
+            compiled.compile_blocks(cut.blocks_of(self.model, (*arch.BEFORE, *arch.LISTS)))
 
     @property
     def arch(self) -> Any:
@@ -75,8 +85,10 @@ class Prefix(nn.Module):
         return self.arch.picture(returned, self.model, z)
 
     def fingerprint(self) -> str:
-        """Of its weights, the first list's blocks called `blocks`, as they always were."""
-        return hash_tensors({n.replace(f"{self.arch.LISTS[0]}.", "blocks."): t for n, t in self.model.named_parameters()})
+        """Of its weights as they compute, the first list's blocks called `blocks`, as they always were."""
+        return hash_tensors(
+            {n.replace(f"{self.arch.LISTS[0]}.", "blocks."): execution.unpacked(t) for n, t in self.model.named_parameters()}
+        )
 
     def shares_with(self, transformer: nn.Module) -> bool:
         """Whether it is this transformer's own beginning: the same tensors, and no adapter anywhere on them."""
@@ -84,8 +96,8 @@ class Prefix(nn.Module):
             id(getattr(transformer, n)) for n in self.arch.TAIL
         ]
         skipped = {id(p) for m in transformer.modules() if id(m) in left_out for p in m.parameters()}
-        own = [p.data_ptr() for p in transformer.parameters() if id(p) not in skipped]
-        return own == [p.data_ptr() for p in self.model.parameters()]
+        own = [id(p) for p in transformer.parameters() if id(p) not in skipped]
+        return own == [id(p) for p in self.model.parameters()]
 
     def forward(self, z: Tensor, sigma: Tensor, text: Conditioning) -> Cut:
         inputs = self.arch.inputs(self.model, z, sigma, text, self.embedded)
@@ -99,7 +111,8 @@ class Diffusers:
     path: directory or `shapes:NAME`; dtype: of the frozen weights; variant: of the weight files, e.g. fp16 (default: the plain ones, or the only one there is);
     max_sequence_length: tokens of a prompt, where an encoder has no limit of its own (for SD3 those of T5, zeros where there is no T5; 0 adds none); image_size: side
     in pixels (default: the transformer's own), or height and width of a picture that is no square; embedded_guidance: what a guidance-distilled model is told (default:
-    its pipeline's); cache: folder of encoded prompts and pictures, None for none.
+    its pipeline's); attention: a backend of diffusers' attention, by its name there; compile: every block, and those of value models' tails, by torch.compile; quantise:
+    the frozen transformer's linears in 4 bits or in 8 (LoRA on them is not); cache: folder of encoded prompts and pictures, None for none.
     """
 
     def __init__(
@@ -113,6 +126,9 @@ class Diffusers:
         height: Side | None = None,
         width: Side | None = None,
         embedded_guidance: Annotated[float, Range(0, 1000)] | None = None,
+        attention: Text | None = None,
+        compile: bool = False,
+        quantise: execution.Quantised | None = None,
         device: DeviceName = "cpu",
         cache: Text | None = None,
     ):
@@ -122,8 +138,16 @@ class Diffusers:
             require(self.path / part, f"the {part} of model '{path}'")
         self.arch = architecture(path)
         self.latent_shape, self.size, self.image_tokens = directory.sizes(path, height or image_size, width or image_size)
-        self.transformer, self.vae = (self._load(cls, part) for part, cls in zip(self.parts, (self.arch.TRANSFORMER, self.arch.VAE)))
-        self.arch.prepare(self.transformer, self.device.type)
+        if why := directory.unable(path, attention=attention, compile=compile, quantise=quantise, dtype=dtype):
+            raise UserError(f"the model {path} cannot run as asked: {why}")
+        self.transformer = directory.load(self.arch.TRANSFORMER, self.path, "transformer", self.dtype, variant, self.device, quantise)
+        self.vae = directory.load(self.arch.VAE, self.path, "vae", self.dtype, variant, self.device)
+        self.arch.prepare(self.transformer, self.device.type, attention)
+        if attention is not None:
+            execution.attend(self.transformer, attention)
+        self.compiled, self.quantise = compile, quantise
+        if compile:
+            compiled.compile_blocks(cut.blocks_of(self.transformer, (*self.arch.BEFORE, *self.arch.LISTS)))
         self.cache = None if cache is None else Path(cache)
         length = self.arch.MAX_SEQUENCE_LENGTH if max_sequence_length is None else max_sequence_length
         self.texts = Texts(
@@ -140,9 +164,6 @@ class Diffusers:
 
     checkpointing, guidance_gradient = False, "both"  # of activations; of guided velocities
     parts, faults, cut_prompts = directory.PARTS, staticmethod(directory.faults), staticmethod(cut_prompts)
-
-    def _load(self, cls: Any, part: str) -> Any:
-        return directory.load(cls, self.path, part, self.dtype, self.variant, self.device)
 
     @staticmethod
     def image_tokens_of(options: dict[str, Any]) -> int:
@@ -260,7 +281,7 @@ class Diffusers:
         return self.arch.output(self._cut(state.z, state.sigma, state.text, start=(state.block, state.returned)), state.z).float()
 
     def make_prefix(self, blocks: int, *, share: bool = True) -> Prefix:
-        return Prefix(self.transformer, self.arch, blocks, embedded=self.embedded, share=share)
+        return Prefix(self.transformer, self.arch, blocks, embedded=self.embedded, share=share, compile=self.compiled)
 
     # ------------------------------------------------------------------------------------------------ autoencoder
 

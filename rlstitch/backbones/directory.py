@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from rlstitch.backbones import execution
 from rlstitch.backbones.shared import Architecture, architecture
 from rlstitch.files import names_in, read_json, require, weight_files
 from rlstitch.types import UserError
@@ -16,9 +17,18 @@ from rlstitch.weights import load_strictly, whole_files
 PARTS = ("transformer", "vae")  # folders that are loaded at once
 
 
-def load(cls: Any, path: Path, part: str, dtype: torch.dtype, variant: str | None, device: torch.device) -> Any:
+def load(
+    cls: Any,
+    path: Path,
+    part: str,
+    dtype: torch.dtype,
+    variant: str | None,
+    device: torch.device,
+    quantise: execution.Quantised | None = None,
+) -> Any:
     """One part of a pipeline, frozen."""
-    model = load_strictly(cls, path / part, f"the {part}", variant=variant, dtype=dtype)
+    how = {} if quantise is None else execution.quantisation(quantise, dtype, device)
+    model = load_strictly(cls, path / part, f"the {part}", variant=variant, dtype=dtype, **how)
     return model.to(device).requires_grad_(False).eval()
 
 
@@ -91,6 +101,12 @@ def sizes(path: str | Path, height: int | None = None, width: int | None = None)
     return (channels, *latent), size, tokens
 
 
+def unable(path: str | Path, **options: Any) -> str:
+    """What this machine cannot do of what a model is asked to run with (`execution.faults`); '' where there is nothing."""
+    folder, arch = require(path, "the model directory"), architecture(path)
+    return "; ".join(f"{key}: {why}" for key, why in execution.faults(arch, options, _configs(arch, folder)[0]))
+
+
 def faults(options: dict[str, Any]) -> list[tuple[str, str]]:
     """(key, why) of what keeps a recipe's model from loading or running, from its small files and its weights' names alone."""
     folder, out = require(options["path"], "the model directory"), []
@@ -153,6 +169,7 @@ def faults(options: dict[str, Any]) -> list[tuple[str, str]]:
         )
     if options.get("embedded_guidance") is not None and not transformer.get("guidance_embeds"):
         out.append(("embedded_guidance", f"{folder} was not distilled with guidance and has no embedding of it: leave it out"))
+    out += execution.faults(arch, options, transformer)
     if options.get("dtype") == "float16" and not torch.cuda.is_available():
         out.append(("dtype", "float16 does not run on a CPU: take bfloat16 or float32"))
     return out

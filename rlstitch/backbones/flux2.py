@@ -25,7 +25,7 @@ LORA_TARGETS = (
     "single_transformer_blocks.*.attn.to_out",
 )  # fmt: skip
 TEXT = ("tokens",)
-MAX_SEQUENCE_LENGTH, NEGATIVE, EMBEDDED = 512, "", 4.0
+MAX_SEQUENCE_LENGTH, NEGATIVE, EMBEDDED, MASKED = 512, "", 4.0, False
 VAES = autoencoders.BatchNormed
 guided, prepare, largest, reader = shared.linear, shared.nothing, shared.unlimited, shared.by_key
 

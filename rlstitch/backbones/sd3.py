@@ -20,7 +20,7 @@ OPTIONAL, LIMITED = ("text_encoder_3",), {"text_encoder": "tokenizer", "text_enc
 LISTS, STREAMS, BEFORE, TAIL = ("transformer_blocks",), (2,), (), ("norm_out", "proj_out")
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 TEXT = ("tokens", "pooled")
-MAX_SEQUENCE_LENGTH, NEGATIVE, EMBEDDED = 256, "", None
+MAX_SEQUENCE_LENGTH, NEGATIVE, EMBEDDED, MASKED = 256, "", None, False
 VAES = autoencoders.KL
 guided, shift, count = shared.linear, scheduler.of_file, shared.count
 to_pipeline = from_pipeline = shared.as_it_is
@@ -39,8 +39,8 @@ def largest(transformer: dict[str, Any]) -> int:
     return transformer["pos_embed_max_size"]
 
 
-def prepare(transformer: Any, device: str) -> None:
-    if device == "cpu":
+def prepare(transformer: Any, device: str, attention: str | None) -> None:
+    if device == "cpu" or attention:
         transformer.set_attn_processor(PlainJointAttention())
 
 

@@ -49,10 +49,11 @@ class Architecture(Protocol):
     MAX_SEQUENCE_LENGTH: int  # tokens of a prompt, by default
     NEGATIVE: str  # the prompt of guidance's other branch
     EMBEDDED: float | None  # guidance that a model distilled with it is told, by default
+    MASKED: bool  # whether attention is given a mask where prompts differ in length
 
     def latent(self, transformer: dict[str, Any], vae: dict[str, Any]) -> tuple[int, int, int, int]: ...
     def largest(self, transformer: dict[str, Any]) -> int | None: ...
-    def prepare(self, transformer: Any, device: str) -> None: ...
+    def prepare(self, transformer: Any, device: str, attention: str | None) -> None: ...
     def inputs(self, model: Any, z: Tensor, sigma: Tensor, text: Conditioning, embedded: float | None) -> dict[str, Any]: ...
     def output(self, out: Any, z: Tensor) -> Tensor: ...
     def picture(self, returned: Any, model: Any, z: Tensor) -> Tensor: ...  # of a block -> [B, W, h, w]
@@ -108,7 +109,7 @@ def chat_count(tokenizer: Any, prompts: Sequence[str], *, enable_thinking: bool)
     )
 
 
-def nothing(transformer: Any, device: str) -> None:
+def nothing(transformer: Any, device: str, attention: str | None) -> None:
     """There is nothing to prepare."""
 
 

@@ -63,6 +63,7 @@ def generate(backbone: Any, prompts: PromptSet, config: GenerateConfig, label: s
         "shift": shift.factor if shift == schedule.Shift(shift.factor) else dataclasses.asdict(shift),
         "shape": list(backbone.latent_shape),
         "dtype": str(backbone.dtype),
+        **({"quantise": packed} if (packed := getattr(backbone, "quantise", None)) else {}),
         **({"code": code} if (code := code_of(backbone)) else {}),
     }
     file = cache_folder() / "generations" / f"{hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]}.safetensors"

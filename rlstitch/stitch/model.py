@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rlstitch.compiled import blocks_within, compile_blocks
 from rlstitch.config import build as build_part
 from rlstitch.config import check_part, load_class
 from rlstitch.files import read_json, read_weights, require, sha256, write_json, write_weights
@@ -90,6 +91,8 @@ class StitchedValueModel(nn.Module):
         for name, value in null.fields.items():
             self.register_buffer(f"null_{name}", value.clone(), persistent=False)
         self.reward, self.normalise, self.norm, self.sigma_range, self.card = reward, normalise, norm, sigma_range, card
+        if getattr(prefix, "compiled", False):  # as the denoiser that it is of
+            compile_blocks(blocks_within(tail))
 
     @classmethod
     def from_search(
@@ -342,7 +345,7 @@ def values(
         key = (
             model.prompted,
             model.prefix.fingerprint() if isinstance(model.prefix, LatentPrefix) else model.prefix.depth,
-            *(p.data_ptr() for p in model.prefix.parameters()),
+            *map(id, model.prefix.parameters()),
         )
         if key not in cache:
             cache[key] = model.activations(latent.z, latent.sigma, batch.text)
