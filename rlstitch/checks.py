@@ -244,6 +244,20 @@ def model_faults(model: dict[str, Any]) -> list[str]:
     return faults or cfg.own_faults("model", model, "model")
 
 
+def lora_faults(where: str, path: str, model: dict[str, Any]) -> list[str]:
+    """Faults of a LoRA that is to go on a recipe's model, whose own faults are told already."""
+    faults: list[str] = []
+    cls = _class(model, "model")
+    if cls is None or cfg.check_part("model", model, kind="model") or model_faults(model):
+        attempt(faults, where, require, path, "the LoRA")
+        return faults
+    if not hasattr(cls, "load_lora"):
+        return [f"'{where}' is given, but {model['_target_']} takes no LoRA (it has no load_lora): leave it out"]
+    options = {k: v for k, v in model.items() if k != "_target_"}
+    why = attempt(faults, where, protocols.asked, "model", cls, "lora_fault", options, path)
+    return faults + ([f"'{where}': {why}"] if why else [])
+
+
 def reward_faults(where: str, node: Any) -> list[str]:
     """Faults of a reward's node and of the files that a reward of ours reads; what another class does with its keys is its own affair."""
     faults = cfg.check_part(where, node, kind="reward")

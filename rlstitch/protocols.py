@@ -41,7 +41,13 @@ CUT, WHY = list[tuple[Any, int, int]], list[tuple[str, str]]
 STATIC = {  # of each kind of class: what is asked of the class itself, with how many arguments, and what that gives; beyond METHODS it need not be there
     "reward": {"unreadable": (1, str), "cut_prompts": (2, CUT), "faults": (1, WHY)},
     "algorithm": {"faults": (2, list[str]), "backwards": (2, Count)},
-    "model": {"cut_prompts": (2, CUT), "faults": (1, WHY), "image_tokens_of": (1, Count), "parameter_counts": (2, dict[str, int])},
+    "model": {
+        "cut_prompts": (2, CUT),
+        "faults": (1, WHY),
+        "lora_fault": (2, str),
+        "image_tokens_of": (1, Count),
+        "parameter_counts": (2, dict[str, int]),
+    },
 }
 FLAGS = ("needs_oracle", "whole_groups", "balances", "needs_gradient", "collects", "keeps_old")
 SAID = {  # of each kind of class: what it says of itself; an algorithm says all of it, others what they like, or once they are built

@@ -20,10 +20,10 @@ from torch import Tensor
 from rlstitch import config as cfg
 from rlstitch import lengths, protocols, sampling, schedule, scheduler
 from rlstitch.asking import PartError, ask, inside, told, unlike
-from rlstitch.checks import answered, attempt, judge_faults, part_faults, unknown_rewards, unread, value_cards, without_gradient
+from rlstitch.checks import answered, judge_faults, lora_faults, part_faults, unknown_rewards, unread, value_cards, without_gradient
 from rlstitch.distributed import autocast
 from rlstitch.evaluate import means_of, unscored
-from rlstitch.files import require, write_json, write_text
+from rlstitch.files import write_json, write_text
 from rlstitch.metrics import grid as draw_grid
 from rlstitch.metrics import peak_memory_mb, to_image
 from rlstitch.oracles import Terminal
@@ -43,7 +43,7 @@ from rlstitch.types import Batch, Latent, UserError, noise_like
 class SteerConfig:
     """method: a function of rlstitch.steering. kernel: ode or sde (diffusion norm sigma^2). judges: rewards that score the finished pictures.
 
-    lora: folder of a trained policy (a run's `lora/`), by default none. guided_tweedie: Tweedie's guess from the guided velocity. baseline: sample the same noise unsteered, too, and put both side by side.
+    lora: of any trainer, a file, a folder or a run, to steer the model with; by default none. guided_tweedie: Tweedie's guess from the guided velocity. baseline: sample the same noise unsteered, too, and put both side by side.
     prompts_per_batch is part of what a seed means, as the kernel's noise is drawn batch by batch; the lambda of `lam_unit: spread` is not.
     """
 
@@ -161,8 +161,7 @@ def checked(given: dict[str, Any], name: str) -> SteerConfig:
             f"'name': {Path(config.out) / config.name} holds {strange}, which is no result of steering, which would be replaced: choose another name or out"
         )
     if config.lora:
-        found = attempt(faults, "lora", require, config.lora, "the trained policy's folder")
-        faults += [f"'lora': {config.lora} is no folder"] if found is not None and not found.is_dir() else []
+        faults += lora_faults("lora", config.lora, config.model)
     faults += part_faults(config)
     prompts = lengths.fitting(faults, "prompts", config.prompts, config.column, config.model, "truncate", config.truncate)
     faults += judge_faults("judges", config.judges, config.rewards, prompts)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from rlstitch import compiled
-from rlstitch.backbones import cut, directory, execution
-from rlstitch.backbones.loras import load_lora
+from rlstitch.adapters import Layers
+from rlstitch.backbones import cut, directory, execution, loras
 from rlstitch.backbones.shared import architecture, lora_targets
 from rlstitch.backbones.texts import Texts, cut_prompts
 from rlstitch.files import require
@@ -189,9 +189,19 @@ class Diffusers:
             "lora": sum(rank * (m.in_features + m.out_features) for m in linears),
         }
 
-    def load_lora(self, folder: str | Path) -> None:
-        """Put a trained LoRA on the frozen transformer, see `loras.load_lora`. Prefixes made before stay without it."""
-        load_lora(self, folder)
+    @staticmethod
+    def lora_fault(options: dict[str, Any], path: str) -> str:
+        """Why a LoRA cannot be put on a recipe's model; '' where it can. From its file and the model's configurations alone."""
+        try:
+            loras.fitting(path, architecture(options["path"]), loras.linears(directory.skeleton(options["path"])), options["path"])
+        except UserError as error:
+            return str(error)
+        return ""
+
+    def load_lora(self, path: str | Path, name: str = "lora") -> Layers:
+        """Put a LoRA of any kind on the frozen transformer as the adapter `name`; -> its layers. Prefixes made before stay without it. Raises UserError where it does not fit."""
+        loras.put_on(self.transformer, layers := loras.load(path, self), name)
+        return layers
 
     # ------------------------------------------------------------------------------------------------ text
 

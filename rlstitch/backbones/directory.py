@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
+from torch import nn
 
 from rlstitch.backbones import execution
 from rlstitch.backbones.shared import Architecture, architecture
@@ -30,6 +33,21 @@ def load(
     how = {} if quantise is None else execution.quantisation(quantise, dtype, device)
     model = load_strictly(cls, path / part, f"the {part}", variant=variant, dtype=dtype, **how)
     return model.to(device).requires_grad_(False).eval()
+
+
+def skeleton(path: str | Path) -> nn.Module:
+    """The transformer of a directory without weights, from its configuration alone. Raises UserError where there can be none such."""
+    file = require(path, "the model directory") / "transformer" / "config.json"
+    return _skeleton(architecture(path).TRANSFORMER, file, file.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=2)
+def _skeleton(cls: Any, file: Path, written: int) -> nn.Module:
+    try:
+        with init_empty_weights():
+            return cls.from_config(cls.load_config(file.parent))
+    except Exception as error:  # a configuration can be wrong in many ways
+        raise UserError(f"{file} describes no {cls.__name__} ({str(error).strip().splitlines()[0][:200]}): restore it") from error
 
 
 def encoders(arch: Architecture, folder: Path) -> set[str]:

@@ -1,40 +1,87 @@
-"""A LoRA that was trained elsewhere, put on a frozen transformer."""
+"""A LoRA from elsewhere as layers of a transformer: its names matched with the linears', or converted by diffusers; put on as a frozen adapter, or merged into the weights."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+import torch
 from torch import nn
 
-from rlstitch.files import read_weights, require
+from rlstitch import adapters
+from rlstitch.adapters import Layers
+from rlstitch.telling import say
 from rlstitch.types import UserError
 
 
-def load_lora(backbone: Any, folder: str | Path) -> None:
-    """Put a trained LoRA on a backbone's transformer: the `lora/` of a run, or any folder that diffusers wrote.
+def linears(transformer: nn.Module) -> dict[str, tuple[int, int]]:
+    """(outputs, inputs) of every linear, by name."""
+    return {n: (m.out_features, m.in_features) for n, m in transformer.named_modules() if isinstance(m, nn.Linear)}
 
-    Raises UserError where the file is missing, corrupt, or was trained on another architecture.
+
+def fitting(path: str | Path, arch: Any, there: Mapping[str, tuple[int, int]], model: Any) -> tuple[Layers, int]:
+    """(the layers of a LoRA file by the linears that they are on, how many tensors of text encoders it has beside).
+
+    Names are those of the model's own linears, with dots or, as kohya's scripts flatten them, with underscores; others go through the converter of the
+    architecture's pipeline. Raises UserError where they are none of this model's, or of another shape, and where not all is there that the file says.
     """
-    file = require(Path(require(folder, "the LoRA folder")) / LORA_WEIGHT_NAME_SAFE, "the LoRA's weights")
-    tensors, pipeline = read_weights(file), backbone.arch.PIPELINE
-    state, *_, metadata = pipeline.lora_state_dict(
-        str(file.parent), weight_name=file.name, local_files_only=True, return_lora_metadata=True
-    )
-    linears = {n: m for n, m in backbone.transformer.named_modules() if isinstance(m, nn.Linear)}
-    targets = tuple((metadata or {}).get("transformer.target_modules", ()))
-    odd = {n for n in linears if targets and n.endswith(targets)}  # what it should be on and is not, or is on and should not be
-    for name, value in tensors.items():
-        layer, _, kind = name.removeprefix("transformer.").partition(".lora_")
-        linear, down = linears.get(layer), kind.startswith("A")
-        if linear is not None and value.shape[down] == (linear.in_features if down else linear.out_features):
-            odd.discard(layer)
-        else:
-            odd.add(layer)
+    adapter = adapters.read(path)
+    flat = {name.replace(".", "_"): name for name in there}
+
+    def named(layers: Layers) -> dict[str, str]:
+        return {n: own if (own := adapters.bare(n)) in there else flat.get(own, "") for n in layers}
+
+    layers, why = adapters.pairs(adapter.tensors, adapter.file), ""
+    names, converted = named(layers), False
+    if not all(names.values()):
+        try:
+            given = arch.PIPELINE.lora_state_dict(dict(adapter.tensors))
+            others = adapters.pairs(given, adapter.file)
+            converted = all(named(others).values()) and _outputs(others) == _outputs(layers)
+        except Exception as error:  # the converters raise many kinds for names that they do not know
+            why = f" ({str(error).strip().splitlines()[0][:120]})" if str(error).strip() else ""
+        if not converted:
+            odd = sorted(n for n, own in names.items() if not own)
+            raise UserError(
+                f"the LoRA {adapter.file} does not fit model {model}: {len(odd)} of its {len(names)} layers are none of a {arch.TRANSFORMER.__name__}'s, e.g. {odd[0]}{why}. It was trained on another architecture."
+            )
+        layers, names = others, named(others)
+    if len(set(names.values())) < len(names):
+        raise UserError(f"the LoRA {adapter.file} gives layers twice, under two names")
+    found = {names[n]: two for n, two in layers.items()}
+    odd = {n for n, (a, b) in found.items() if a.ndim != 2 or b.ndim != 2 or (len(b), a.shape[1]) != there[n]}
+    odd |= set() if converted else {n for n in there if adapter.expects(n)} - set(found)
     if odd:
         raise UserError(
-            f"the LoRA in {folder} does not fit model {backbone.path}: {len(odd)} layers differ, e.g. {min(odd)}. It was trained on another architecture."
+            f"the LoRA {adapter.file} does not fit model {model}: {len(odd)} layers differ, e.g. {min(odd)}. It was trained on another architecture."
         )
-    backbone.transformer.load_lora_adapter(state, prefix="transformer", metadata=metadata)
-    backbone.transformer.requires_grad_(False)
+    return found, adapter.text
+
+
+def _outputs(layers: Layers) -> int:
+    """Which a converter keeps, that splits fused layers, where it leaves none out."""
+    return sum(len(b) for _, b in layers.values())
+
+
+def load(path: str | Path, backbone: Any) -> Layers:
+    """`fitting` on a backbone, and what there is to say of it."""
+    layers, text = fitting(path, backbone.arch, linears(backbone.transformer), backbone.path)
+    if text:
+        say(f"the LoRA {path} has {text} tensors for text encoders, which stay as they are: they are left out")
+    return layers
+
+
+def put_on(transformer: nn.Module, layers: Layers, name: str) -> None:
+    """As a frozen adapter `name` of the transformer."""
+    state = {f"{layer}.lora_{half}.weight": t for layer, two in layers.items() for half, t in zip("AB", two)}
+    transformer.load_lora_adapter(state, prefix=None, adapter_name=name)
+    transformer.requires_grad_(False)
+
+
+@torch.no_grad()
+def merge(transformer: nn.Module, layers: Layers) -> None:
+    """Into the weights, W + B A, in float32 and rounded once."""
+    for name, (a, b) in layers.items():
+        weight = transformer.get_submodule(name).weight
+        weight.copy_(weight.float() + (b @ a).to(weight.device))

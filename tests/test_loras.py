@@ -1,0 +1,224 @@
+"""LoRA from elsewhere: every kind of file gives the velocity that its own library gives, what is none is refused by name, before weights load."""
+
+import copy
+import json
+
+import peft
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+
+from rlstitch import checks
+from rlstitch.backbones import Diffusers
+from rlstitch.types import UserError, noise_like
+from tests.pipelines import WRITERS
+from tests.test_architectures import PROMPTS, stock
+
+FILE = "pytorch_lora_weights.safetensors"
+PATTERNS = dict(  # ranks, alphas and square roots that a reader can get wrong
+    r=4, lora_alpha=6, rank_pattern={"transformer_blocks.1.attn.to_q": 2}, alpha_pattern={"attn.to_k": 1, "transformer_blocks.1.attn.to_q": 5},
+    use_rslora=True, target_modules=["to_q", "to_k", "attn.to_out.0"], init_lora_weights=False,
+)  # fmt: skip
+
+
+class World:
+    """A tiny model, its stock pipeline, and one batch to ask both about."""
+
+    def __init__(self, folder):
+        self.path = str(folder)
+        self.backbone = self.fresh()
+        self.pipeline, self.text = stock(self.backbone), self.backbone.encode_prompts(PROMPTS)
+        self.base = self.velocity()
+
+    def fresh(self, **options):
+        return Diffusers(self.path, max_sequence_length=48, image_size=16, **options)
+
+    @torch.no_grad()
+    def velocity(self, transformer=None, backbone=None):
+        """Of a transformer, or of a backbone."""
+        backbone = backbone or self.backbone
+        z, sigma = noise_like(backbone.latent_shape, torch.tensor([1, 2])), torch.tensor([0.3, 0.9])
+        if transformer is None:
+            return backbone.velocity(z, sigma, self.text)
+        return backbone.arch.output(transformer(**backbone.arch.inputs(transformer, z, sigma, self.text, backbone.embedded)), z)
+
+    def stock(self, lora):
+        """What the stock pipeline makes of a LoRA."""
+        self.pipeline.load_lora_weights(lora)
+        try:
+            return self.velocity(self.pipeline.transformer)
+        finally:
+            self.pipeline.unload_lora_weights()
+
+    def merged(self, layers, scale):
+        transformer = copy.deepcopy(self.pipeline.transformer)
+        with torch.no_grad():
+            for name, (a, b) in layers.items():
+                transformer.get_submodule(name).weight += scale * b @ a
+        return self.velocity(transformer)
+
+    def loaded(self, path):
+        assert not checks.lora_faults("lora", str(path), {"_target_": "rlstitch.backbones.Diffusers", "path": self.path})
+        backbone = self.fresh()
+        backbone.load_lora(path)
+        own = self.velocity(backbone=backbone)
+        assert (own - self.base).abs().max() > 1e-3 and not any(p.requires_grad for p in backbone.transformer.parameters())
+        return own
+
+
+@pytest.fixture(scope="module", params=["sd3", "flux"])
+def world(request, tmp_path_factory):
+    return World(WRITERS[request.param](tmp_path_factory.mktemp(request.param)))
+
+
+def saved(path, tensors, header=None):
+    save_file(
+        {n: t.clone() for n, t in tensors.items()}, path, metadata=None if header is None else {"lora_adapter_metadata": json.dumps(header)}
+    )
+
+
+def trained_with_peft(world, folder, **changes):
+    """PEFT's own files, and the velocity of the model that wrote them."""
+    torch.manual_seed(3)
+    wrapped = peft.get_peft_model(copy.deepcopy(world.pipeline.transformer), LoraConfig(**(PATTERNS | changes)))
+    wrapped.save_pretrained(folder)
+    return world.velocity(wrapped.base_model.model)
+
+
+def flat(layers, prefix, alpha=3.0):
+    """As kohya's scripts name layers {name: (A, B)}; alpha is a whole number in some of their files."""
+    out = {}
+    for name, (a, b) in layers.items():
+        key = prefix + name.replace(".", "_")
+        out |= {f"{key}.lora_down.weight": a, f"{key}.lora_up.weight": b, f"{key}.alpha": torch.tensor(alpha)}
+    return out
+
+
+def random_layers(backbone, *ends, rank=2):
+    g = torch.Generator().manual_seed(7)
+    return {
+        n: (0.3 * torch.randn(rank, m.in_features, generator=g), 0.3 * torch.randn(m.out_features, rank, generator=g))
+        for n, m in backbone.transformer.named_modules()
+        if isinstance(m, torch.nn.Linear) and n.endswith(ends)
+    }
+
+
+def test_files_of_every_trainer_give_what_their_library_gives(world, tmp_path):
+    backbone, arch, expected = world.backbone, world.backbone.arch, {}
+    expected["peft"] = trained_with_peft(world, tmp_path / "peft")
+    settings = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    inner = {n.removeprefix("base_model.model."): t for n, t in load_file(tmp_path / "peft" / "adapter_model.safetensors").items()}
+    # diffusers' own, with the header that says the scale, in a run folder, under a name of its own
+    header = {k: v for k, v in settings.items() if k in PATTERNS and k != "init_lora_weights"}
+    (tmp_path / "run").mkdir()
+    arch.PIPELINE.save_lora_weights(
+        tmp_path / "run" / "lora", transformer_lora_layers=inner, weight_name="mine.safetensors", transformer_lora_adapter_metadata=header
+    )
+    torch.testing.assert_close(world.stock(tmp_path / "run" / "lora"), expected["peft"], atol=1e-5, rtol=1e-5)
+    expected["run"] = expected["run/lora"] = expected["run/lora/mine.safetensors"] = expected["peft"]
+    header["target_modules"] = r"(single_)?transformer_blocks\.\d+\.attn\.(to_q|to_k|to_out\.0)"  # a pattern
+    arch.PIPELINE.save_lora_weights(tmp_path / "pattern", transformer_lora_layers=inner, transformer_lora_adapter_metadata=header)
+    expected["pattern"] = expected["peft"]
+    # without a header: alpha is the rank
+    arch.PIPELINE.save_lora_weights(tmp_path / "plain", transformer_lora_layers=inner)
+    expected["plain"] = expected["bare.safetensors"] = world.stock(tmp_path / "plain")
+    saved(tmp_path / "bare.safetensors", {n.replace(".weight", ".default.weight"): t for n, t in inner.items()})
+    # kohya's flattened names
+    layers = random_layers(backbone, "to_q", "to_add_out", "proj_out")
+    saved(tmp_path / "kohya.safetensors", flat(layers, "lora_unet_", 3))
+    expected["kohya.safetensors"] = world.merged(layers, 1.5)
+    if "Flux" in arch.PIPELINE.__name__:
+        attention = random_layers(backbone, "to_q", "to_add_out")
+        saved(tmp_path / "mixture.safetensors", flat(attention, "lora_transformer_"))
+        fused = {n.replace("transformer_blocks.", "double_blocks."): two for n, two in layers.items() if "to_add_out" in n}
+        fused = {n.replace("attn.to_add_out", "txt_attn_proj"): two for n, two in fused.items()}
+        for k in range(2):
+            a, b = layers[f"transformer_blocks.{k}.attn.to_q"]
+            fused[f"double_blocks.{k}.img_attn_qkv"] = (a, torch.cat([b, 2 * b, -b]))
+        saved(tmp_path / "fused.safetensors", flat(fused, "lora_unet_"))
+        for name in ("mixture", "fused"):
+            expected[f"{name}.safetensors"] = world.stock(tmp_path / f"{name}.safetensors")
+    for name, wanted in expected.items():
+        torch.testing.assert_close(world.loaded(tmp_path / name), wanted, atol=1e-5, rtol=1e-5, msg=name)
+
+
+def faulty(folder, inner):
+    """What nobody should be given silently: file's content, header or None, adapter_config or None, what is told."""
+    some = next(iter(inner))
+    layer, plain = some.partition(".lora_")[0], {f"transformer.{n}": t for n, t in inner.items()}
+    peft_names, whole = {f"base_model.model.{n}": t for n, t in inner.items()}, {"r": 4, "lora_alpha": 8, "peft_type": "LORA"}
+    header = lambda **more: {f"transformer.{k}": v for k, v in ({"r": 4, "lora_alpha": 8} | more).items()}  # noqa: E731
+    one = torch.ones(2)
+    return [
+        (plain | {f"transformer.{layer}.lora_magnitude_vector": one}, None, None, "DoRA"),
+        (flat({layer: (one[None], one[:, None])}, "lora_unet_") | {"lora_unet_x.dora_scale": one}, None, None, "DoRA"),
+        ({f"transformer.{layer}.lokr_w1": one}, None, None, "LoKr"),
+        ({"lora_unet_x.hada_w1_a": one}, None, None, "LoHa"),
+        (plain | {f"transformer.{layer}.lora_B.bias": one}, None, None, "lora_bias"),
+        (plain | {f"transformer.{layer}.diff_b": one}, None, None, "diff"),
+        (plain | {"transformer.norm.weight": one}, None, None, "transformer.norm.weight"),
+        (plain | {f"transformer.{some}": inner[some] * float("nan")}, None, None, "1 of .* hold NaN or Inf"),
+        (plain | {f"transformer.{layer}.alpha": one}, None, None, "alpha holds 2 numbers"),
+        (plain | {"transformer.none.alpha": one[:1]}, None, None, "scales are of no layer, e.g. transformer.none.alpha"),
+        ({n: t for n, t in plain.items() if n != f"transformer.{some}"}, None, None, "lack A or B"),
+        (plain | {f"transformer.{some}": inner[some].to(torch.int8)}, None, None, "no floating-point numbers"),
+        (plain | {f"transformer.{layer}.alpha": one[:1]}, header(), None, "says its scale twice"),
+        (plain, header(use_dora=True), None, "use_dora"),
+        (plain, header(r=3), None, "has rank 4, which says 3"),
+        (plain, header(lora_alpha="much"), None, "'lora_alpha' must be a number"),
+        (plain, {"transformer.r": 4}, None, "does not say lora_alpha"),
+        (plain, header(init_lora_weights="pissa"), None, "init_lora_weights pissa"),
+        (plain, header(target_modules="(to_q"), None, "cannot be read"),
+        (plain, header(target_modules=["to_v", "to_q", "to_k", "to_out.0"]), None, "layers differ, e.g. .*to_v"),
+        (plain, [1], None, "holds list, not names"),
+        (peft_names, None, None, "no adapter_config.json beside it"),
+        (peft_names, None, whole | {"peft_type": "LOHA"}, "says LOHA"),
+        (peft_names, None, {"r": 4}, "does not say lora_alpha"),
+        ({f"unet.mid_block.{n}": t for n, t in inner.items()}, None, None, "none of a .*Transformer2DModel's, e.g. unet.mid_block"),
+        ({f"transformer.{n}".replace("blocks.0", "blocks.7"): t for n, t in inner.items()}, None, None, "another architecture"),
+        ({f"text_encoder.{n}": t for n, t in inner.items()}, None, None, "for text encoders alone"),
+        ({n: t[:0] if "_A" in n else t[:, :0] for n, t in plain.items()}, None, None, "tensors are zero"),
+        ({n: torch.zeros_like(t) for n, t in plain.items()}, None, None, "tensors are zero"),
+        ({"x": one}, None, None, "is no LoRA: 1 of its 1 tensors"),
+    ]  # fmt: skip
+
+
+def test_what_is_no_plain_lora_of_this_model_is_refused_by_name_before_weights_load(world, tmp_path, capsys):
+    backbone = world.fresh()
+    trained_with_peft(world, tmp_path / "peft", rank_pattern={}, use_rslora=False)
+    inner = {n.removeprefix("base_model.model."): t for n, t in load_file(tmp_path / "peft" / "adapter_model.safetensors").items()}
+    node = {"_target_": "rlstitch.backbones.Diffusers", "path": world.path}
+    for number, (tensors, header, beside, told) in enumerate(faulty(tmp_path, inner)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        saved(folder / "x.safetensors", tensors, header)
+        if beside is not None:
+            (folder / "adapter_config.json").write_text(json.dumps(beside))
+        (fault,) = checks.lora_faults("lora", str(folder), node)
+        assert "\n" not in fault and fault.startswith("'lora': ")
+        with pytest.raises(UserError, match=told):
+            raise UserError(fault)
+        with pytest.raises(UserError) as caught:
+            backbone.load_lora(folder)
+        assert fault == f"'lora': {caught.value}" and not hasattr(backbone.transformer, "peft_config"), "nothing is half on"
+    # folders and files
+    for name, told in (
+        (".", "holds no LoRA"),
+        ("0/none", "is not there"),
+        ("two", "holds 2 safetensors files"),
+        ("pickle", "run code"),
+        ("run", "written when it ends"),
+    ):
+        (tmp_path / name).mkdir(exist_ok=True) if "none" not in name else None
+        (tmp_path / "pickle" / "x.bin").write_text("") if name == "pickle" else None
+        (tmp_path / "run" / "recipe.yaml").write_text("") if name == "run" else None
+        for k in "ab" * (name == "two"):
+            saved(tmp_path / "two" / f"{k}.safetensors", inner)
+        (fault,) = checks.lora_faults("lora", str(tmp_path / name), node)
+        assert told in fault
+    # beside a part for text encoders the rest is taken, and that is said
+    text = {f"text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_{h}.weight": torch.ones(2, 2) for h in "AB"}
+    saved(tmp_path / "text.safetensors", {f"transformer.{n}": t for n, t in inner.items()} | text)
+    backbone.load_lora(tmp_path / "text.safetensors")
+    assert "has 2 tensors for text encoders, which stay as they are" in capsys.readouterr().out
