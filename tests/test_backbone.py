@@ -167,11 +167,12 @@ def test_a_cached_prompt_set_is_read_batch_by_batch(sd3_dir, tmp_path):
     torch.testing.assert_close(a.pooled, b.pooled)
 
 
-def test_the_autoencoder_takes_a_large_batch_in_parts(backbone, monkeypatch):
+def test_the_autoencoder_takes_a_large_batch_in_parts(backbone):
+    """With gradient only where activations are checkpointed, each part run again: the same gradient."""
     images = torch.rand(5, 3, 16, 16)
-    z, whole = backbone.encode(images), SD3Backbone._parts
+    z = backbone.encode(images)
     decoded = backbone.decode(z)
-    monkeypatch.setattr(SD3Backbone, "_parts", staticmethod(lambda x, factor: whole(x, factor, pixels=2 * 16**2)))
+    backbone.at_once = {False: 2 * 16**2, True: 16**2}
     sizes = []
     backbone.vae.decoder.register_forward_hook(lambda m, args, out: sizes.append(len(args[0])))
     torch.testing.assert_close(backbone.encode(images), z, atol=1e-5, rtol=1e-5)
@@ -180,6 +181,13 @@ def test_the_autoencoder_takes_a_large_batch_in_parts(backbone, monkeypatch):
     leaf = z.clone().requires_grad_(True)
     backbone.decode(leaf).sum().backward()
     assert sizes[3:] == [5] and leaf.grad.abs().sum() > 0
+    backbone.checkpoint_activations()
+    again = z.clone().requires_grad_(True)
+    parted = backbone.decode(again)
+    assert sizes[4:] == [1] * 5
+    parted.sum().backward()
+    assert sizes[4:] == [1] * 10
+    torch.testing.assert_close((parted.detach(), again.grad), (decoded, leaf.grad), atol=1e-5, rtol=1e-5)
 
 
 def test_whole_sampling_equals_the_stock_pipeline(sd3_dir):

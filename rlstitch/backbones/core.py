@@ -6,11 +6,13 @@ import hashlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from rlstitch import compiled
 from rlstitch.adapters import Layers
@@ -112,7 +114,7 @@ class Diffusers:
     max_sequence_length: tokens of a prompt, where an encoder has no limit of its own (for SD3 those of T5, zeros where there is no T5; 0 adds none); image_size: side
     in pixels (default: the transformer's own), or height and width of a picture that is no square; embedded_guidance: what a guidance-distilled model is told (default:
     its pipeline's); attention: a backend of diffusers' attention, by its name there; compile: every block, and those of value models' tails, by torch.compile; quantise:
-    the frozen transformer's linears in 4 bits or in 8 (LoRA on them is not); cache: folder of encoded prompts and pictures, None for none.
+    the frozen transformer's linears in 4 bits or in 8 (LoRA on them is not); text_encoder_3: `none` goes without T5 where a model can (its tokens are zeros then); cache: folder of encoded prompts and pictures, None for none.
     """
 
     def __init__(
@@ -129,6 +131,7 @@ class Diffusers:
         attention: Text | None = None,
         compile: bool = False,
         quantise: execution.Quantised | None = None,
+        text_encoder_3: Literal["none"] | None = None,
         device: DeviceName = "cpu",
         cache: Text | None = None,
     ):
@@ -138,7 +141,9 @@ class Diffusers:
             require(self.path / part, f"the {part} of model '{path}'")
         self.arch = architecture(path)
         self.latent_shape, self.size, self.image_tokens = directory.sizes(path, height or image_size, width or image_size)
-        if why := directory.unable(path, attention=attention, compile=compile, quantise=quantise, dtype=dtype):
+        if why := directory.unable(
+            path, attention=attention, compile=compile, quantise=quantise, dtype=dtype, text_encoder_3=text_encoder_3
+        ):
             raise UserError(f"the model {path} cannot run as asked: {why}")
         self.transformer = directory.load(self.arch.TRANSFORMER, self.path, "transformer", self.dtype, variant, self.device, quantise)
         self.vae = directory.load(self.arch.VAE, self.path, "vae", self.dtype, variant, self.device)
@@ -150,9 +155,11 @@ class Diffusers:
             compiled.compile_blocks(cut.blocks_of(self.transformer, (*self.arch.BEFORE, *self.arch.LISTS)))
         self.cache = None if cache is None else Path(cache)
         length = self.arch.MAX_SEQUENCE_LENGTH if max_sequence_length is None else max_sequence_length
+        self._read = {"path": path, "max_sequence_length": length, "text_encoder_3": text_encoder_3}  # what says how long a prompt may be
         self.texts = Texts(
-            self.arch, self.path, self.transformer, dtype=self.dtype, variant=variant, device=self.device, length=length, cache=self.cache
-        )
+            self.arch, self.path, self.transformer, dtype=self.dtype, variant=variant, device=self.device, length=length,
+            without=directory.left_out(self._read), cache=self.cache,
+        )  # fmt: skip
         self.num_blocks = len(cut.blocks_of(self.transformer, self.arch.LISTS))
         self.width = getattr(self.transformer, "inner_dim", None) or self.transformer.dim
         self.lora_targets, self.text_fields = lora_targets(self.arch, self.transformer), self.arch.TEXT
@@ -223,7 +230,7 @@ class Diffusers:
 
     def too_long(self, prompts: list[str]) -> list[tuple[str, int, int]]:
         """(prompt, its tokens, the limit) of prompts that the widest encoder would cut."""
-        return cut_prompts({"path": self.path, "max_sequence_length": self.texts.length}, prompts)
+        return cut_prompts(self._read, prompts)
 
     # ------------------------------------------------------------------------------------------------ denoiser
 
@@ -250,7 +257,8 @@ class Diffusers:
         return lambda z, sigma: self.velocity(z, sigma, text, guidance=guidance)
 
     def checkpoint_activations(self, on: bool = True) -> None:
-        """Hold no more of a forward with gradient than what enters each block, and run a block again in the backward pass: a third more time, a fraction of the memory."""
+        """Hold no more of a forward with gradient than what enters each block (and, of many pictures, the autoencoder), and run it again in the backward pass: a third more
+        time, a fraction of the memory."""
         self.checkpointing = on
         self.transformer.enable_gradient_checkpointing() if on else self.transformer.disable_gradient_checkpointing()
 
@@ -302,21 +310,24 @@ class Diffusers:
         told = f"{prints}:{vae_factors(c)}:{self.size}:{self.dtype}:{self.device.type}"
         return hashlib.sha256(told.encode()).hexdigest()[:20]
 
-    @staticmethod
-    def _parts(x: Tensor, factor: int, pixels: int = 8 * 512**2) -> tuple[Tensor, ...]:
-        """A batch cut so that the autoencoder, whose activations outweigh everything else, sees no more than so many pixels at once; whole where gradients flow."""
-        if torch.is_grad_enabled() and x.requires_grad:
-            return (x,)
-        return x.split(max(1, pixels // (x.shape[-1] * x.shape[-2] * factor**2)))
+    at_once = {
+        False: 8 * 512**2,
+        True: 512**2,
+    }  # pixels that the autoencoder sees at once, without gradient and with it: its activations outweigh everything else
 
     def _in_parts(self, run: Callable[[Any, Tensor], Tensor], x: Tensor, factor: int) -> Tensor:
-        parts = self._parts(x, factor)
-        return run(self.vae, x) if len(parts) == 1 else torch.cat([run(self.vae, part) for part in parts])
+        """run(vae, x) a few pictures at a time. With gradient that saves nothing unless activations are checkpointed: then each part is run again in the backward pass."""
+        graph = torch.is_grad_enabled() and x.requires_grad
+        parts = x.split(max(1, self.at_once[graph] // (x.shape[-1] * x.shape[-2] * factor**2)))
+        if len(parts) == 1 or (graph and not self.checkpointing):
+            return run(self.vae, x)
+        one = partial(checkpoint, run, use_reentrant=False) if graph else run
+        return torch.cat([one(self.vae, part) for part in parts])
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [0, 1] -> latents as the denoiser takes them (the posterior's mode); without gradient a few at a time."""
+        """Images [B, 3, H, W] in [0, 1] -> latents as the denoiser takes them (the posterior's mode); a few at a time, see `_in_parts`."""
         return self._in_parts(self.arch.VAES.encode, images, 1)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latents -> images [B, 3, H, W] in [0, 1], differentiable inside the range; without gradient a few at a time."""
+        """Latents -> images [B, 3, H, W] in [0, 1], differentiable inside the range; a few at a time, see `_in_parts`."""
         return self._in_parts(self.arch.VAES.decode, z, self.size[0] // self.latent_shape[-2])

@@ -56,6 +56,16 @@ def encoders(arch: Architecture, folder: Path) -> set[str]:
     return {name for name in arch.ENCODERS if index.get(name) not in (None, [None, None])}
 
 
+def left_out(options: dict[str, Any]) -> set[str]:
+    """The text encoders that a recipe's model is to go without, though its directory may have them."""
+    return {key for key, value in options.items() if key.startswith("text_encoder") and value == "none"}
+
+
+def _needed(arch: Architecture, options: dict[str, Any]) -> list[tuple[str, str]]:
+    needed = left_out(options) - set(arch.OPTIONAL)
+    return [(key, f"{arch.PIPELINE.__name__} has no text without its {key}: leave the key out") for key in sorted(needed)]
+
+
 def _configs(arch: Architecture, folder: Path) -> list[dict[str, Any]]:
     """config.json of transformer and autoencoder, with what it leaves out as the class has it by default."""
     out = []
@@ -120,9 +130,9 @@ def sizes(path: str | Path, height: int | None = None, width: int | None = None)
 
 
 def unable(path: str | Path, **options: Any) -> str:
-    """What this machine cannot do of what a model is asked to run with (`execution.faults`); '' where there is nothing."""
+    """What a model, or this machine, cannot do of what it is asked to run with; '' where there is nothing."""
     folder, arch = require(path, "the model directory"), architecture(path)
-    return "; ".join(f"{key}: {why}" for key, why in execution.faults(arch, options, _configs(arch, folder)[0]))
+    return "; ".join(f"{key}: {why}" for key, why in _needed(arch, options) + execution.faults(arch, options, _configs(arch, folder)[0]))
 
 
 def faults(options: dict[str, Any]) -> list[tuple[str, str]]:
@@ -132,19 +142,21 @@ def faults(options: dict[str, Any]) -> list[tuple[str, str]]:
         arch = architecture(folder)
     except UserError as error:
         return [("path", str(error))]
-    variant = options.get("variant")
+    variant, without = options.get("variant"), left_out(options)
+    if needed := _needed(arch, options):
+        return needed
     index = read_json(folder / "model_index.json", "the pipeline's index")
     for part in arch.ENCODERS:
         entry = index.get(part, [None, None])
-        absent = part in arch.OPTIONAL and entry == [None, None]
+        absent = part in arch.OPTIONAL and (entry == [None, None] or part in without)
         if not absent and not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(word, str) for word in entry)):
             why = f"says {part} is {str(entry)[:60]}, and {arch.PIPELINE.__name__} takes a library and a class there: download it whole"
             out.append(("path", f"{folder}/model_index.json {why}"))
     if out:
         return out
-    for part in [*PARTS, *sorted(encoders(arch, folder))]:
+    for part in [*PARTS, *sorted(encoders(arch, folder) - without)]:
         if not (folder / part / "config.json").is_file():
-            spare = ", or, for a model without T5, set it and tokenizer_3 to [null, null] in that file" if part == "text_encoder_3" else ""
+            spare = f", or set model.{part}=none (or in that file it and its tokenizer to [null, null])" if part in arch.OPTIONAL else ""
             out.append(("path", f"{folder} has no {part}/config.json, which its model_index.json names: download it whole{spare}"))
             continue
         try:

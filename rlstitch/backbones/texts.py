@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,7 +24,8 @@ from rlstitch.types import Conditioning, UserError
 
 
 class Texts:
-    """The encoders of a pipeline directory. length: tokens of the longest prompt, for those that have no limit of their own; cache: a folder, or None."""
+    """The encoders of a pipeline directory. length: tokens of the longest prompt, for those that have no limit of their own; without: encoders that are left out;
+    cache: a folder, or None."""
 
     def __init__(
         self,
@@ -34,28 +37,36 @@ class Texts:
         variant: str | None,
         device: torch.device,
         length: int,
+        without: Collection[str],
         cache: Path | None,
     ):
         self.arch, self.path, self.transformer = arch, path, transformer
-        self.dtype, self.variant, self.device, self.length, self.cache = dtype, variant, device, length, cache
+        self.dtype, self.variant, self.device, self.length, self.without, self.cache = dtype, variant, device, length, without, cache
         self._folder: Path | None = None
+        self._null: dict[str, Tensor] | None = None  # text of the prompt of guidance's other branch, once it is known
 
     def fingerprint(self) -> str:
         """Of everything that a prompt's text depends on."""
         prints = quick_fingerprint(self.path, ("text_encoder*/*.safetensors", "text_encoder*/config.json", "tokenizer*/*"))
-        return hashlib.sha256(f"{prints}:{self.length}:{self.dtype}".encode()).hexdigest()[:20]
+        left_out = "".join(f":{name}" for name in sorted(self.without))
+        return hashlib.sha256(f"{prints}:{self.length}:{self.dtype}{left_out}".encode()).hexdigest()[:20]
 
     def encode(self, prompts: Sequence[str], *, batch_size: int = 64) -> Conditioning:
-        """Text of N prompts, from the cache where it is there. The encoders are loaded once for all that are missing and freed again."""
-        files = self.files(prompts)
+        """Text of N prompts, from the cache where it is there. The encoders are loaded once for all that are missing and freed again; guidance's other branch, which
+        will be wanted, too, is then encoded with them."""
+        null, files = self.arch.NEGATIVE, self.files(prompts)
         known = {p: text for p, f in files.items() if f is not None and (text := kept(f)) is not None}
+        known |= {} if self._null is None else {null: self._null}
         missing = {p: f for p, f in files.items() if p not in known}
+        missing |= self.files([null]) if missing and null not in known else {}
         known |= {prompt: {name: value.clone() for name, value in row.items()} for prompt, row in self._encoded(missing, batch_size)}
+        self._null = known.get(null)
         return Conditioning.stack([known[p] for p in prompts]).to(self.device)
 
     def remember(self, prompts: Sequence[str], *, batch_size: int = 64) -> None:
-        """Put the text of prompts into the cache, holding no more than a batch: a large set takes gigabytes (1.6 MiB a prompt at SD3.5's size)."""
-        for _ in self._encoded({p: f for p, f in self.files(prompts).items() if not is_kept(f)}, batch_size):
+        """Put the text of prompts, and of guidance's other branch, into the cache, holding no more than a batch: a large set takes gigabytes (1.6 MiB a prompt at SD3.5's
+        size)."""
+        for _ in self._encoded({p: f for p, f in self.files([*prompts, self.arch.NEGATIVE]).items() if not is_kept(f)}, batch_size):
             pass
 
     def files(self, prompts: Sequence[str]) -> dict[str, Path | None]:
@@ -67,28 +78,32 @@ class Texts:
         return {p: self._folder / f"{hashlib.sha256(p.encode()).hexdigest()[:32]}.safetensors" for p in prompts}
 
     def _encoded(self, files: dict[str, Path | None], batch_size: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """(prompt, its text on the CPU), each put into its file, where it has one, batch by batch."""
+        """(prompt, its text on the CPU), each put into its file, where it has one, batch by batch; the empty prompt alone, so that its last bits are nobody else's affair."""
         if not files:
             return
-        pipeline, prompts = self.pipeline(), list(files)
-        bar = progress(len(prompts), "encoding prompts", "prompt", shown=len(prompts) > 8 * batch_size)
-        for start in range(0, len(prompts), batch_size):
-            part = prompts[start : start + batch_size]
-            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):  # text is the same whatever it is asked in the midst of
-                rows = self.arch.text(pipeline, part, self.length, self.device)
-            for prompt, row in zip(part, rows):
-                row = {name: value.cpu() for name, value in row.items()}
-                if files[prompt] is not None:
-                    keep(files[prompt], row)
-                yield prompt, row
-            bar.update(len(part))
+        null, prompts = self.arch.NEGATIVE, [p for p in files if p != self.arch.NEGATIVE]
+        parts = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)] + [[null]] * (null in files)
+        bar = progress(len(files), "encoding prompts", "prompt", shown=len(files) > 8 * batch_size)
+        with aside(self.transformer):
+            pipeline = self.pipeline()
+            for part in parts:
+                with (
+                    torch.no_grad(),
+                    torch.autocast(self.device.type, enabled=False),
+                ):  # text is the same whatever it is asked in the midst of
+                    rows = self.arch.text(pipeline, part, self.length, self.device)
+                for prompt, row in zip(part, rows):
+                    row = {name: value.cpu() for name, value in row.items()}
+                    if files[prompt] is not None:
+                        keep(files[prompt], row)
+                    yield prompt, row
+                bar.update(len(part))
+            del pipeline, rows
         bar.close()
-        del pipeline
-        gc.collect()
 
     def pipeline(self) -> Any:
         """The stock pipeline with its encoders alone."""
-        there, parts = directory.encoders(self.arch, self.path), {}
+        there, parts = directory.encoders(self.arch, self.path) - set(self.without), {}
         for name, cls in self.arch.ENCODERS.items():
             parts[name] = directory.load(cls, self.path, name, self.dtype, self.variant, self.device) if name in there else None
             if parts[name] is None:
@@ -98,14 +113,33 @@ class Texts:
             pipeline = self.arch.PIPELINE.from_pretrained(self.path, **others, local_files_only=True, **parts)
         except Exception as error:  # diffusers raises many kinds for a missing or damaged file
             raise UserError(f"the text encoders of model '{self.path}' cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-        pipeline.transformer = self.transformer  # some read its configuration
-        return pipeline.to(self.device)
+        pipeline.to(self.device)
+        pipeline.transformer = SimpleNamespace(config=self.transformer.config)  # which some read; itself, it stays where it is
+        return pipeline
+
+
+@contextmanager
+def aside(model: Any) -> Iterator[None]:
+    """A frozen model on the CPU while others need its place on an accelerator. One that trains stays: its optimiser holds parts of it."""
+    home = model.device
+    if home.type == "cpu" or any(p.requires_grad for p in model.parameters()):
+        yield
+        gc.collect()
+        return
+    model.to("cpu")
+    try:
+        yield
+    finally:
+        gc.collect()
+        if home.type == "cuda":
+            torch.cuda.empty_cache()  # or what the encoders leave behind may be in too many pieces for it
+        model.to(home)
 
 
 def cut_prompts(options: dict[str, Any], prompts: Sequence[str]) -> list[tuple[str, int, int]]:
     """(prompt, its tokens, the limit) of prompts that the encoders of a recipe's model would cut, by the tokenizer alone."""
     folder, arch = require(options["path"], "the model directory"), architecture(options["path"])
-    name, by_key = arch.reader(directory.encoders(arch, folder))
+    name, by_key = arch.reader(directory.encoders(arch, folder) - directory.left_out(options))
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder / name, local_files_only=True)
     except Exception as error:  # transformers raises many kinds for a missing or damaged file

@@ -311,8 +311,9 @@ def check_vae(card: dict[str, Any], backbone_path: str | Path, path: str | Path)
 
 
 def build(spec: Any, kind: str, device: str) -> Any:
-    """Build the part of a kind (`model`, `reward`) that a card names. A card travels with weights, so it may name classes of this project alone, with plain values."""
-    node = {k: v for k, v in spec.items() if k != "device"} if isinstance(spec, dict) else {}
+    """Build the part of a kind (`model`, `reward`) that a card names. A card travels with weights, so it may name classes of this project alone, with plain values;
+    how they run is this machine's own affair."""
+    node = {k: v for k, v in spec.items() if k not in ("device", "attention", "compile")} if isinstance(spec, dict) else {}
     target = str(node.get("_target_"))
     if not target.startswith(NAMEABLE) or not load_class(target).__module__.startswith(NAMEABLE):
         raise UserError(
