@@ -32,7 +32,18 @@ def goals(config: RunConfig) -> list[str]:
                 else f"learns from the pictures of {images.get('path', images['_target_'])}"
             )
         lines.append(f"stage {name}, {part.updates} updates: {line}" if config.stages else line)
-    return lines + lengths.unread_by(stages.expand(config))
+    return lines + distilled(config) + lengths.unread_by(stages.expand(config))
+
+
+def distilled(config: RunConfig) -> list[str]:
+    """A line where a model that was distilled to few steps is to be trained by a method that is known to blur such models."""
+    method, target = config.algorithm["_target_"], cfg.load_class(config.model["_target_"])
+    if not protocols.said(cfg.load_class(method), "blurs_distilled", False):
+        return []
+    options = {k: v for k, v in config.model.items() if k != "_target_"}
+    why = protocols.asked("model", target, "distilled", options, default="")
+    blurred = f"others report that {method.rsplit('.', 1)[-1]} blurs such models: train the one that it was distilled from, or look at the pictures early"
+    return [f"warning: model {config.model['path']} seems to be distilled to few steps ({why}); {blurred}"] if why else []
 
 
 def whole(goals: list[str], config: Any, more: list[str]) -> str:

@@ -47,6 +47,7 @@ STATIC = {  # of each kind of class: what is asked of the class itself, with how
         "lora_fault": (2, str),
         "image_tokens_of": (1, Count),
         "parameter_counts": (2, dict[str, int]),
+        "distilled": (1, str),
     },
 }
 FLAGS = ("needs_oracle", "whole_groups", "balances", "needs_gradient", "collects", "keeps_old")

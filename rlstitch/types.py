@@ -301,7 +301,8 @@ class Algorithm(Protocol):
     (`compare` turns all scores into weights) before the first loss; otherwise each micro-batch is learned from at once, while its graph is alive.
     learns_from: `prompts` (it samples), `images` or `pairs` (it takes clean latents from `Batch.clean`). needs_oracle: False where no reward is asked; the
     recipe then has neither oracle nor stop, and `score` gives [B, 0]. whole_groups: all samples of a prompt must lie in one micro-batch.
-    balances: weighs the gradients of several rewards against each other. `state` is what a checkpoint keeps beside the policy, the same on every rank.
+    balances: weighs the gradients of several rewards against each other. One that is known to blur models that were distilled to few steps may say
+    `blurs_distilled`, and a run on such a model is warned. `state` is what a checkpoint keeps beside the policy, the same on every rank.
     `faults` and `backwards` are asked of the class, before anything loads, with the recipe's options and the steps after which a rollout may halt. One of a user's
     own is held to all this (rlstitch.holding).
     """

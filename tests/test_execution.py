@@ -61,6 +61,7 @@ def test_attention_by_another_kernel_is_the_same(kind, monkeypatch):  # noqa: F8
         ({"attention": "_native_cudnn"}, "attention", "cannot do"),
         ({"attention": "flex"}, "attention", "with gradient.*backward on CPU"),
         ({"attention": "flash_hub"}, "attention", "fetches code .*take flash"),
+        ({"dtype": "float16", "attention": "native"}, "dtype", "float16 does not run on a CPU"),
         ({"compile": True}, "compile", "C.. compiler"),
         ({"quantise": "int8"}, "quantise", r"torchao, which is not installed: pip install 'rlstitch\[torchao\]'"),
         ({"quantise": "nf4"}, "quantise", "bitsandbytes, which is not installed"),

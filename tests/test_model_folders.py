@@ -240,3 +240,41 @@ def test_weights_that_are_worth_nothing_are_refused(clip_dir, tmp_path, case):
     assert "cannot be read as safetensors" in str(
         reward_faults("rewards.r", {"_target_": "rlstitch.rewards.clip.ClipReward", "path": str(file.parent)})
     )
+
+
+DISTILLED = {  # what is changed of a tiny pipeline, the name of its folder, and what tells
+    "flux": ({"transformer/config.json": {"guidance_embeds": False}, "scheduler/scheduler_config.json": {"use_dynamic_shifting": False, "shift": 1.0}}, "m", "does not shift"),
+    "flux with guidance": ({"scheduler/scheduler_config.json": {"use_dynamic_shifting": False, "shift": 1.0}}, "m", ""),
+    "flux2": ({"model_index.json": {"is_distilled": True}}, "m", "says is_distilled"),
+    "flux2 base": ({"model_index.json": {"is_distilled": False}}, "FLUX.2-klein-base-4B", ""),
+    "zimage": ({"scheduler/scheduler_config.json": {"shift": 3.0}}, "m", "shifts by 3"),
+    "sd3 by name": ({}, "stable-diffusion-3.5-large-turbo", "its name says turbo"),
+    "sd3 in a cache": ({}, "models--x--Hyper-SD35-8steps/snapshots/0123abcd", "its name says Hyper"),
+    "sd3": ({}, "turbos/hyperion-distillery", ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DISTILLED)
+def test_a_model_distilled_to_few_steps_is_warned_of(case, tmp_path):
+    """At the start and at the check, under the methods that are reported to blur it, and under no other."""
+    from rlstitch import config as cfg
+    from rlstitch.checks import checked
+    from rlstitch.describe import goals
+    from tests.pipelines import WRITERS
+
+    changes, name, told = DISTILLED[case]
+    folder = tmp_path / name
+    WRITERS[case.split()[0]](folder)
+    for file, change in changes.items():
+        (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | change))
+    lines = {}
+    (tmp_path / "p.txt").write_text("a red circle\ntwo stars\n")
+    for recipe in ("nft", "flow_grpo", "draft"):
+        given = cfg.merge(
+            cfg.compose(recipe),
+            {"model": {"path": str(folder), "image_size": 16, "max_sequence_length": 512}, "data": {"prompts": str(tmp_path / "p.txt")}, "evaluation": {"prompts": str(tmp_path / "p.txt"), "rewards": ["clip"]}},
+        )  # fmt: skip
+        lines[recipe] = [line for line in goals(checked(given, recipe)) if line.startswith("warning")]
+    assert lines["draft"] == [] and len(lines["nft"]) == len(lines["flow_grpo"]) == bool(told)
+    if told:
+        assert told in lines["nft"][0] and str(folder) in lines["nft"][0] and "FlowGRPO blurs such models" in lines["flow_grpo"][0]

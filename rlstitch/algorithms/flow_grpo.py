@@ -31,6 +31,7 @@ class FlowGRPO:
     needs_gradient, collects, keeps_old = False, True, False
     learns_from, needs_oracle, whole_groups = "prompts", True, False
     balances = False
+    blurs_distilled = True
 
     def __init__(
         self,

@@ -152,6 +152,7 @@ class MARBLE:
     needs_gradient, collects, keeps_old = NFT.needs_gradient, NFT.collects, NFT.keeps_old
     learns_from, needs_oracle, whole_groups = "prompts", True, False
     balances = True
+    blurs_distilled = True
 
     def __init__(
         self,

@@ -42,6 +42,7 @@ class NFT:
     needs_gradient, collects, keeps_old = False, True, True
     learns_from, needs_oracle, whole_groups = "prompts", True, False
     balances = False
+    blurs_distilled = True
 
     def __init__(
         self,

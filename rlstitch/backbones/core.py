@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from rlstitch import compiled
 from rlstitch.adapters import Layers
 from rlstitch.backbones import cut, directory, execution, loras
-from rlstitch.backbones.shared import architecture, lora_targets
+from rlstitch.backbones.shared import architecture, distilled, lora_targets
 from rlstitch.backbones.texts import Texts, cut_prompts
 from rlstitch.files import require
 from rlstitch.fingerprints import hash_tensors, vae_factors
@@ -182,6 +182,11 @@ class Diffusers:
     def shift_of(path: str | Path, settings: dict[str, Any], tokens: int | None) -> Shift:
         """The shift of noise levels that a directory's scheduler settings ask for."""
         return architecture(path).shift(settings, tokens)
+
+    @staticmethod
+    def distilled(options: dict[str, Any]) -> str:
+        """What says that a recipe's model was distilled to few steps; '' where nothing does."""
+        return distilled(options["path"])
 
     @staticmethod
     def parameter_counts(path: str, rank: int) -> dict[str, int]:

@@ -200,6 +200,4 @@ def faults(options: dict[str, Any]) -> list[tuple[str, str]]:
     if options.get("embedded_guidance") is not None and not transformer.get("guidance_embeds"):
         out.append(("embedded_guidance", f"{folder} was not distilled with guidance and has no embedding of it: leave it out"))
     out += execution.faults(arch, options, transformer)
-    if options.get("dtype") == "float16" and not torch.cuda.is_available():
-        out.append(("dtype", "float16 does not run on a CPU: take bfloat16 or float32"))
     return out

@@ -24,6 +24,8 @@ LIBRARIES = {"nf4": "bitsandbytes", "int8": "torchao"}
 def faults(arch: Architecture, options: dict[str, Any], transformer: dict[str, Any]) -> list[tuple[str, str]]:
     """(key, why) of what this machine cannot do of what a recipe's model asks for, whose transformer has this configuration."""
     out, head = [], transformer.get("attention_head_dim") or transformer["dim"] // transformer["n_heads"]
+    if options.get("dtype") == "float16" and not torch.cuda.is_available():
+        return [("dtype", "float16 does not run on a CPU: take bfloat16 or float32")]
     if (name := options.get("attention")) is not None:
         why = _no_kernel(name, getattr(torch, options.get("dtype", "float32")), head, masked=arch.MASKED)
         out += [("attention", why)] if why else []

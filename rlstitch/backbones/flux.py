@@ -44,6 +44,12 @@ def inputs(model: Any, z: Tensor, sigma: Tensor, text: Conditioning, embedded: f
     }
 
 
+def few_steps(transformer: dict[str, Any], scheduler: dict[str, Any]) -> str:
+    """FLUX.1-schnell has no guidance embedded and an unshifted grid."""
+    plain = not (transformer.get("guidance_embeds") or scheduler.get("use_dynamic_shifting")) and scheduler.get("shift", 1.0) == 1.0
+    return "it embeds no guidance and its scheduler does not shift" if plain else ""
+
+
 def output(out: Any, z: Tensor) -> Tensor:
     return shared.unpack(out[0], *z.shape[-2:])
 

@@ -27,7 +27,7 @@ LORA_TARGETS = (
 TEXT = ("tokens",)
 MAX_SEQUENCE_LENGTH, NEGATIVE, EMBEDDED, MASKED = 512, "", 4.0, False
 VAES = autoencoders.BatchNormed
-guided, prepare, largest, reader = shared.linear, shared.nothing, shared.unlimited, shared.by_key
+guided, prepare, largest, reader, few_steps = shared.linear, shared.nothing, shared.unlimited, shared.by_key, shared.unsaid
 
 
 def latent(transformer: dict[str, Any], vae: dict[str, Any]) -> tuple[int, int, int, int]:

@@ -22,7 +22,7 @@ LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", 
 TEXT = ("tokens",)
 MAX_SEQUENCE_LENGTH, NEGATIVE, EMBEDDED, MASKED = 512, " ", None, True
 VAES = autoencoders.OneFrame
-shift, prepare, largest, reader = shared.shift, shared.nothing, shared.unlimited, shared.by_key
+shift, prepare, largest, reader, few_steps = shared.shift, shared.nothing, shared.unlimited, shared.by_key, shared.unsaid
 to_pipeline, from_pipeline = shared.pack, shared.unpack
 
 

@@ -22,7 +22,7 @@ LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", 
 TEXT = ("tokens", "pooled")
 MAX_SEQUENCE_LENGTH, NEGATIVE, EMBEDDED, MASKED = 256, "", None, False
 VAES = autoencoders.KL
-guided, shift, count = shared.linear, scheduler.of_file, shared.count
+guided, shift, count, few_steps = shared.linear, scheduler.of_file, shared.count, shared.unsaid
 to_pipeline = from_pipeline = shared.as_it_is
 
 SD3Backbone = core.Diffusers  # what older recipes and cards call it

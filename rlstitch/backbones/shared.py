@@ -6,6 +6,7 @@ An architecture is a module of this package, stateless; what it must hold stands
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
@@ -62,6 +63,7 @@ class Architecture(Protocol):
     def reader(self, encoders: set[str]) -> tuple[str, bool]: ...  # the tokenizer that limits a prompt; whether a key is the limit
     def count(self, tokenizer: Any, prompts: Sequence[str]) -> list[int]: ...
     def shift(self, settings: dict[str, Any], tokens: int | None) -> Shift: ...
+    def few_steps(self, transformer: dict[str, Any], scheduler: dict[str, Any]) -> str: ...  # what of the files says that it is distilled
     def to_pipeline(self, z: Tensor) -> Tensor: ...  # latents as the stock pipeline hands them to callbacks
     def from_pipeline(self, latents: Tensor, height: int, width: int) -> Tensor: ...
 
@@ -115,6 +117,26 @@ def nothing(transformer: Any, device: str, attention: str | None) -> None:
 
 def unlimited(transformer: dict[str, Any]) -> None:
     """Positions are computed: a picture may have any size."""
+
+
+FEW_STEPS = re.compile(r"(?<![a-z])(turbo|schnell|lightning|hyper|lcm|dmd2?|distil(led)?|[1-9][0-9]?-?steps?)(?![a-z])", re.IGNORECASE)
+
+
+def distilled(path: str | Path) -> str:
+    """What says that a pipeline directory holds a model that was distilled to few steps: its configurations, or else its name; '' where nothing does."""
+    folder, arch = require(path, "the model directory"), architecture(path)
+    files = [folder / "model_index.json", folder / "transformer" / "config.json", folder / "scheduler" / "scheduler_config.json"]
+    index, *configs = (read_json(f, "the model's configuration") if f.is_file() else {} for f in files)
+    if said := "its model_index.json says is_distilled" if index.get("is_distilled") else arch.few_steps(*configs):
+        return said
+    parts = Path(path).parts  # a cache of the hub has the name above its revisions
+    name = parts[-3] if "snapshots" in parts[-2:-1] and len(parts) > 2 else parts[-1]
+    return f"its name says {found[0]}" if (found := FEW_STEPS.search(name)) else ""
+
+
+def unsaid(transformer: dict[str, Any], scheduler: dict[str, Any]) -> str:
+    """Nothing of the files tells a distilled model from its base."""
+    return ""
 
 
 def time(sigma: Tensor, z: Tensor) -> Tensor:

@@ -39,6 +39,11 @@ def inputs(model: Any, z: Tensor, sigma: Tensor, text: Conditioning, embedded: f
     }
 
 
+def few_steps(transformer: dict[str, Any], scheduler: dict[str, Any]) -> str:
+    """The base is shifted by 6."""
+    return "its scheduler shifts by 3, as Z-Image-Turbo's does" if scheduler.get("shift") == 3 else ""
+
+
 def output(out: Any, z: Tensor) -> Tensor:
     return -torch.stack(list(out[0])).squeeze(2)
 
