@@ -76,6 +76,11 @@ def _faults(config: RunConfig) -> list[str]:
         faults.append(
             "'refresh' measures value models against their rewards, and this oracle has none: use rlstitch.oracles.Stitched, or refresh.fraction=0"
         )
+    backbone = _class(config.model, "model")
+    if config.sampler.guidance_gradient != "both" and backbone is not None and protocols.said(backbone, "guidance_gradient", None) is None:
+        faults.append(
+            f"'sampler.guidance_gradient' is {config.sampler.guidance_gradient}, and {config.model['_target_']} does not say that it does so (by a guidance_gradient of its own, which is then set): leave it out"
+        )
     shift = scheduler.of_recipe("sampler.shift", config.sampler.shift, config.model, faults)
     scheduler.of_recipe("evaluation.shift", config.evaluation.shift, config.model, faults)
     broken = ("'oracle", "unknown key 'oracle", "'stop", "unknown key 'stop", "'sampler")

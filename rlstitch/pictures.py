@@ -27,9 +27,9 @@ LISTINGS = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
 def images_from_folder(
-    path: Text, size: Side, *, captions: bool | None = None, column: str = "", skip_unreadable: bool = False
+    path: Text, size: Side, *, width: Side | None = None, captions: bool | None = None, column: str = "", skip_unreadable: bool = False
 ) -> tuple[Tensor, list[str]]:
-    """Every picture under a folder, short side to `size` and cropped.
+    """Every picture under a folder, short side to `size` and cropped to a square, or, with `width`, to `size` pixels in height and so many in width.
 
     Its prompt is its row in a `metadata.jsonl`, `.csv` or `.parquet` in its folder or one above it (`file_name`, a path from there, and prompt, text or caption,
     or `column`), else the text file of the same name beside it. captions: True wants a prompt for every picture, False reads none, None takes them where
@@ -52,12 +52,15 @@ def images_from_folder(
         raise UserError(
             f"{len(silent)} of {len(files)} pictures under {path} have no prompt: {_some(str(f.relative_to(root)) for f in silent)}. Write it into metadata.jsonl (file_name, text) or a .txt of the same name, or set captions: false"
         )
-    good = _read_all(files, size, str(path), skip_unreadable)
+    good = _read_all(files, (width or size, size), str(path), skip_unreadable)
     return torch.stack(list(good.values())), [told.get(file, "") for file in good]
 
 
-def pairs_from_file(path: Text, size: Side, *, column: str = "", skip_unreadable: bool = False) -> tuple[Tensor, list[str]]:
-    """Preference pairs, one a row of a file that `prompts.read_table` reads: the prompt, `chosen` and `rejected`, these two as paths from where the file lies."""
+def pairs_from_file(
+    path: Text, size: Side, *, width: Side | None = None, column: str = "", skip_unreadable: bool = False
+) -> tuple[Tensor, list[str]]:
+    """Preference pairs, one a row of a file that `prompts.read_table` reads: the prompt, `chosen` and `rejected`, these two as paths from where the file lies. size and
+    width as in `images_from_folder`."""
     table = read_table(path, "the file of pairs")
     if not table.rows:
         raise UserError(f"{path} holds no pair")
@@ -67,7 +70,7 @@ def pairs_from_file(path: Text, size: Side, *, column: str = "", skip_unreadable
     if same := [place for place, better, worse in zip(table.places, chosen, rejected) if better == worse]:
         raise UserError(f"{path}, {_some(same)}: chosen and rejected are one picture, of which nothing is learned: take the row out")
     sides = [(folder / better, folder / worse) for better, worse in zip(chosen, rejected)]
-    good = _read_all(list(dict.fromkeys(f for side in sides for f in side)), size, str(path), skip_unreadable)
+    good = _read_all(list(dict.fromkeys(f for side in sides for f in side)), (width or size, size), str(path), skip_unreadable)
     kept = [k for k, side in enumerate(sides) if all(f in good for f in side)]
     if not kept:
         raise UserError(f"{path}: no pair has two pictures that can be read")
@@ -144,8 +147,8 @@ def _rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
     return image.convert("RGB"), notes
 
 
-def _read_all(files: list[Path], size: int, where: str, skip_unreadable: bool) -> dict[Path, Tensor]:
-    """Pictures [3, size, size] uint8 by file; those that cannot be read are an error, or left out if told so. What was changed in them is said once."""
+def _read_all(files: list[Path], size: tuple[int, int], where: str, skip_unreadable: bool) -> dict[Path, Tensor]:
+    """Pictures [3, H, W] uint8 of `size`, a width and a height, by file; those that cannot be read are an error, or left out if told so. What was changed in them is said once."""
     good: dict[Path, Tensor] = {}
     bad: list[str] = []
     noted: dict[str, list[str]] = {}
@@ -156,7 +159,7 @@ def _read_all(files: list[Path], size: int, where: str, skip_unreadable: bool) -
         try:
             with warnings.catch_warnings(record=True, action="always") as heard, Image.open(file) as image:
                 picture, notes = _rgb(image)
-                fitted = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
+                fitted = ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
         except UnidentifiedImageError:
             bad.append(f"{file.name} ({'no picture' if file.stat().st_size else 'empty'})")
             continue

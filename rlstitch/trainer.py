@@ -94,7 +94,8 @@ class Trainer:
             for name, end, part, stop in zip(stages.names(config), ends, parts, stops)
         ]
         self.backbone.checkpoint_activations(config.sampler.activation_checkpointing)
-        self.backbone.guidance_gradient = config.sampler.guidance_gradient
+        if config.sampler.guidance_gradient != "both":
+            self.backbone.guidance_gradient = config.sampler.guidance_gradient
         shift = scheduler.resolve("sampler.shift", config.sampler.shift, self.backbone)
         self.grid = schedule.sigmas(config.sampler.num_steps, shift, config.sampler.spacing)
         self.algorithm = cfg.build(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from rlstitch.types import noise_like
 from tests.conftest import write_clip
 from tests.pipelines import WRITERS
 from tests.test_architectures import LENGTH, PROMPTS, stock
+from tests.test_train import ROOT
 
 METHODS = {
     "draft": {"algorithm": {"_target_": "rlstitch.algorithms.draft.Draft", "grad_steps": 1, "regulariser": 0.01}},
@@ -43,13 +46,13 @@ def world(request, tmp_path_factory):
     (folder / "pictures").mkdir()
     rng = np.random.default_rng(0)
     for k in range(6):
-        Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(folder / "pictures" / f"{k}.png")
+        Image.fromarray(rng.integers(0, 255, (20, 32, 3), dtype=np.uint8)).save(folder / "pictures" / f"{k}.png")
     (folder / "prompts.txt").write_text("\n".join([*PROMPTS, "a blue ring", "one green cross"]))
     model = {
-        "_target_": "rlstitch.backbones.Diffusers", "path": str(folder / "model"), "image_size": 16,
+        "_target_": "rlstitch.backbones.Diffusers", "path": str(folder / "model"), "height": 16, "width": 32,
         "max_sequence_length": LENGTH.get(request.param, 48),
     }  # fmt: skip
-    pictures = {"_target_": "rlstitch.pictures.images_from_folder", "path": str(folder / "pictures"), "size": 16}
+    pictures = {"_target_": "rlstitch.pictures.images_from_folder", "path": str(folder / "pictures"), "size": 16, "width": 32}
     reward = {"_target_": "rlstitch.rewards.clip.ClipReward", "path": str(folder / "clip")}
     stitch.run(
         stitch.checked(
@@ -106,11 +109,25 @@ def test_every_method_trains_and_resumes_bit_for_bit(world, method):
     assert any(not torch.equal(first[k], whole[k]) for k in raw)
 
 
+@pytest.mark.slow
+def test_zero_3_gives_the_same_weights(world):
+    """A whole job in a process of its own, with the value's blocks beside a denoiser that is cut into parts."""
+    _, folder, given = world
+    found = []
+    for stage in (0, 3):
+        recipe = merged(given, name=f"zero-{stage}", distributed={"zero_stage": stage}, **METHODS["draft"])
+        (folder / "zero.yaml").write_text(yaml.safe_dump(recipe))
+        subprocess.run([sys.executable, "launch/train.py", f"recipe={folder / 'zero.yaml'}"], check=True, cwd=ROOT)
+        found.append(load_file(folder / "runs" / f"zero-{stage}" / "checkpoints" / "step-000002" / "policy.safetensors"))
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, atol=1e-5, rtol=1e-5)
+
+
 def test_a_lora_gives_the_stock_pipeline_the_same_picture(world):
     name, folder, given = world
     trained(given, "lora", **METHODS["draft"])
     lora = folder / "runs" / "lora" / "lora"
-    backbone = Diffusers(str(folder / "model"), image_size=16, max_sequence_length=LENGTH.get(name, 48))
+    backbone = Diffusers(str(folder / "model"), height=16, width=32, max_sequence_length=LENGTH.get(name, 48))
     z, sigma, text = noise_like(backbone.latent_shape, torch.tensor([1, 2])), torch.tensor([0.3, 0.9]), backbone.encode_prompts(PROMPTS)
     with torch.no_grad():
         base = backbone.velocity(z, sigma, text)

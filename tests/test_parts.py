@@ -5,7 +5,9 @@ import torch
 
 from rlstitch import cli
 from rlstitch.asking import PartError
+from rlstitch.backbones import Diffusers
 from rlstitch.checks import checked
+from rlstitch.config import compose, merge
 from rlstitch.evaluate import means_of
 from rlstitch.types import UserError
 from tests.test_holding import Mine, Stop
@@ -89,3 +91,17 @@ def test_recipes_that_cannot_be_are_told_once_and_with_the_recipe_that_names_the
         with pytest.raises(UserError, match=said) as error:
             cli.recipe_and_overrides([f"recipe={tmp_path / name}.yaml"])
         assert str(error.value).count(str(tmp_path)) == 1
+
+
+class Both(Diffusers):
+    """A backbone that knows no other gradient of guided velocities than the whole one."""
+
+    guidance_gradient = None
+
+
+def test_a_backbone_that_does_not_know_a_gradient_is_not_asked_for_it():
+    given = merge(compose("draft_stitch"), {"model": {"_target_": "tests.test_parts.Both"}, "sampler": {"guidance": 2.0}})
+    checked(given, "draft_stitch")
+    with pytest.raises(UserError, match="'sampler.guidance_gradient' is conditional, and tests.test_parts.Both does not say"):
+        checked(merge(given, {"sampler": {"guidance_gradient": "conditional"}}), "draft_stitch")
+    checked(merge(compose("draft_stitch"), {"sampler": {"guidance_gradient": "conditional"}}), "draft_stitch")
