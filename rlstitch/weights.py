@@ -12,6 +12,7 @@ from rlstitch.types import UserError
 
 COUNTS = ("num_batches_tracked",)  # of a batch norm, which are whole numbers
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+SPARE = ("lm_head.", "decoder.", "text_projection.")  # what a whole language model has behind the encoder that is asked for
 BENIGN = ("position_ids",)  # buffers that older libraries saved, counted from 0 again by the newer ones
 
 
@@ -34,7 +35,9 @@ def load_strictly(cls: Any, folder: Path, what: str, *, variant: str | None = No
     Raises UserError that names the missing, unexpected and misshapen weights (buffers of positions apart), and those that are no numbers.
     """
     variant, _ = whole_files(folder, what, variant)
+    spare = ()
     if cls.__module__.startswith("transformers."):
+        spare = SPARE
         options["ignore_mismatched_sizes"] = True  # they are told below, by name
     try:
         model, told = cls.from_pretrained(
@@ -48,6 +51,7 @@ def load_strictly(cls: Any, folder: Path, what: str, *, variant: str | None = No
     odd = []
     for kind, key in kinds.items():
         names = sorted(n for entry in told[key] if not (n := entry if isinstance(entry, str) else entry[0]).endswith(BENIGN))
+        names = [n for n in names if kind != "are unknown to it" or not n.startswith(spare)]
         odd += [f"{len(names)} {kind} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"] if names else []
     if odd:
         raise UserError(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from rlstitch import schedule, scheduler
 from rlstitch.backbones import Diffusers
@@ -137,6 +140,10 @@ def test_text_is_cached_unpadded_and_stacked_as_it_was(kind, tmp_path):
     assert together.fields.keys() == again.fields.keys() and together.lengths() == again.lengths()
     for name, value in together.fields.items():
         torch.testing.assert_close(again.fields[name], value, atol=1e-5, rtol=1e-5)
+    whole = shutil.copytree(kind[1], tmp_path / "whole")  # language models with more than their encoder
+    for file in whole.glob("text_encoder*/*.safetensors"):
+        save_file(load_file(file) | {"decoder.layers.0.weight": torch.ones(2)}, file, metadata={"format": "pt"})
+    torch.testing.assert_close(backbone_of((kind[0], whole)).encode_prompts(PROMPTS[:1]).tokens, alone.tokens)
     z, sigma = noise_like(plain.latent_shape, torch.tensor([1, 2])), torch.tensor([0.4, 0.4])
     with torch.no_grad():  # a prompt's length is its own, whatever stands beside it
         torch.testing.assert_close(plain.velocity(z, sigma, together)[:1], plain.velocity(z[:1], sigma[:1], alone), atol=1e-5, rtol=1e-5)
