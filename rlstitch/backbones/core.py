@@ -14,14 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rlstitch import compiled
-from rlstitch.adapters import Layers
+from rlstitch import adapters, compiled
 from rlstitch.backbones import cut, directory, execution, loras
 from rlstitch.backbones.shared import architecture, distilled, lora_targets
 from rlstitch.backbones.texts import Texts, cut_prompts
 from rlstitch.files import require
 from rlstitch.fingerprints import hash_tensors, vae_factors
-from rlstitch.ranges import DeviceName, Dtype, Range, Side, Text
+from rlstitch.ranges import DeviceName, Dtype, NotEmpty, Range, Side, Text
 from rlstitch.schedule import Shift
 from rlstitch.types import Conditioning, UserError
 
@@ -114,7 +113,8 @@ class Diffusers:
     max_sequence_length: tokens of a prompt, where an encoder has no limit of its own (for SD3 those of T5, zeros where there is no T5; 0 adds none); image_size: side
     in pixels (default: the transformer's own), or height and width of a picture that is no square; embedded_guidance: what a guidance-distilled model is told (default:
     its pipeline's); attention: a backend of diffusers' attention, by its name there; compile: every block, and those of value models' tails, by torch.compile; quantise:
-    the frozen transformer's linears in 4 bits or in 8 (LoRA on them is not); text_encoder_3: `none` goes without T5 where a model can (its tokens are zeros then); cache: folder of encoded prompts and pictures, None for none.
+    the frozen transformer's linears in 4 bits or in 8 (LoRA on them is not); text_encoder_3: `none` goes without T5 where a model can (its tokens are zeros then); merge: LoRA files or folders of any
+    trainer that are added to the weights, so that the base, also of value models, is the merged model; cache: folder of encoded prompts and pictures, None for none.
     """
 
     def __init__(
@@ -132,6 +132,7 @@ class Diffusers:
         compile: bool = False,
         quantise: execution.Quantised | None = None,
         text_encoder_3: Literal["none"] | None = None,
+        merge: Text | Annotated[list[Text], NotEmpty()] | None = None,
         device: DeviceName = "cpu",
         cache: Text | None = None,
     ):
@@ -142,10 +143,12 @@ class Diffusers:
         self.arch = architecture(path)
         self.latent_shape, self.size, self.image_tokens = directory.sizes(path, height or image_size, width or image_size)
         if why := directory.unable(
-            path, attention=attention, compile=compile, quantise=quantise, dtype=dtype, text_encoder_3=text_encoder_3
+            path, attention=attention, compile=compile, quantise=quantise, dtype=dtype, text_encoder_3=text_encoder_3, merge=merge
         ):
             raise UserError(f"the model {path} cannot run as asked: {why}")
         self.transformer = directory.load(self.arch.TRANSFORMER, self.path, "transformer", self.dtype, variant, self.device, quantise)
+        self.merged = [adapters.fingerprint(lora) for lora in loras.listed(merge)]
+        loras.merge(self.transformer, [loras.load(lora, self) for lora in loras.listed(merge)])
         self.vae = directory.load(self.arch.VAE, self.path, "vae", self.dtype, variant, self.device)
         self.arch.prepare(self.transformer, self.device.type, attention)
         if attention is not None:
@@ -210,7 +213,7 @@ class Diffusers:
             return str(error)
         return ""
 
-    def load_lora(self, path: str | Path, name: str = "lora") -> Layers:
+    def load_lora(self, path: str | Path, name: str = "lora") -> adapters.Layers:
         """Put a LoRA of any kind on the frozen transformer as the adapter `name`; -> its layers. Prefixes made before stay without it. Raises UserError where it does not fit."""
         loras.put_on(self.transformer, layers := loras.load(path, self), name)
         return layers

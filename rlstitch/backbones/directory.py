@@ -11,7 +11,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
-from rlstitch.backbones import execution
+from rlstitch.backbones import execution, loras
 from rlstitch.backbones.shared import Architecture, architecture
 from rlstitch.files import names_in, read_json, require, weight_files
 from rlstitch.types import UserError
@@ -200,4 +200,9 @@ def faults(options: dict[str, Any]) -> list[tuple[str, str]]:
     if options.get("embedded_guidance") is not None and not transformer.get("guidance_embeds"):
         out.append(("embedded_guidance", f"{folder} was not distilled with guidance and has no embedding of it: leave it out"))
     out += execution.faults(arch, options, transformer)
+    for lora in loras.listed(options.get("merge")):
+        try:
+            loras.fitting(lora, arch, loras.linears(skeleton(folder)), options["path"])
+        except UserError as error:
+            out.append(("merge", str(error)))
     return out

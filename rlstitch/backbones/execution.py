@@ -39,6 +39,13 @@ def faults(arch: Architecture, options: dict[str, Any], transformer: dict[str, A
             )
         elif kind == "nf4" and not torch.cuda.is_available():
             out.append(("quantise", "nf4 runs on a GPU, and this machine has none: take int8, or leave it out"))
+        if options.get("merge"):
+            out.append(
+                (
+                    "merge",
+                    f"weights that are packed as they are read ({kind}) take nothing in: save the merged model first, or leave quantise out",
+                )
+            )
     return out
 
 

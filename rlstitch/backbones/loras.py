@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,11 @@ from rlstitch import adapters
 from rlstitch.adapters import Layers
 from rlstitch.telling import say
 from rlstitch.types import UserError
+
+
+def listed(paths: str | Sequence[str] | None) -> list[str]:
+    """One path, several or none, as a list."""
+    return [paths] if isinstance(paths, str) else list(paths or ())
 
 
 def linears(transformer: nn.Module) -> dict[str, tuple[int, int]]:
@@ -80,8 +85,9 @@ def put_on(transformer: nn.Module, layers: Layers, name: str) -> None:
 
 
 @torch.no_grad()
-def merge(transformer: nn.Module, layers: Layers) -> None:
-    """Into the weights, W + B A, in float32 and rounded once."""
-    for name, (a, b) in layers.items():
+def merge(transformer: nn.Module, several: Sequence[Layers]) -> None:
+    """Into the weights, W + B A + ..., in float32 and rounded once."""
+    for name in dict.fromkeys(name for layers in several for name in layers):
         weight = transformer.get_submodule(name).weight
-        weight.copy_(weight.float() + (b @ a).to(weight.device))
+        added = sum(b @ a for a, b in (layers[name] for layers in several if name in layers))
+        weight.copy_(weight.float() + added.to(weight.device))

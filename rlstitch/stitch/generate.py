@@ -63,6 +63,7 @@ def generate(backbone: Any, prompts: PromptSet, config: GenerateConfig, label: s
         "shift": shift.factor if shift == schedule.Shift(shift.factor) else dataclasses.asdict(shift),
         "shape": list(backbone.latent_shape),
         "dtype": str(backbone.dtype),
+        **({"merged": merged} if (merged := getattr(backbone, "merged", None)) else {}),
         **({"quantise": packed} if (packed := getattr(backbone, "quantise", None)) else {}),
         **({"code": code} if (code := code_of(backbone)) else {}),
     }

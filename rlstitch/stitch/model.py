@@ -319,7 +319,8 @@ def build(spec: Any, kind: str, device: str) -> Any:
         raise UserError(
             f"the card names '{target}', which is no backbone or reward of rlstitch and will not be imported from a file: build it and pass it to from_pretrained"
         )
-    if odd := [k for k, v in node.items() if v is not None and not isinstance(v, str | int | float)]:
+    told = [(k, part) for k, v in node.items() if v is not None for part in (v if isinstance(v, list) else [v])]
+    if odd := [k for k, part in told if not isinstance(part, str | int | float)]:
         raise UserError(f"the card gives {target} {', '.join(odd)} that are no plain values, which is not done from a file")
     if faults := check_part(f"{kind} of the card", node, kind=kind):
         raise UserError("; ".join(faults))
