@@ -68,6 +68,7 @@ def _faults(config: RunConfig) -> list[str]:
             "'model.quantise' packs whole weights, and distributed.zero_stage=3 holds parts of them: set zero_stage to 2 or less, or leave model.quantise out"
         )
     attempt(faults, "batch", geometry, config, count)
+    faults += lora_faults("lora.init", config.lora.init, config.model) if config.lora.init else []
     if config.resume not in ("auto", "never"):
         attempt(faults, "resume", require, config.resume, "the checkpoint to resume from")
     cards = value_cards(config, faults)

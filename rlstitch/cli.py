@@ -48,8 +48,8 @@ def recipes_of(script: str) -> dict[str, str]:
     return found
 
 
-def run_and_overrides(arguments: list[str]) -> tuple[Path, dict[str, Any]]:
-    """`run=FOLDER key=value ...` -> the folder and the recipe saved in it with overrides merged in."""
+def run_and_overrides(arguments: list[str]) -> tuple[Path, dict[str, Any], str]:
+    """`run=FOLDER key=value ...` -> the folder, the recipe saved in it with overrides merged in, and the path of `lora=PATH`, which is what that then starts from."""
     from rlstitch import checkpoint, resume
     from rlstitch import config as cfg
     from rlstitch.paths import home, what_is
@@ -63,11 +63,12 @@ def run_and_overrides(arguments: list[str]) -> tuple[Path, dict[str, Any]]:
     if what_is(folder / "recipe.yaml") != "a file":
         raise UserError(f"{folder} is no run folder: it has no recipe.yaml")
     resume.as_it_should_be(folder)
-    if not checkpoint.folders(folder):
+    overrides = cfg.parse_overrides([a for a in arguments if not a.startswith("run=")])
+    lora = overrides.pop("lora") if isinstance(overrides.get("lora"), str) else ""
+    if not lora and not checkpoint.folders(folder):
         raise UserError(f"{folder} has no complete checkpoint to evaluate")
-    return folder, cfg.merge(
-        cfg.compose(str(folder / "recipe.yaml")), cfg.parse_overrides([a for a in arguments if not a.startswith("run=")])
-    )
+    given = cfg.merge(cfg.compose(str(folder / "recipe.yaml")), overrides)
+    return folder, cfg.merge(given, {"lora": {"init": lora}}) if lora else given, lora
 
 
 def keep_freed_memory() -> None:

@@ -108,12 +108,13 @@ def comparing(config: Any) -> str:
     return whole(goals, config, lengths.unread(config.rewards, read_prompts(c.prompts, c.column).prompts))
 
 
-def evaluating(folder: Path, config: RunConfig) -> str:
-    """Of the evaluation of a run."""
-    e, newest = config.evaluation, checkpoint.newest(folder, keep_aside=False)
+def evaluating(folder: Path, config: RunConfig, lora: str = "") -> str:
+    """Of the evaluation of a run, or of a LoRA on its model."""
+    e, newest = config.evaluation, None if lora else checkpoint.newest(folder, keep_aside=False)
+    what = f"the LoRA {lora} on the model of {folder}" if lora else f"{', '.join(e.final)} of {newest}"
     prompts = read_prompts(e.prompts, e.column)
     goals = [
-        f"evaluates {', '.join(e.final)} of {newest} on {min(e.max_prompts or len(prompts), len(prompts))} prompts of {e.prompts} by {', '.join(e.rewards)}",
+        f"evaluates {what} on {min(e.max_prompts or len(prompts), len(prompts))} prompts of {e.prompts} by {', '.join(e.rewards)}",
         f"{e.num_steps} steps, guidance {e.guidance:g}; written to {folder / 'evaluation.json'}",
     ]
     return whole(goals, config, lengths.unread({n: config.rewards[n] for n in e.rewards}, prompts.prompts))

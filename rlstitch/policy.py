@@ -1,8 +1,11 @@
-"""The policy: LoRA sets on one frozen base. `current` trains, `ema` follows it, `old` samples where a method wants that, the reference is the base with adapters off."""
+"""The policy: LoRA sets on one frozen base. `current` trains, `ema` follows it, `old` samples where a method wants that; the reference is the base without them. A LoRA to
+start from stays active beside each of them, and is then the reference."""
 
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,24 +16,27 @@ from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from rlstitch.adapters import Layers
 from rlstitch.distributed import gathered
 from rlstitch.files import write_weights
 from rlstitch.types import UserError
 
-CURRENT, EMA, OLD, REFERENCE = "default", "ema", "old", "reference"
+CURRENT, EMA, OLD, REFERENCE, INIT = "default", "ema", "old", "reference", "init"
 SETS = {"base": REFERENCE, "raw": CURRENT, "ema": EMA}  # what an evaluation calls them
 
 
 class Policy:
     """LoRA of `rank` on the joint attention projections of a transformer (A ~ N(0, 1/rank), B = 0: at start it is the base bit for bit).
 
+    init: layers of a LoRA that is on the transformer already, as its adapter `init` (backbone.load_lora): it is frozen, and part of every set and of the reference.
     Only `use` switches adapters: PEFT's own set_adapter also flips requires_grad, which would silence training.
     """
 
     def __init__(
-        self, transformer: nn.Module, *, rank: int, alpha: float, targets: Sequence[str], seed: int, ema_decay: float, old: bool = False
-    ):
-        self.transformer, self.ema_decay = transformer, ema_decay
+        self, transformer: nn.Module, *, rank: int, alpha: float, targets: Sequence[str], seed: int, ema_decay: float, old: bool = False,
+        init: Layers | None = None,
+    ):  # fmt: skip
+        self.transformer, self.ema_decay, self.init = transformer, ema_decay, init or {}
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights="gaussian")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -39,7 +45,7 @@ class Policy:
         for name in self.followers:
             transformer.add_adapter(config, name)
         self.layers = [m for m in transformer.modules() if isinstance(m, LoraLayer)]
-        self.active = REFERENCE
+        self.active = None
         for layer in self.layers:  # adapters in float32 whatever the base is in
             for part in (layer.lora_A, layer.lora_B):
                 part.float()
@@ -65,7 +71,7 @@ class Policy:
 
     @contextmanager
     def use(self, name: str) -> Iterator[None]:
-        """Run the denoiser as `default` (current), `ema` or `reference` (the base, adapters off); gradients flags stay as they are."""
+        """Run the denoiser as `default` (current), `ema` or `reference` (the base, with `init` alone where there is one); gradients flags stay as they are."""
         before = self.active
         self._switch(name)
         try:
@@ -78,12 +84,10 @@ class Policy:
             return
         flags = [(p, p.requires_grad) for layer in self.layers for p in layer.parameters()]
         for layer in self.layers:
-            if name == REFERENCE:
-                layer.enable_adapters(False)
-            else:
-                if self.active == REFERENCE:
-                    layer.enable_adapters(True)
-                layer.set_adapter(name)
+            sets = [n for n in (INIT, name) if n in layer.lora_A]
+            layer.enable_adapters(bool(sets))
+            if sets:
+                layer.set_adapter(sets)
         for p, flag in flags:
             p.requires_grad_(flag)
         self.active = name
@@ -145,13 +149,26 @@ class Policy:
     def export(self, folder: Path, name: str = EMA) -> None:
         """Write `pytorch_lora_weights.safetensors`, which stock diffusers loads with pipe.load_lora_weights(folder).
 
-        alpha / rank is folded into B, so that the file means the same to readers that know alpha from its header, from a state dict, or not at all (alpha = rank).
+        alpha / rank is folded into B, so that the file means the same to readers that know alpha from its header, from a state dict, or not at all (alpha = rank). The
+        LoRA that was started from is in it: A over A and B beside B are the sum of the two, of a rank that is the sum of theirs.
         """
         with self.gathered():
-            layers = get_peft_model_state_dict(self.transformer, adapter_name=name)
-            settings = self.transformer.peft_config[name]
-            scale = settings.lora_alpha / settings.r
-            tensors = {f"transformer.{k}": v.detach().float() * (scale if ".lora_B." in k else 1.0) for k, v in layers.items()}
-        header = {"r": settings.r, "lora_alpha": settings.r, "target_modules": sorted(settings.target_modules)}
+            own = {k: v.detach().float().cpu() for k, v in get_peft_model_state_dict(self.transformer, adapter_name=name).items()}
+        settings = self.transformer.peft_config[name]
+        scale, names = settings.lora_alpha / settings.r, {k.partition(".lora_")[0] for k in own}
+        parts = {
+            n: [(own[f"{n}.lora_A.weight"], scale * own[f"{n}.lora_B.weight"])] if n in names else []
+            for n in sorted(names | set(self.init))
+        }
+        for n, layer in self.init.items():
+            parts[n].append(layer)
+        layers = {n: (torch.cat([a for a, _ in both]), torch.cat([b for _, b in both], 1)) for n, both in parts.items()}
+        ranks = {n: len(a) for n, (a, _) in layers.items()}
+        usual = Counter(ranks.values()).most_common(1)[0][0]
+        others = {f"^{n}": rank for n, rank in ranks.items() if rank != usual}
+        header = {"r": usual, "lora_alpha": usual, "target_modules": sorted(settings.target_modules)}
+        header |= {"rank_pattern": others, "alpha_pattern": others} if others else {}
+        header |= {"target_modules": "|".join(map(re.escape, sorted(ranks)))} if set(ranks) > names else {}
+        tensors = {f"transformer.{n}.lora_{half}.weight": t for n, two in layers.items() for half, t in zip("AB", two)}
         told = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps({f"transformer.{k}": v for k, v in header.items()}, sort_keys=True)}
         write_weights(Path(folder) / LORA_WEIGHT_NAME_SAFE, tensors, metadata=told)

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rlstitch import checkpoint, lock
+from rlstitch import adapters, checkpoint, lock, protocols
 from rlstitch import config as cfg
 from rlstitch.files import require, resolve, sha256
 from rlstitch.fingerprints import quick_fingerprint
@@ -71,14 +71,17 @@ def gone_on(source: Path | None, step: int, updates: int) -> str:
 
 
 def hashes(config: RunConfig) -> dict[str, str]:
-    """`key = path` of every file and folder that the maths reads -> hash: prompt files and heads whole, value models by their weights, model folders by size, first
-    and last MiB of their files, pictures by name and size."""
+    """`key = path` of every file and folder that the maths reads -> hash: prompt files and heads whole, value models by their weights, LoRA whole, model folders by
+    size, first and last MiB of their files, pictures by name and size."""
     parts = expand(config)
     trained = {name for part in parts for name in part.oracle.get("weights", {})}
     out = {f"data.prompts = {p.data.prompts}": sha256(require(p.data.prompts, "the prompt file")) for p in parts if not config.data.images}
     out[f"evaluation.prompts = {config.evaluation.prompts}"] = sha256(require(config.evaluation.prompts, "the prompt file"))
     out |= {f"values.{name} = {path}": read_card(path)["sha256"] for name, path in config.values.items() if name in trained}
-    nodes = {"model": config.model, "data.images": config.data.images} | {
+    given = {"lora.init": config.lora.init, "model.merge": config.model.get("merge") if protocols.ours(config.model["_target_"]) else None}
+    loras = [(key, path) for key, paths in given.items() for path in ([paths] if isinstance(paths, str) else paths or []) if path]
+    out |= {f"{key} = {path}": adapters.fingerprint(path) for key, path in loras}
+    nodes = {"model": {k: v for k, v in config.model.items() if f"model.{k}" not in given}, "data.images": config.data.images} | {
         f"rewards.{n}": node for n, node in config.rewards.items() if n in trained
     }
     for where, node in nodes.items():
@@ -99,6 +102,8 @@ def _paths(node: Any, where: str) -> Iterator[tuple[str, str]]:
     for key, value in node.items() if isinstance(node, dict) else ():
         if isinstance(value, dict):
             yield from _paths(value, f"{where}.{key}")
+        elif isinstance(value, list):
+            yield from _paths(dict(enumerate(value)), f"{where}.{key}")
         elif isinstance(value, str) and (value.startswith("shapes:") or ("/" in value and os.path.exists(os.path.expanduser(value)))):
             yield f"{where}.{key}", value
 

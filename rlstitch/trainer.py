@@ -25,7 +25,7 @@ from rlstitch.metrics import Clock, Log, peak_memory_mb
 from rlstitch.metrics import grid as draw_grid
 from rlstitch.oracles import rewards_of
 from rlstitch.parts import Parts
-from rlstitch.policy import CURRENT, EMA, SETS, Policy
+from rlstitch.policy import CURRENT, EMA, INIT, REFERENCE, SETS, Policy
 from rlstitch.schema import RunConfig
 from rlstitch.scoring import Scorer
 from rlstitch.stitch.refresh import Refresher
@@ -77,7 +77,7 @@ class Trainer:
         lora = config.lora
         self.policy = Policy(
             self.backbone.transformer, rank=lora.rank, alpha=lora.alpha, targets=self.backbone.lora_targets, seed=config.seed,
-            ema_decay=config.ema_decay, old=method.keeps_old,
+            ema_decay=config.ema_decay, old=method.keeps_old, init=self.backbone.load_lora(lora.init, INIT) if lora.init else None,
         )  # fmt: skip
         o = config.optimiser
         optimiser = torch.optim.AdamW(self.policy.parameters(), lr=o.lr, betas=(o.beta1, o.beta2), weight_decay=o.weight_decay, eps=o.eps)
@@ -338,6 +338,10 @@ class Trainer:
             raise UserError(f"{run} has no complete checkpoint to evaluate")
         checkpoint.load_weights(Path(found), self.policy)
         return {name: result.means for name, result in self.evaluate_all().items()}
+
+    def evaluate_start(self) -> dict[str, dict[str, float]]:
+        """Means of the model with `lora.init` alone, under the name lora."""
+        return {"lora": self.evaluate(REFERENCE, self.config.evaluation.max_prompts, "evaluation, lora").means}
 
     def _evaluate_now(self) -> None:
         """A small evaluation of the raw weights on the way, with a grid and the guard's measurements."""

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from rlstitch import checks
 from rlstitch.backbones import Diffusers
+from rlstitch.policy import CURRENT, EMA, INIT, REFERENCE, Policy
 from rlstitch.types import UserError, noise_like
 from tests.pipelines import WRITERS
 from tests.test_architectures import PROMPTS, stock
@@ -222,3 +224,50 @@ def test_what_is_no_plain_lora_of_this_model_is_refused_by_name_before_weights_l
     saved(tmp_path / "text.safetensors", {f"transformer.{n}": t for n, t in inner.items()} | text)
     backbone.load_lora(tmp_path / "text.safetensors")
     assert "has 2 tensors for text encoders, which stay as they are" in capsys.readouterr().out
+
+
+def test_a_policy_starts_from_a_lora_of_other_rank_and_targets_and_is_exported_as_one(world, tmp_path):
+    """Its sets and the reference begin as the model with it, bit for bit; the reference stays so; what is exported is the policy, in the stock pipeline, too."""
+    layers = random_layers(world.backbone, "to_q", "proj_out", "norm_out.linear", rank=3)
+    saved(tmp_path / "kohya.safetensors", flat(layers, "lora_unet_", 1.5))
+    backbone = world.fresh()
+    prefix = backbone.make_prefix(2)
+    init = backbone.load_lora(tmp_path / "kohya.safetensors", INIT)
+    policy = Policy(backbone.transformer, rank=2, alpha=8.0, targets=backbone.lora_targets, seed=0, ema_decay=0.5, old=True, init=init)
+    start = world.velocity(backbone=backbone)
+    torch.testing.assert_close(start, world.merged(layers, 0.5), atol=1e-5, rtol=1e-5)
+    for name in (EMA, REFERENCE, "old", CURRENT):
+        with policy.use(name):
+            assert torch.equal(world.velocity(backbone=backbone), start), name
+    assert {n for n, p in backbone.transformer.named_parameters() if p.requires_grad} == {n for n, _ in policy.named_parameters()}
+    assert not any(f".{INIT}." in n for n in policy.state_dict()) and prefix.fingerprint() == world.backbone.make_prefix(2).fingerprint()
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.add_(0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    trained = world.velocity(backbone=backbone)
+    with policy.use(REFERENCE):
+        assert torch.equal(world.velocity(backbone=backbone), start) and (trained - start).abs().max() > 1e-3
+    policy.export(tmp_path / "lora", CURRENT)
+    for velocity in (world.stock(tmp_path / "lora"), world.stock(load_file(tmp_path / "lora" / FILE)), world.loaded(tmp_path / "lora")):
+        torch.testing.assert_close(velocity, trained, atol=1e-5, rtol=1e-5)
+    policy.export(tmp_path / "start", EMA)  # which has not moved
+    torch.testing.assert_close(world.stock(tmp_path / "start"), start, atol=1e-5, rtol=1e-5)
+
+
+def test_a_merged_model_is_the_base_everywhere(world, tmp_path):
+    layers, more = random_layers(world.backbone, "to_q", "proj_out"), random_layers(world.backbone, "to_q", "to_k", rank=3)
+    saved(tmp_path / "a.safetensors", flat(layers, "lora_unet_", 3.0))
+    saved(tmp_path / "b.safetensors", flat(more, "lora_unet_", 3.0))
+    paths = [str(tmp_path / f"{k}.safetensors") for k in "ab"]
+    one, both = world.fresh(merge=paths[0]), world.fresh(merge=paths)
+    torch.testing.assert_close(world.velocity(backbone=one), world.merged(layers, 1.5), atol=1e-5, rtol=1e-5)
+    one.load_lora(paths[1])
+    torch.testing.assert_close(world.velocity(backbone=both), world.velocity(backbone=one), atol=1e-5, rtol=1e-5)
+    prints = {b.make_prefix(1).fingerprint() for b in (world.backbone, world.fresh(merge=paths[0]), both)}
+    assert len(prints) == 3 and not any("lora" in n for n, _ in both.transformer.named_parameters())
+    node = {"_target_": "rlstitch.backbones.Diffusers", "path": world.path}
+    assert not checks.model_faults(node | {"merge": paths})
+    for wrong in (["", paths[0]], [], 3, "", {"a": 1}):
+        (fault,) = checks.part_faults(SimpleNamespace(model=node | {"merge": wrong}, rewards={}))
+        assert fault.startswith("'model.merge' must")
+    assert "is not there" in checks.model_faults(node | {"merge": [paths[0], "none"]})[0]
