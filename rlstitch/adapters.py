@@ -6,8 +6,9 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -97,6 +98,11 @@ def fingerprint(path: str | Path) -> str:
     file = find(path)
     parts = [sha256(f) for f in (file, file.with_name(CONFIG)) if f.is_file()]
     return parts[0] if len(parts) == 1 else hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def matching(target: str, names: Iterable[str]) -> list[str]:
+    """Those of some modules' names that a target of LoRA is about: that are it or end in it, or that a pattern with * fits."""
+    return [n for n in names if (fnmatchcase(n, target) if "*" in target else n == target or n.endswith(f".{target}"))]
 
 
 def bare(name: str) -> str:

@@ -69,6 +69,8 @@ def _faults(config: RunConfig) -> list[str]:
         )
     attempt(faults, "batch", geometry, config, count)
     faults += lora_faults("lora.init", config.lora.init, config.model) if config.lora.init else []
+    if not any(f.startswith(("'model", "unknown key 'model")) for f in faults):
+        faults += target_faults(config.lora.targets, config.model)
     if config.resume not in ("auto", "never"):
         attempt(faults, "resume", require, config.resume, "the checkpoint to resume from")
     cards = value_cards(config, faults)
@@ -262,6 +264,16 @@ def lora_faults(where: str, path: str, model: dict[str, Any]) -> list[str]:
     options = {k: v for k, v in model.items() if k != "_target_"}
     why = attempt(faults, where, protocols.asked, "model", cls, "lora_fault", options, path)
     return faults + ([f"'{where}': {why}"] if why else [])
+
+
+def target_faults(targets: list[str], model: dict[str, Any]) -> list[str]:
+    """Faults of what LoRA is to be trained on, of a sound model."""
+    faults: list[str] = []
+    cls, options = cfg.load_class(model["_target_"]), {k: v for k, v in model.items() if k != "_target_"}
+    if targets and not hasattr(cls, "targets"):
+        return [f"'lora.targets' is given, and {model['_target_']} has targets of its own alone: leave it out"]
+    why = attempt(faults, "model.path", protocols.asked, "model", cls, "targets_fault", options, targets)
+    return faults + ([f"'lora.targets': {why}"] if why else [])
 
 
 def reward_faults(where: str, node: Any) -> list[str]:

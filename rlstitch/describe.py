@@ -126,9 +126,8 @@ def describe(config: RunConfig) -> str:
 
     cut = geometry(config, counted(config))
     with init_empty_weights():
-        sizes = protocols.asked(
-            "model", cfg.load_class(config.model["_target_"]), "parameter_counts", config.model["path"], config.lora.rank, default={}
-        )
+        cls, own = cfg.load_class(config.model["_target_"]), [config.lora.targets] * bool(config.lora.targets)
+        sizes = protocols.asked("model", cls, "parameter_counts", config.model["path"], config.lora.rank, *own, default={})
     width = 2 if config.model.get("dtype") in ("bfloat16", "float16") else 4
     packed = {"nf4": 0.5, "int8": 1}.get(config.model.get("quantise"), width)
     frozen = sum(v * (packed if k == "transformer" else width) for k, v in sizes.items() if k != "lora")

@@ -45,6 +45,7 @@ STATIC = {  # of each kind of class: what is asked of the class itself, with how
         "cut_prompts": (2, CUT),
         "faults": (1, WHY),
         "lora_fault": (2, str),
+        "targets_fault": (2, str),
         "image_tokens_of": (1, Count),
         "parameter_counts": (2, dict[str, int]),
         "distilled": (1, str),

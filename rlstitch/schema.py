@@ -65,9 +65,11 @@ class BatchConfig:
 @dataclass
 class LoraSettings:
     """init: a LoRA of any trainer and rank to start from, a file, folder or run. It stays as it is, active beside the trained one: the reference of every method and the
-    evaluation called base are the model with it, what is exported is the sum. Value models stay the base's, without it."""
+    evaluation called base are the model with it, what is exported is the sum. Value models stay the base's, without it. targets: ends of the names of the linears to train
+    on, or whole names with *, by default the architecture's; every block must have one."""
 
     init: str = ""
+    targets: list[Text] = field(default_factory=list)
     rank: Annotated[int, Range(1, 4096)] = 32
     alpha: Positive = 64.0
 

@@ -75,8 +75,9 @@ class Trainer:
         cut = config.data.truncate
         *_, self.held_out = (built.encoded(rows, truncate=cut) for rows in (*prompts.values(), held_out))
         lora = config.lora
+        targets = self.backbone.targets(lora.targets) if lora.targets else self.backbone.lora_targets
         self.policy = Policy(
-            self.backbone.transformer, rank=lora.rank, alpha=lora.alpha, targets=self.backbone.lora_targets, seed=config.seed,
+            self.backbone.transformer, rank=lora.rank, alpha=lora.alpha, targets=targets, seed=config.seed,
             ema_decay=config.ema_decay, old=method.keeps_old, init=self.backbone.load_lora(lora.init, INIT) if lora.init else None,
         )  # fmt: skip
         o = config.optimiser

@@ -39,7 +39,7 @@ def lora(world):  # noqa: F811
 
 def test_a_run_that_starts_from_a_lora(world, lora, capsys):  # noqa: F811
     """It resumes bit for bit, its base is the model with the LoRA, an evaluation and steering by the exported one are those of its EMA; another file is told."""
-    start = (f"lora.init={lora}", "checkpoint.every=1", "updates=2")
+    start = (f"lora.init={lora}", "lora.targets=[to_k, to_add_out]", "checkpoint.every=1", "updates=2")
     whole = train(world, "started", *start, "evaluation.final=[base, ema]")["eval"]
     train(world, "started-cut", *start, "updates=1", "evaluation.final=[raw]")
     train(world, "started-cut", *start, "evaluation.final=[raw]")
@@ -65,8 +65,11 @@ def test_a_run_that_starts_from_a_lora(world, lora, capsys):  # noqa: F811
     lora.write_bytes(before)
     with pytest.raises(UserError, match="lora.init: .*mine.safetensors -> (;|.)"):
         resume.resumable(given(world, "name=started", *start, "lora.init="))
-    with pytest.raises(UserError, match="'lora.init': .*is not there"):
-        given(world, "lora.init=none")
+    with pytest.raises(UserError) as caught:
+        given(world, "lora.init=none", "lora.targets=[transformer_blocks.0.attn.to_q]")
+    assert "'lora.init': the LoRA 'none' is not there" in str(caught.value) and "'lora.targets': 2 of 3 blocks would have no LoRA" in str(
+        caught.value
+    )
 
 
 def test_a_merged_model_goes_through_every_job(world, lora, capsys):  # noqa: F811

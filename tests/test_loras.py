@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from types import SimpleNamespace
 
 import peft
@@ -271,3 +272,32 @@ def test_a_merged_model_is_the_base_everywhere(world, tmp_path):
         (fault,) = checks.part_faults(SimpleNamespace(model=node | {"merge": wrong}, rewards={}))
         assert fault.startswith("'model.merge' must")
     assert "is not there" in checks.model_faults(node | {"merge": [paths[0], "none"]})[0]
+
+
+def test_targets_that_leave_a_block_out_or_hit_nothing_are_told(world):
+    """The architecture's own are sound; of a recipe's, each must be of linears alone, and every block of every list have one."""
+    node = {"_target_": "rlstitch.backbones.Diffusers", "path": world.path}
+    lists = {group: len(getattr(world.backbone.transformer, group)) for group in world.backbone.arch.LISTS}
+    first, blocks = next(iter(lists)), sum(lists.values())
+    cases = {
+        (): "",
+        ("to_q",): "",
+        ("attn.to_k", f"{first}.*.attn.to_add_out"): "",
+        (f"{first}.0.attn.to_q",): f"{blocks - 1} of {blocks} blocks would have no LoRA and learn nothing: {first}.1, ",
+        (f"{first}.*",): f"{lists.get('single_transformer_blocks')} of {blocks} blocks .*: single_transformer_blocks.0,"
+        if len(lists) > 1
+        else "",
+        ("to_q", "to_qq"): "'to_qq' is the end of no linear's name .*did you mean 'to_q'",
+        ("o_q",): "'o_q' is the end of no linear's name",
+        ("attn",): "'attn' is the end of no linear's name",
+    }
+    if len(lists) == 1:
+        cases["to_q", "proj"] = "'proj' is also pos_embed.proj, which is no linear"
+    for targets, told in cases.items():
+        faults = checks.target_faults(list(targets), node)
+        assert (len(faults) == 1 and re.search(f"^'lora.targets': .*{told}", faults[0])) if told else not faults, (targets, faults)
+    policy = Policy(
+        (backbone := world.fresh()).transformer, rank=1, alpha=1.0, targets=backbone.targets(["to_k", f"{first}.*.to_add_out"]), seed=0, ema_decay=0
+    )  # fmt: skip
+    on = {n.split(".lora_")[0].rpartition(".")[2] for n, _ in policy.named_parameters()}
+    assert on == {"to_k", "to_add_out"} and len(policy.layers) == blocks + lists[first]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rlstitch import adapters, compiled
 from rlstitch.backbones import cut, directory, execution, loras
-from rlstitch.backbones.shared import architecture, distilled, lora_targets
+from rlstitch.backbones.shared import architecture, distilled, lora_targets, targets_fault
 from rlstitch.backbones.texts import Texts, cut_prompts
 from rlstitch.files import require
 from rlstitch.fingerprints import hash_tensors, vae_factors
@@ -192,16 +192,17 @@ class Diffusers:
         return distilled(options["path"])
 
     @staticmethod
-    def parameter_counts(path: str, rank: int) -> dict[str, int]:
+    def parameter_counts(path: str, rank: int, targets: Sequence[str] = ()) -> dict[str, int]:
         """Parameters of transformer, autoencoder and LoRA, from the configurations alone (call it under accelerate's init_empty_weights)."""
         folder, arch = require(path, "the model directory"), architecture(path)
         transformer = arch.TRANSFORMER.from_config(arch.TRANSFORMER.load_config(folder / "transformer"))
         vae = arch.VAE.from_config(arch.VAE.load_config(folder / "vae"))
-        linears = [m for n, m in transformer.named_modules() if isinstance(m, nn.Linear) and n.endswith(lora_targets(arch, transformer))]
+        linears = {n: m for n, m in transformer.named_modules() if isinstance(m, nn.Linear)}
+        on = {n for target in lora_targets(arch, transformer, targets) for n in adapters.matching(target, linears)}
         return {
             "transformer": sum(p.numel() for p in transformer.parameters()),
             "vae": sum(p.numel() for p in vae.parameters()),
-            "lora": sum(rank * (m.in_features + m.out_features) for m in linears),
+            "lora": sum(rank * (m.in_features + m.out_features) for m in map(linears.get, sorted(on))),
         }
 
     @staticmethod
@@ -212,6 +213,15 @@ class Diffusers:
         except UserError as error:
             return str(error)
         return ""
+
+    @staticmethod
+    def targets_fault(options: dict[str, Any], targets: list[str]) -> str:
+        """Why LoRA cannot be trained on these targets (none: the architecture's) of a recipe's model; '' where it can."""
+        return targets_fault(architecture(options["path"]), directory.skeleton(options["path"]), targets)
+
+    def targets(self, own: Sequence[str]) -> Sequence[str]:
+        """What LoRA goes on: a recipe's own targets, or else `lora_targets`. Ask before a LoRA is put on."""
+        return lora_targets(self.arch, self.transformer, own) if own else self.lora_targets
 
     def load_lora(self, path: str | Path, name: str = "lora") -> adapters.Layers:
         """Put a LoRA of any kind on the frozen transformer as the adapter `name`; -> its layers. Prefixes made before stay without it. Raises UserError where it does not fit."""

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
 
 from rlstitch.backbones import execution, loras
@@ -44,7 +43,7 @@ def skeleton(path: str | Path) -> nn.Module:
 @lru_cache(maxsize=2)
 def _skeleton(cls: Any, file: Path, written: int) -> nn.Module:
     try:
-        with init_empty_weights():
+        with torch.device("meta"):
             return cls.from_config(cls.load_config(file.parent))
     except Exception as error:  # a configuration can be wrong in many ways
         raise UserError(f"{file} describes no {cls.__name__} ({str(error).strip().splitlines()[0][:200]}): restore it") from error

@@ -5,7 +5,6 @@ An architecture is a module of this package, stateless; what it must hold stands
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,7 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rlstitch import scheduler
+from rlstitch.adapters import matching
 from rlstitch.files import read_json, require
+from rlstitch.filling import nearest
 from rlstitch.schedule import Shift
 from rlstitch.types import Conditioning, UserError
 
@@ -77,10 +78,32 @@ def architecture(path: str | Path) -> Architecture:
     return import_module(f"rlstitch.backbones.{ARCHITECTURES[name]}")
 
 
-def lora_targets(arch: Architecture, transformer: Any) -> tuple[str, ...]:
-    """What LoRA goes on, with every * filled in."""
+def lora_targets(arch: Architecture, transformer: Any, own: Sequence[str] = ()) -> tuple[str, ...]:
+    """What LoRA goes on, a recipe's `own` or the architecture's, with every * filled in."""
     names = [n for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)]
-    return tuple(name for t in arch.LORA_TARGETS for name in (fnmatch.filter(names, t) if "*" in t else [t]))
+    return tuple(name for t in own or arch.LORA_TARGETS for name in (matching(t, names) if "*" in t else [t]))
+
+
+def targets_fault(arch: Architecture, transformer: Any, own: Sequence[str]) -> str:
+    """Why LoRA cannot go on a recipe's `own` targets, or on the architecture's: one is of nothing, or of what is no linear, or a block would have none; '' where it can."""
+    modules, told = dict(transformer.named_modules()), []
+    linears = [n for n, m in modules.items() if isinstance(m, torch.nn.Linear)]
+    for target in own:
+        if not (hit := matching(target, linears)):
+            told.append(f"{target!r} is the end of no linear's name in a {type(transformer).__name__}{nearest(target, _ends(linears))}")
+        elif other := set(matching(target, modules) if "*" not in target else hit) - set(linears):
+            told.append(f"{target!r} is also {min(other)}, which is no linear: write more of the name")
+    on = [n for target in own or arch.LORA_TARGETS for n in matching(target, linears)]
+    blocks = [f"{group}.{k}" for group in (*arch.BEFORE, *arch.LISTS) for k in range(len(getattr(transformer, group)))]
+    if not told and (left := [b for b in blocks if not any(n.startswith(f"{b}.") for n in on)]):
+        shown = ", ".join(left[:6]) + (", ..." if len(left) > 6 else "")
+        told.append(f"{len(left)} of {len(blocks)} blocks would have no LoRA and learn nothing: {shown}; add a linear of theirs")
+    return "; ".join(told)
+
+
+def _ends(names: Sequence[str]) -> list[str]:
+    """What a target may be: the names of linears without the blocks that they are in."""
+    return sorted({re.sub(r"^.*\.\d+\.(?=\D)", "", n) for n in names} | {n.rsplit(".", 1)[-1] for n in names})
 
 
 def linear(v: Tensor, null: Tensor, scale: float) -> Tensor:
