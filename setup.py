@@ -25,6 +25,7 @@ setup(
         "torch>=2.6,<2.14",
         "diffusers>=0.42,<0.43",
         "transformers>=5.17,<6",
+        "huggingface_hub>=1.32,<3",
         "peft>=0.21,<0.22",
         "accelerate>=1.15,<2",
         "deepspeed>=0.19.8,<0.20",

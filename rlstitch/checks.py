@@ -7,13 +7,14 @@ from collections.abc import Iterable
 from typing import Any
 
 from rlstitch import config as cfg
-from rlstitch import lengths, protocols, schedule, scheduler, stages
+from rlstitch import lengths, protocols, resume, schedule, scheduler, stages
 from rlstitch.data import DIMENSIONS, Geometry, PromptSet, resolve_geometry
 from rlstitch.distributed import world_size
 from rlstitch.files import require
 from rlstitch.fingerprints import same_vae
+from rlstitch.hub import model_folder
 from rlstitch.oracles import Tweedie
-from rlstitch.parts import values_used
+from rlstitch.parts import at_hand, values_used
 from rlstitch.schema import RunConfig
 from rlstitch.stitch.model import read_card
 from rlstitch.stops import End
@@ -242,7 +243,7 @@ def part_faults(config: Any) -> list[str]:
 def model_faults(model: dict[str, Any]) -> list[str]:
     """Faults of a model's directory, which has to hold the `parts` that the backbone's class names."""
     faults: list[str] = []
-    found = attempt(faults, "model.path", require, model["path"], "the model directory") if "path" in model else None
+    found = attempt(faults, "model.path", model_folder, model["path"]) if "path" in model else None
     parts = protocols.said(_class(model, "model"), "parts", ())
     lacking = [part for part in parts if found is not None and not (found / part / "config.json").is_file()]
     if lacking:
@@ -282,7 +283,7 @@ def reward_faults(where: str, node: Any) -> list[str]:
     if isinstance(node, dict) and str(node.get("_target_")).startswith("rlstitch."):
         for key in ("path", "head"):
             if isinstance(node.get(key), str):
-                attempt(faults, f"{where}.{key}", require, node[key], "the reward's file")
+                attempt(faults, f"{where}.{key}", model_folder if key == "path" else require, node[key], "the reward's file")
     return faults or cfg.own_faults(where, node, "reward")
 
 
@@ -387,10 +388,12 @@ def checked(given: dict[str, Any], name: str) -> RunConfig:
     """The typed config, or one UserError that lists every fault."""
     cfg.for_launcher(given, "train.py", name)
     config, faults = cfg.structure(given)
+    if not faults:
+        resume.keep_commits(config, name)
     faults += recipe_faults(config)
     cfg.named(config, name, faults)
     if faults:
         raise cfg.report(list(dict.fromkeys(faults)), name)
     if config.stages:
         config.updates = sum(stage.updates for stage in config.stages)
-    return config
+    return checked(given, name) if at_hand(config) else config

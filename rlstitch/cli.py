@@ -127,11 +127,13 @@ def wants(arguments: list[str], *words: str) -> bool:
 
 
 def quiet() -> None:
-    """Libraries say what went wrong and nothing else, and draw no bars of their own."""
+    """Libraries say what went wrong and nothing else, draw no bars of their own, and ask no network."""
+    from rlstitch import hub
+
     for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
         os.environ.setdefault(name, "error")
-    for name in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS"):
-        os.environ.setdefault(name, "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    hub.keep_libraries_offline()
     warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters on one base are what we want
     warnings.filterwarnings("ignore", message="OMP_NUM_THREADS")  # what accelerate sets of it by itself
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch|diffusers|deepspeed")

@@ -9,6 +9,7 @@ from rlstitch import checkpoint, lengths, protocols, schedule, scheduler, stages
 from rlstitch import config as cfg
 from rlstitch.checks import counted, geometry, halts
 from rlstitch.data import read_prompts
+from rlstitch.parts import to_fetch
 from rlstitch.schema import RunConfig
 
 
@@ -48,6 +49,7 @@ def distilled(config: RunConfig) -> list[str]:
 
 def whole(goals: list[str], config: Any, more: list[str]) -> str:
     """What would be done, the resolved recipe, and what else is known of it."""
+    more = [*more, *to_fetch(config)]
     return "\n".join([*goals, "", cfg.to_yaml(config).rstrip(), *([""] if more else []), *more])
 
 

@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import cache, lru_cache
 from pathlib import Path
@@ -166,20 +166,24 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def weight_files(folder: Path, what: str, variant: str | None = None) -> tuple[str | None, list[Path]]:
+def weight_files(
+    folder: Path, what: str, variant: str | None = None, names: Collection[str] | None = None
+) -> tuple[str | None, list[Path]]:
     """(variant, safetensors files) of one part's folder: whole or in shards with an index. A `variant` such as fp16 is taken where it is there, else the plain
-    files, and without either the only variant that there is. Raises UserError where there are none, where shards are missing, and where several would do."""
+    files, and without either the only variant that there is. names: of the files that the folder will have, where not all are here yet (indexes are). Raises UserError
+    where there are none, where shards are missing, and where several would do."""
+    there = {p.name for p in folder.glob("*") if p.is_file()} if names is None else set(names)
     for chosen in dict.fromkeys((variant, None)):
-        if files := _files(folder, what, chosen):
+        if files := _files(folder, what, chosen, there):
             return chosen, files
-    variants = sorted({v for p in folder.glob("*.safetensors*") if (v := _variant_of(p.name)) and _files(folder, what, v)})
+    variants = sorted({v for name in there if (v := _variant_of(name)) and _files(folder, what, v, there)})
     if len(variants) == 1:
-        return variants[0], _files(folder, what, variants[0])
+        return variants[0], _files(folder, what, variants[0], there)
     if variants:
         raise UserError(
             f"{what} in {folder} has weights in several variants ({', '.join(variants)}) and none without: name one with variant"
         )
-    pickled = sorted(p.name for p in folder.glob("*") if p.suffix in PICKLES)
+    pickled = sorted(name for name in there if Path(name).suffix in PICKLES)
     raise UserError(
         f"{what} in {folder} has no weights in safetensors"
         + (
@@ -191,15 +195,15 @@ def weight_files(folder: Path, what: str, variant: str | None = None) -> tuple[s
     )
 
 
-def _files(folder: Path, what: str, variant: str | None) -> list[Path]:
+def _files(folder: Path, what: str, variant: str | None, there: set[str]) -> list[Path]:
     """The files of exactly this variant; none where it is not there."""
     dot = f".{variant}" if variant else ""
     for stem in STEMS:
-        if (whole := folder / f"{stem}{dot}.safetensors").is_file():
-            return [whole]
-        if (index := folder / f"{stem}.safetensors.index{dot}.json").is_file():
+        if (whole := f"{stem}{dot}.safetensors") in there:
+            return [folder / whole]
+        if (index := folder / f"{stem}.safetensors.index{dot}.json").name in there:
             names = sorted(set(read_json(index, f"the index of {what}", weight_map=dict)["weight_map"].values()), key=str)
-            if lacking := [str(n) for n in names if not isinstance(n, str) or Path(n).name != n or not (folder / n).is_file()]:
+            if lacking := [str(n) for n in names if not isinstance(n, str) or Path(n).name != n or n not in there]:
                 raise UserError(f"{what} in {folder} lacks {', '.join(lacking[:5])}, which {index.name} names: download it whole")
             return [folder / name for name in names]
     return []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rlstitch.files import names_in, opened, read_json, require, sha256, weight_files
+from rlstitch.hub import model_folder
 
 OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}  # names of an older diffusers
 
@@ -27,24 +28,23 @@ def hash_tensors(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def quick_fingerprint(folder: Path, patterns: tuple[str, ...]) -> str:
-    """Fingerprint of possibly very large files: names, sizes, first and last MiB."""
+def quick_fingerprint(folder: Path, files: Iterable[Path]) -> str:
+    """Fingerprint of possibly very large files in a folder: names, sizes, first and last MiB."""
     digest = hashlib.sha256()
-    for pattern in patterns:
-        for path in sorted(folder.glob(pattern)):
-            size = path.stat().st_size
-            digest.update(f"{path.relative_to(folder)}:{size}".encode())
-            with path.open("rb") as file:
-                digest.update(file.read(1 << 20))
-                if size > 1 << 20:
-                    file.seek(-(1 << 20), os.SEEK_END)
-                    digest.update(file.read())
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder)}:{size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(1 << 20))
+            if size > 1 << 20:
+                file.seek(-(1 << 20), os.SEEK_END)
+                digest.update(file.read())
     return digest.hexdigest()
 
 
 def weights_fingerprint(model: str | Path, part: str) -> str:
     """Hash of the weight files of one part of a pipeline directory. UserError where it has none in safetensors."""
-    return _files_hash(_stamps(require(model, "the model directory") / part, f"the {part}"))
+    return _files_hash(_stamps(model_folder(model) / part, f"the {part}"))
 
 
 def vae_fingerprint(model: str | Path) -> str:
@@ -55,7 +55,7 @@ def vae_fingerprint(model: str | Path) -> str:
 def vae_fingerprints(model: str | Path) -> tuple[str, str]:
     """Hashes of an autoencoder's tensors and of its scale and shift; the tensors rounded to bfloat16, and to float16 first. Two directories hold the same one where they share either: whole or in shards,
     saved anew, in float32, or cast to bfloat16 or to float16. (A cast to bfloat16 beside a cast to float16, the original gone, share none.)"""
-    folder = require(model, "the model directory") / "vae"
+    folder = model_folder(model) / "vae"
     config = read_json(require(folder / "config.json", "the vae's config"), "the vae's config")
     return _tensor_hashes(_stamps(folder, "the vae"), vae_factors(config, " "))
 

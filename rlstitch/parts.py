@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from rlstitch import hub, protocols
 from rlstitch.asking import probe_rewards
 from rlstitch.config import build as build_part
 from rlstitch.config import load_class
@@ -35,6 +36,8 @@ class Parts:
     def of(cls, model: Mapping[str, Any], rewards: Mapping[str, Any], *, engine: Engine | None = None) -> Parts:
         """The denoiser and the rewards that a recipe's nodes name, on this process's device."""
         device = str(engine.device) if engine is not None else "cuda" if torch.cuda.is_available() else "cpu"
+        if engine is not None:
+            _agree(engine, [hub.pinned(path) for node in (model, *rewards.values()) if hub.parsed(path := node.get("path"))])
         backbone = build_part(model, kind="model", device=device)
         return cls(backbone, {name: build_part(node, kind="reward", device=device) for name, node in rewards.items()}, device, engine)
 
@@ -74,6 +77,55 @@ class Parts:
     def encoded(self, prompts: PromptSet, *, truncate: bool = False, allow: str = "data.truncate") -> PromptSet:
         """Prompts (and their pictures) as the denoiser takes them, see `data.encode`."""
         return encode(self.backbone, prompts, truncate=truncate, engine=self.engine, allow=allow)
+
+
+def _agree(engine: Engine, ids: list[str]) -> None:
+    """The caches of several machines may hold several commits under one name."""
+    main = json.loads(engine.by_main(lambda: json.dumps(ids)))
+
+    def same() -> None:
+        if main != ids:
+            raise UserError(
+                f"rank 0 takes {', '.join(main)} and rank {engine.rank} {', '.join(ids)}: name one commit, model.path=OWNER/NAME@COMMIT"
+            )
+
+    engine.together(same)
+
+
+def from_hub(config: Any) -> list[tuple[str, dict[str, Any], list[str]]]:
+    """(key, node, the folders whose weights it loads) of a config's model and rewards whose path is a hub id, and whose class says what it needs of that."""
+    said = vars(config)
+    nodes = {key: said[key] for key in ("model", "reward", "start") if said.get(key)}
+    nodes |= {f"rewards.{name}": node for name, node in said.get("rewards", {}).items()}
+    out = []
+    for key, node in nodes.items():
+        if hub.parsed(node.get("path")):
+            kind, options = "model" if key == "model" else "reward", {k: v for k, v in node.items() if k != "_target_"}
+            needs = protocols.asked(kind, load_class(node["_target_"]), "needs", options)
+            out += [] if needs is None else [(key, node, list(needs))]
+    return out
+
+
+def pinned(node: Mapping[str, Any]) -> dict[str, Any]:
+    """A node with the commit of its hub id, as a card keeps it."""
+    return {key: hub.pinned(value) if key == "path" else value for key, value in node.items()}
+
+
+def at_hand(config: Any) -> bool:
+    """Name the commits of a sound config's hub ids in it and, unless it is only checked, fetch their weights; -> whether any came, which no check has seen."""
+    came = False
+    for _, node, needs in from_hub(config):
+        node["path"] = hub.pinned(node["path"])
+        if not config.check and hub.missing(node["path"], needs, node.get("variant")):
+            hub.fetch(node["path"], needs, node.get("variant"))
+            came = True
+    return came
+
+
+def to_fetch(config: Any) -> list[str]:
+    """Of every hub id of a checked config, a line on what a run would fetch first."""
+    found = [(key, node["path"], hub.missing(node["path"], needs, node.get("variant"))) for key, node, needs in from_hub(config)]
+    return [f"{key} {path}: " + (f"{hub.amount(files)} would be fetched" if files else "in the hub cache") for key, path, files in found]
 
 
 def values_used(node: Mapping[str, Any]) -> list[str]:

@@ -39,11 +39,12 @@ METHODS = {  # of each kind of class: what is called on it, and with how many ar
 }
 CUT, WHY = list[tuple[Any, int, int]], list[tuple[str, str]]
 STATIC = {  # of each kind of class: what is asked of the class itself, with how many arguments, and what that gives; beyond METHODS it need not be there
-    "reward": {"unreadable": (1, str), "cut_prompts": (2, CUT), "faults": (1, WHY)},
+    "reward": {"unreadable": (1, str), "cut_prompts": (2, CUT), "faults": (1, WHY), "needs": (1, list[str])},
     "algorithm": {"faults": (2, list[str]), "backwards": (2, Count)},
     "model": {
         "cut_prompts": (2, CUT),
         "faults": (1, WHY),
+        "needs": (1, list[str]),
         "lora_fault": (2, str),
         "targets_fault": (2, str),
         "image_tokens_of": (1, Count),

@@ -9,11 +9,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rlstitch import adapters, checkpoint, lock, protocols
+from rlstitch import adapters, checkpoint, hub, lock, protocols
 from rlstitch import config as cfg
 from rlstitch.files import require, resolve, sha256
 from rlstitch.fingerprints import quick_fingerprint
-from rlstitch.paths import what_is
+from rlstitch.paths import home, what_is
 from rlstitch.schema import RunConfig
 from rlstitch.stages import expand
 from rlstitch.stitch.model import read_card
@@ -60,6 +60,21 @@ def resumable(config: RunConfig) -> None:
         )
 
 
+def keep_commits(config: RunConfig, name: str) -> None:
+    """Where a config goes on with a run, a hub id without a revision stands for the commit that the run has."""
+    if config.resume == "never":
+        return
+    with suppress(UserError):  # which `resumable` tells
+        run = home(config.out) / (config.name or cfg.short_name(name)) if config.resume == "auto" else Path(config.resume).parent.parent
+        if not checkpoint.folders(run) or not (run / "recipe.yaml").is_file():
+            return
+        saved = cfg.compose(str(run / "recipe.yaml"))
+        pairs = [(config.model, saved.get("model")), *((node, saved.get("rewards", {}).get(n)) for n, node in config.rewards.items())]
+        for node, before in pairs:
+            if before and hub.parsed(node.get("path")) and str(before.get("path")).startswith(f"{node['path']}@"):
+                node["path"] = before["path"]
+
+
 def gone_on(source: Path | None, step: int, updates: int) -> str:
     """What a run's first line says of the checkpoint that it goes on from."""
     if source is None:
@@ -87,7 +102,7 @@ def hashes(config: RunConfig) -> dict[str, str]:
     for where, node in nodes.items():
         for key, path in _paths(node, where):
             found = resolve(path)
-            whole = sha256 if found.is_file() else _listing if where == "data.images" else lambda folder: quick_fingerprint(folder, _MODEL)
+            whole = sha256 if found.is_file() else _listing if where == "data.images" else _weights
             out[f"{key} = {path}"] = whole(found)
     return out
 
@@ -106,6 +121,10 @@ def _paths(node: Any, where: str) -> Iterator[tuple[str, str]]:
             yield from _paths(dict(enumerate(value)), f"{where}.{key}")
         elif isinstance(value, str) and (value.startswith("shapes:") or ("/" in value and os.path.exists(os.path.expanduser(value)))):
             yield f"{where}.{key}", value
+
+
+def _weights(folder: Path) -> str:
+    return quick_fingerprint(folder, (file for pattern in _MODEL for file in sorted(folder.glob(pattern))))
 
 
 def _listing(folder: Path) -> str:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from rlstitch import protocols
-from rlstitch.files import read_json, require
+from rlstitch.files import read_json
+from rlstitch.hub import model_folder
 from rlstitch.schedule import Shift
 from rlstitch.telling import say
 from rlstitch.types import UserError
@@ -76,7 +77,7 @@ def of_recipe(where: str, stated: Any, model: dict[str, Any], faults: list[str])
     if any(f.startswith(("'model", "unknown key 'model")) for f in faults):
         return None if stated == AUTO else Shift(float(stated))
     try:
-        path = require(model.get("path", ""), "the model directory")
+        path = model_folder(model.get("path", ""))
         backbone = protocols.load_class(model["_target_"])
         count = protocols.asked("model", backbone, "image_tokens_of", model)
         return of_directory(where, stated, path, count, getattr(backbone, "shift_of", None))

@@ -27,7 +27,7 @@ from rlstitch.files import write_json, write_text
 from rlstitch.metrics import grid as draw_grid
 from rlstitch.metrics import peak_memory_mb, to_image
 from rlstitch.oracles import Terminal
-from rlstitch.parts import Parts
+from rlstitch.parts import Parts, at_hand
 from rlstitch.paths import ready
 from rlstitch.prompts import PromptSet, read_prompts
 from rlstitch.ranges import Count, CountOrNone, Name, Range, Seed, Text, Threads
@@ -182,7 +182,7 @@ def checked(given: dict[str, Any], name: str) -> SteerConfig:
             faults += unread("oracle.weights", weights, config.rewards, prompts, "take prompts that it reads, or another reward")
     if faults := faults + parts:
         raise cfg.report(list(dict.fromkeys(faults)), name)
-    return config
+    return checked(given, name) if at_hand(config) else config
 
 
 def foreign(folder: Path) -> str:

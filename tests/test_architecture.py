@@ -12,7 +12,7 @@ PACKAGE = ROOT / "rlstitch"
 FLOORS = {
     "types": 0, "ranges": 0, "strict_yaml": 0, "figures": 0, "paths": 0.1,
     "schema": 0.2, "memory": 0.3, "telling": 0.4, "asking": 0.5, "filling": 0.5, "protocols": 0.6, "holding": 0.65,
-    "files": 0.7, "fingerprints": 0.8, "adapters": 0.8, "config": 1, "distributed": 1, "interrupt": 1,
+    "files": 0.7, "hub": 0.75, "fingerprints": 0.8, "adapters": 0.8, "config": 1, "distributed": 1, "interrupt": 1,
     "zero": 0.5, "watch": 0.5, "compiled": 0.5, "lock": 1, "tracker": 1.5, "resume": 5,
     "schedule": 1, "scheduler": 2, "weights": 2,
     "stops": 2, "losses": 2, "advantages": 2, "prompts": 2, "cache": 2, "metrics": 2, "backbones": 3, "rewards": 3, "shapes": 2,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rlstitch import adapters, compiled
+from rlstitch import adapters, compiled, hub
 from rlstitch.backbones import cut, directory, execution, loras
 from rlstitch.backbones.shared import architecture, distilled, lora_targets, targets_fault
 from rlstitch.backbones.texts import Texts, cut_prompts
@@ -109,8 +109,8 @@ class Diffusers:
     """A pipeline directory of diffusers, of any architecture of `shared.ARCHITECTURES`. `transformer` and `vae` are loaded at once and frozen; text encoders only while
     prompts are encoded.
 
-    path: directory or `shapes:NAME`; dtype: of the frozen weights; variant: of the weight files, e.g. fp16 (default: the plain ones, or the only one there is);
-    max_sequence_length: tokens of a prompt, where an encoder has no limit of its own (for SD3 those of T5, zeros where there is no T5; 0 adds none); image_size: side
+    path: directory, `shapes:NAME` or a hub id, owner/name or owner/name@revision; dtype: of the frozen weights; variant: of the weight files, e.g. fp16 (default: the
+    plain ones, or the only one there is); max_sequence_length: tokens of a prompt, where an encoder has no limit of its own (for SD3 those of T5, zeros where there is no T5; 0 adds none); image_size: side
     in pixels (default: the transformer's own), or height and width of a picture that is no square; embedded_guidance: what a guidance-distilled model is told (default:
     its pipeline's); attention: a backend of diffusers' attention, by its name there; compile: every block, and those of value models' tails, by torch.compile; quantise:
     the frozen transformer's linears in 4 bits or in 8 (LoRA on them is not); text_encoder_3: `none` goes without T5 where a model can (its tokens are zeros then); merge: LoRA files or folders of any
@@ -136,7 +136,7 @@ class Diffusers:
         device: DeviceName = "cpu",
         cache: Text | None = None,
     ):
-        self.path, self.variant = require(path, "the model directory"), variant
+        self.path, self.variant = hub.model_folder(path), variant
         self.device, self.dtype = torch.device(device), getattr(torch, dtype)
         for part in self.parts:
             require(self.path / part, f"the {part} of model '{path}'")
@@ -146,6 +146,7 @@ class Diffusers:
             path, attention=attention, compile=compile, quantise=quantise, dtype=dtype, text_encoder_3=text_encoder_3, merge=merge
         ):
             raise UserError(f"the model {path} cannot run as asked: {why}")
+        hub.fetch(path, directory.needs({"path": path, "text_encoder_3": text_encoder_3}), variant)
         self.transformer = directory.load(self.arch.TRANSFORMER, self.path, "transformer", self.dtype, variant, self.device, quantise)
         self.merged = [adapters.fingerprint(lora) for lora in loras.listed(merge)]
         loras.merge(self.transformer, [loras.load(lora, self) for lora in loras.listed(merge)])
@@ -174,6 +175,7 @@ class Diffusers:
 
     checkpointing, guidance_gradient = False, "both"  # of activations; of guided velocities
     parts, faults, cut_prompts = directory.PARTS, staticmethod(directory.faults), staticmethod(cut_prompts)
+    needs = staticmethod(directory.needs)
 
     @staticmethod
     def image_tokens_of(options: dict[str, Any]) -> int:
@@ -194,7 +196,7 @@ class Diffusers:
     @staticmethod
     def parameter_counts(path: str, rank: int, targets: Sequence[str] = ()) -> dict[str, int]:
         """Parameters of transformer, autoencoder and LoRA, from the configurations alone (call it under accelerate's init_empty_weights)."""
-        folder, arch = require(path, "the model directory"), architecture(path)
+        folder, arch = hub.model_folder(path), architecture(path)
         transformer = arch.TRANSFORMER.from_config(arch.TRANSFORMER.load_config(folder / "transformer"))
         vae = arch.VAE.from_config(arch.VAE.load_config(folder / "vae"))
         linears = {n: m for n, m in transformer.named_modules() if isinstance(m, nn.Linear)}

@@ -12,7 +12,8 @@ from torch import nn
 
 from rlstitch.backbones import execution, loras
 from rlstitch.backbones.shared import Architecture, architecture
-from rlstitch.files import names_in, read_json, require, weight_files
+from rlstitch.files import names_in, read_json, weight_files
+from rlstitch.hub import missing, model_folder
 from rlstitch.types import UserError
 from rlstitch.weights import load_strictly, whole_files
 
@@ -36,7 +37,7 @@ def load(
 
 def skeleton(path: str | Path) -> nn.Module:
     """The transformer of a directory without weights, from its configuration alone. Raises UserError where there can be none such."""
-    file = require(path, "the model directory") / "transformer" / "config.json"
+    file = model_folder(path) / "transformer" / "config.json"
     return _skeleton(architecture(path).TRANSFORMER, file, file.stat().st_mtime_ns)
 
 
@@ -58,6 +59,12 @@ def encoders(arch: Architecture, folder: Path) -> set[str]:
 def left_out(options: dict[str, Any]) -> set[str]:
     """The text encoders that a recipe's model is to go without, though its directory may have them."""
     return {key for key, value in options.items() if key.startswith("text_encoder") and value == "none"}
+
+
+def needs(options: dict[str, Any]) -> list[str]:
+    """The parts of a recipe's model whose weights are loaded."""
+    folder = model_folder(options["path"])
+    return [*PARTS, *sorted(encoders(architecture(folder), folder) - left_out(options))]
 
 
 def _needed(arch: Architecture, options: dict[str, Any]) -> list[tuple[str, str]]:
@@ -114,7 +121,7 @@ def _not_positive(transformer: dict[str, Any], vae: dict[str, Any]) -> list[str]
 def sizes(path: str | Path, height: int | None = None, width: int | None = None) -> tuple[tuple[int, ...], tuple[int, int], int]:
     """(a latent's shape, the picture's height and width, its tokens in the transformer) of a directory, from its configurations alone. Raises UserError where a size
     does not divide into patches."""
-    folder, arch = require(path, "the model directory"), architecture(path)
+    folder, arch = model_folder(path), architecture(path)
     transformer, vae = _configs(arch, folder)
     channels, factor, patch, own = arch.latent(transformer, vae)
     size = (height or own, width or own)
@@ -130,13 +137,13 @@ def sizes(path: str | Path, height: int | None = None, width: int | None = None)
 
 def unable(path: str | Path, **options: Any) -> str:
     """What a model, or this machine, cannot do of what it is asked to run with; '' where there is nothing."""
-    folder, arch = require(path, "the model directory"), architecture(path)
+    folder, arch = model_folder(path), architecture(path)
     return "; ".join(f"{key}: {why}" for key, why in _needed(arch, options) + execution.faults(arch, options, _configs(arch, folder)[0]))
 
 
 def faults(options: dict[str, Any]) -> list[tuple[str, str]]:
-    """(key, why) of what keeps a recipe's model from loading or running, from its small files and its weights' names alone."""
-    folder, out = require(options["path"], "the model directory"), []
+    """(key, why) of what keeps a recipe's model from loading or running, from its small files and the names of its weights, as far as these are here."""
+    folder, out = model_folder(options["path"]), []
     try:
         arch = architecture(folder)
     except UserError as error:
@@ -153,13 +160,19 @@ def faults(options: dict[str, Any]) -> list[tuple[str, str]]:
             out.append(("path", f"{folder}/model_index.json {why}"))
     if out:
         return out
-    for part in [*PARTS, *sorted(encoders(arch, folder) - without)]:
+    parts = needs(options)
+    try:
+        coming = {name.split("/")[0] for name in missing(options["path"], parts, variant)}
+    except UserError as error:
+        return [("path", str(error))]
+    for part in parts:
         if not (folder / part / "config.json").is_file():
             spare = f", or set model.{part}=none (or in that file it and its tokenizer to [null, null])" if part in arch.OPTIONAL else ""
             out.append(("path", f"{folder} has no {part}/config.json, which its model_index.json names: download it whole{spare}"))
             continue
         try:
-            whole_files(folder / part, f"the {part}", variant)
+            if part not in coming:
+                whole_files(folder / part, f"the {part}", variant)
             read_json(folder / part / "config.json", f"the config of the {part}")
             if part in arch.LIMITED:
                 _limit(folder / arch.LIMITED[part] / "tokenizer_config.json")
@@ -169,8 +182,8 @@ def faults(options: dict[str, Any]) -> list[tuple[str, str]]:
     if out:
         return out
     transformer, vae = _configs(arch, folder)
-    saved = names_in(weight_files(folder / "vae", "the vae", variant)[1])
-    lacking = [k for k in ("quant_conv", "post_quant_conv") if vae.get(f"use_{k}") and f"{k}.weight" not in saved]
+    saved = set() if "vae" in coming else names_in(weight_files(folder / "vae", "the vae", variant)[1])
+    lacking = [k for k in ("quant_conv", "post_quant_conv") if saved and vae.get(f"use_{k}") and f"{k}.weight" not in saved]
     if lacking:
         told = " and ".join(f'"use_{k}": false' for k in lacking)
         out.append(

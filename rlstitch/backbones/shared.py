@@ -18,8 +18,9 @@ from torch.nn import functional as F
 
 from rlstitch import scheduler
 from rlstitch.adapters import matching
-from rlstitch.files import read_json, require
+from rlstitch.files import read_json
 from rlstitch.filling import nearest
+from rlstitch.hub import model_folder
 from rlstitch.schedule import Shift
 from rlstitch.types import Conditioning, UserError
 
@@ -27,6 +28,7 @@ from rlstitch.types import Conditioning, UserError
 ARCHITECTURES = {
     "StableDiffusion3Pipeline": "sd3", "FluxPipeline": "flux", "Flux2KleinPipeline": "flux2", "QwenImagePipeline": "qwen", "ZImagePipeline": "zimage",
 }  # fmt: skip
+LIBRARIES = ("diffusers", "transformers")
 
 
 class Architecture(Protocol):
@@ -70,11 +72,16 @@ class Architecture(Protocol):
 
 
 def architecture(path: str | Path) -> Architecture:
-    """The architecture of a pipeline directory, by the class that its model_index.json names. Raises UserError for one that is not known."""
-    folder = require(path, "the model directory")
-    name = str(read_json(folder / "model_index.json", "the pipeline's index").get("_class_name"))
+    """The architecture of a pipeline directory, by the class that its model_index.json names. Raises UserError for one that is not known, and where the file takes a
+    part from elsewhere than LIBRARIES: it would be imported."""
+    folder = model_folder(path)
+    index = read_json(folder / "model_index.json", "the pipeline's index")
+    name = str(index.get("_class_name"))
     if name not in ARCHITECTURES:
         raise UserError(f"{folder} holds a {name}, and what is known here is {', '.join(ARCHITECTURES)}")
+    pairs = {part: entry for part, entry in index.items() if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)}
+    if odd := [f"{part} from {entry[0]!r}" for part, entry in pairs.items() if entry[0] not in LIBRARIES]:
+        raise UserError(f"{folder}/model_index.json takes {', '.join(odd)}, and parts are taken from {' and '.join(LIBRARIES)} alone")
     return import_module(f"rlstitch.backbones.{ARCHITECTURES[name]}")
 
 
@@ -147,7 +154,7 @@ FEW_STEPS = re.compile(r"(?<![a-z])(turbo|schnell|lightning|hyper|lcm|dmd2?|dist
 
 def distilled(path: str | Path) -> str:
     """What says that a pipeline directory holds a model that was distilled to few steps: its configurations, or else its name; '' where nothing does."""
-    folder, arch = require(path, "the model directory"), architecture(path)
+    folder, arch = model_folder(path), architecture(path)
     files = [folder / "model_index.json", folder / "transformer" / "config.json", folder / "scheduler" / "scheduler_config.json"]
     index, *configs = (read_json(f, "the model's configuration") if f.is_file() else {} for f in files)
     if said := "its model_index.json says is_distilled" if index.get("is_distilled") else arch.few_steps(*configs):

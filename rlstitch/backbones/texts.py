@@ -17,8 +17,9 @@ from transformers import AutoTokenizer
 from rlstitch.backbones import directory
 from rlstitch.backbones.shared import Architecture, architecture
 from rlstitch.cache import is_kept, keep, kept
-from rlstitch.files import require
+from rlstitch.files import weight_files
 from rlstitch.fingerprints import quick_fingerprint
+from rlstitch.hub import SMALL, model_folder
 from rlstitch.telling import progress
 from rlstitch.types import Conditioning, UserError
 
@@ -46,8 +47,11 @@ class Texts:
         self._null: dict[str, Tensor] | None = None  # text of the prompt of guidance's other branch, once it is known
 
     def fingerprint(self) -> str:
-        """Of everything that a prompt's text depends on."""
-        prints = quick_fingerprint(self.path, ("text_encoder*/*.safetensors", "text_encoder*/config.json", "tokenizer*/*"))
+        """Of everything that a prompt's text depends on, and of nothing that lies beside that."""
+        parts = [self.path / name for name in sorted(directory.encoders(self.arch, self.path) - set(self.without))]
+        weights = [file for part in parts for file in weight_files(part, f"the {part.name}", self.variant)[1]]
+        words = sorted(f for pattern in SMALL for f in self.path.glob(f"tokenizer*/{pattern}"))
+        prints = quick_fingerprint(self.path, [*weights, *(part / "config.json" for part in parts), *words])
         left_out = "".join(f":{name}" for name in sorted(self.without))
         return hashlib.sha256(f"{prints}:{self.length}:{self.dtype}{left_out}".encode()).hexdigest()[:20]
 
@@ -138,10 +142,10 @@ def aside(model: Any) -> Iterator[None]:
 
 def cut_prompts(options: dict[str, Any], prompts: Sequence[str]) -> list[tuple[str, int, int]]:
     """(prompt, its tokens, the limit) of prompts that the encoders of a recipe's model would cut, by the tokenizer alone."""
-    folder, arch = require(options["path"], "the model directory"), architecture(options["path"])
+    folder, arch = model_folder(options["path"]), architecture(options["path"])
     name, by_key = arch.reader(directory.encoders(arch, folder) - directory.left_out(options))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder / name, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder / name, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for a missing or damaged file
         raise UserError(f"the tokenizer of model '{folder}' cannot be loaded: {error}") from error
     limit = options.get("max_sequence_length")

@@ -17,6 +17,7 @@ from transformers import CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionCon
 from rlstitch.figures import exact
 from rlstitch.files import read_json, read_weights, require
 from rlstitch.fingerprints import hash_tensors
+from rlstitch.hub import fetch, missing, model_folder
 from rlstitch.ranges import DeviceName, Dtype, Text
 from rlstitch.rewards import preprocessing
 from rlstitch.rewards.preprocessing import Resize
@@ -99,11 +100,12 @@ def _tokenizer(folder: Path) -> CLIPTokenizer:
         raise UserError(f"the tokenizer of the reward model '{folder}' cannot be loaded: {error}") from error
 
 
+WHAT = "the reward model"
 TEXTS_KEPT = 65_536  # embeddings of prompts that a reward holds
 
 
 class ClipReward:
-    """Cosine between image and prompt embeddings, or a head on the image embedding. path: a CLIPModel directory with tokenizer and preprocessor_config.json (or processor_config.json), or `shapes:NAME`.
+    """Cosine between image and prompt embeddings, or a head on the image embedding. path: a CLIPModel directory with tokenizer and preprocessor_config.json (or processor_config.json), `shapes:NAME`, or a hub id.
 
     scale multiplies the cosine (PickScore: exp(logit_scale), given as "logit"); resize: how other sizes are brought to the tower's, `auto` as the file says;
     variant: of the weight file, e.g. fp16 (default: the plain one, or the only one there is);
@@ -124,7 +126,7 @@ class ClipReward:
         dtype: Dtype = "float32",
         variant: Text | None = None,
     ):
-        folder = require(path, "the reward model")
+        folder = fetch(path, self.needs({}), variant, WHAT)
         self.path, self.device, self.dtype = str(path), torch.device(device), getattr(torch, dtype)
         # On a CPU the fused kernel's backward is several times slower than plain attention at these lengths.
         kernel = "eager" if self.device.type == "cpu" else "sdpa"
@@ -150,11 +152,16 @@ class ClipReward:
         self._texts: dict[str, Tensor] = {}
 
     @staticmethod
+    def needs(options: dict[str, Any]) -> list[str]:
+        """The folders whose weights are loaded: it is not made of parts."""
+        return [""]
+
+    @staticmethod
     def faults(options: dict[str, Any]) -> list[tuple[str, str]]:
         """(key, why) of what keeps a recipe's reward from loading, from its small files alone."""
-        folder, out = require(options["path"], "the reward model"), []
+        folder, out, variant = model_folder(options["path"], WHAT), [], options.get("variant")
         for read in (
-            lambda: whole_files(folder, "the reward model", options.get("variant")),
+            lambda: missing(options["path"], [""], variant, WHAT) or whole_files(folder, WHAT, variant),
             lambda: preprocessing.read(folder, _vision(folder)["image_size"], options.get("resize", "auto")),
         ):
             try:
@@ -168,7 +175,7 @@ class ClipReward:
         """(prompt, its tokens, the limit) of prompts whose ends a recipe's reward does not see, by its tokenizer alone."""
         if options.get("head"):
             return []
-        folder = require(options["path"], "the reward model")
+        folder = model_folder(options["path"], WHAT)
         said = read_json(require(folder / "config.json", "the reward model's config"), "the reward model's config")
         limit = CLIPTextConfig(**(said.get("text_config") or {})).max_position_embeddings
         lengths = [len(ids) for ids in _tokenizer(folder)(prompts).input_ids]

@@ -22,7 +22,7 @@ from rlstitch.distributed import resolve_precision
 from rlstitch.files import write_json, write_text
 from rlstitch.lengths import fitting
 from rlstitch.metrics import interleaved, peak_megabytes
-from rlstitch.parts import Parts
+from rlstitch.parts import Parts, at_hand
 from rlstitch.paths import ready
 from rlstitch.ranges import AutoShift, GridSteps, Name, NotEmpty, Range, Text, Threads
 from rlstitch.report import line_plot
@@ -97,7 +97,7 @@ def checked(given: dict[str, Any], name: str) -> CompareConfig:
     cfg.named(config, name, faults)
     if faults:
         raise cfg.report(faults, name)
-    return config
+    return checked(given, name) if at_hand(config) else config
 
 
 def _merge(rows: dict[str, dict], more: dict[str, dict]) -> None:

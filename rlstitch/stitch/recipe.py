@@ -18,7 +18,7 @@ from rlstitch.checks import model_faults, reward_faults
 from rlstitch.data import build_pictures
 from rlstitch.distributed import resolve_precision
 from rlstitch.fingerprints import vae_names
-from rlstitch.parts import Parts
+from rlstitch.parts import Parts, at_hand, pinned
 from rlstitch.paths import ready
 from rlstitch.prompts import PromptSet, read_prompts
 from rlstitch.ranges import Count, CountOrNone, Name, NotNegative, Range, Seed, Share, Text, Threads
@@ -102,7 +102,7 @@ def checked(given: dict[str, Any], name: str) -> StitchRecipe:
     cfg.named(recipe, name, faults)
     if faults:
         raise cfg.report(faults, name)
-    return recipe
+    return checked(given, name) if at_hand(recipe) else recipe
 
 
 def choose(result: SearchResult, recipe: StitchRecipe):
@@ -242,8 +242,8 @@ def run(recipe: StitchRecipe) -> StitchedValueModel:
     targets, tokens, norm = targets_of(reward, images)
     card = {
         "name": recipe.name,
-        "backbone": recipe.model,
-        "reward": recipe.reward,
+        "backbone": pinned(recipe.model),
+        "reward": pinned(recipe.reward),
         **vae_names(recipe.model["path"]),
         "distill": dataclasses.asdict(recipe.distill),
         **({"text": recipe.text} if recipe.text == "prompt" else {}),

@@ -24,9 +24,10 @@ from rlstitch.asking import ask
 from rlstitch.checks import part_faults, unread
 from rlstitch.data import PromptSet, read_prompts
 from rlstitch.distributed import autocast
-from rlstitch.files import require, write_json
+from rlstitch.files import write_json
+from rlstitch.hub import model_folder
 from rlstitch.lengths import fitting
-from rlstitch.parts import Parts
+from rlstitch.parts import Parts, at_hand
 from rlstitch.paths import ready
 from rlstitch.ranges import Count, Name, Range, Rate, Seed, Text, Threads
 from rlstitch.stitch import measure
@@ -85,7 +86,7 @@ def checked(given: dict[str, Any], name: str) -> SurrogateConfig:
     cfg.named(config, name, faults)
     if faults:
         raise cfg.report(faults, name)
-    return config
+    return checked(given, name) if at_hand(config) else config
 
 
 def scored(name: str, black_box: Reward, images: Tensor, asked: PromptSet, rows: list[int], batch_size: int = 64) -> Tensor:
@@ -192,7 +193,7 @@ def run(config: SurrogateConfig) -> dict[str, Any]:
     student.clip.half().save_pretrained(folder)
     start.tokenizer.save_pretrained(folder)
     for said in ("processor_config.json", "preprocessor_config.json"):
-        if (file := require(config.start["path"], "the reward to start from") / said).is_file():
+        if (file := model_folder(config.start["path"], "the reward to start from") / said).is_file():
             shutil.copy(file, folder / said)
     scale, offset = student.line.detach().tolist()
     card: dict[str, Any] = {"scale": scale, "offset": offset, "of": node, "start": config.start, "train_loss": last}

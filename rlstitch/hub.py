@@ -1,0 +1,302 @@
+"""Models by hub id, `owner/name` or `owner/name@revision`: from the local hub cache (HF_HOME, HF_HUB_CACHE), else fetched into it.
+
+What is fetched is data alone: JSON, text, tokenizers, chat templates and safetensors. First come the small files, which are enough for every check; then the weights,
+of the parts that are loaded and in one variant.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import glob
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+from rlstitch.files import cache_folder, read_json, require, weight_files
+from rlstitch.paths import what_is
+from rlstitch.telling import is_main, progress, say
+from rlstitch.types import UserError
+
+T = TypeVar("T")
+
+_WORD = r"(?![.-])(?:(?!--|\.\.)[\w.-]){1,96}(?<![.-])"
+ID = re.compile(rf"({_WORD}/{_WORD})(?<!\.git)(?:@((?!.*\.\.)\w[\w./+-]*))?", re.ASCII)
+COMMIT = re.compile(r"[0-9a-f]{40}")
+SMALL = ("*.json", "*.txt", "*.model", "*.spm", "*.tiktoken", "*.jinja")
+INDEXES = ("model_index.json", "config.json")  # of a pipeline, of a single model: fetched last, so that what was cut short has none
+AGAIN = 60.0  # seconds before a hub that did not answer is asked again
+_libraries_alone = False  # whether it is `keep_libraries_offline` that said HF_HUB_OFFLINE
+_unanswered: dict[tuple[str, str | None], tuple[float, str]] = {}
+_asked: set[Path] = set()  # snapshots that have all the small files that there are
+
+
+# ---------------------------------------------------------------------------------------------------- names
+
+
+def parsed(path: Any) -> tuple[str, str | None] | None:
+    """(owner/name, revision or None) of a hub id; None for anything else. What lies here by that name is no hub id."""
+    found = ID.fullmatch(path) if isinstance(path, str) else None
+    return None if found is None or what_is(path) else (found[1], found[2])
+
+
+def pinned(path: Any) -> Any:
+    """A hub id with the commit that it stands for, owner/name@COMMIT; anything else as it is."""
+    named = parsed(path)
+    return path if named is None or COMMIT.fullmatch(named[1] or "") else f"{named[0]}@{model_folder(path).name}"
+
+
+def model_folder(path: str | Path, what: str = "the model directory") -> Path:
+    """`files.require`, or the snapshot of a hub id with at least its small files. Raises UserError where there is no such model, or none to be had now."""
+    if (named := parsed(path)) is None:
+        try:
+            return require(path, what)
+        except UserError as error:
+            if re.match(r"\w+://|[\w.-]+[/@]", str(path)) and not what_is(path):
+                raise UserError(f"{error} Nor is it a hub id, which is owner/name or owner/name@revision") from error
+            raise
+    folder = _local(*named)
+    if folder is None or _gaps(folder):
+        folder = _small(path, what, *named)
+    return folder
+
+
+def _local(name: str, revision: str | None) -> Path | None:
+    """The snapshot that the cache has, by its index."""
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    for index in INDEXES:
+        try:
+            found = huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=[index])
+        except LocalEntryNotFoundError:
+            continue
+        if COMMIT.fullmatch(Path(found).name) and (Path(found) / index).is_file():
+            return Path(found)
+    return None
+
+
+def _gaps(folder: Path) -> list[str]:
+    """Parts that a snapshot's index names and that have no configuration in it, though the hub may have it."""
+    if folder in _asked or not (folder / INDEXES[0]).is_file():
+        return []
+    index = read_json(folder / INDEXES[0], "the pipeline's index")
+    parts = [part for part, entry in index.items() if isinstance(entry, list) and any(entry) and Path(part).name == part]
+    return [part for part in parts if not part.startswith("_") and not any(f.is_file() for f in (folder / part).glob("*.json"))]
+
+
+# ---------------------------------------------------------------------------------------------------- the network
+
+
+def keep_libraries_offline() -> None:
+    """The libraries that load models ask no network by themselves; what is fetched is fetched here, unless the user has said HF_HUB_OFFLINE."""
+    global _libraries_alone
+    if not (os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE")):
+        os.environ["HF_HUB_OFFLINE"], _libraries_alone = "1", True
+
+
+def offline() -> bool:
+    """Whether the user wants nothing fetched."""
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_OFFLINE and not _libraries_alone
+
+
+def _ask(path: Any, what: str, action: Callable[[], T], lacks: str = "", parts: Iterable[str] = ()) -> T:
+    """What the hub gives. Raises UserError, in one line, where it gives nothing; one that does not answer is left alone for a while.
+
+    lacks, parts: what is missing of a model that the cache has in part.
+    """
+    from huggingface_hub import constants, errors
+
+    name, revision = named = ID.fullmatch(path).groups()
+    fetch = " ".join(["hf download", name, *([f"--revision {revision}"] if revision else []), *(f"--include '{p}'" for p in _globs(parts))])
+    short = f"{what} '{path}' is no folder here, and " + (
+        f"the hub cache has no more than a part of it (it lacks {lacks})"
+        if lacks
+        else f"it is not in the hub cache ({constants.HF_HUB_CACHE})"
+    )
+    remedy = f"where there is a network, run {fetch}"
+    if offline():
+        raise UserError(f"{short}; HF_HUB_OFFLINE keeps it from being fetched: unset that, or {remedy}")
+    since, why = _unanswered.get(named, (-AGAIN, ""))
+    if time.monotonic() - since < AGAIN:
+        raise UserError(why)
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, False
+    try:
+        return action()
+    except errors.GatedRepoError as error:
+        why, cause = f"{name} is gated: accept its licence on the model's page at the hub, then run hf auth login", error
+    except errors.RepositoryNotFoundError as error:
+        why = f"{what} '{path}' is no folder here, and the hub has no model {name} that can be seen from here: look at its spelling, or, where it is private, run hf auth login"
+        cause = error
+    except errors.RevisionNotFoundError as error:
+        why, cause = (
+            f"{name} has no revision '{revision or 'main'}' at the hub: give a branch, a tag or a commit of it, or leave it out",
+            error,
+        )
+    except Exception as error:  # the client raises many kinds, its own and the network's
+        if isinstance(error, UserError) or getattr(error, "errno", None):  # a full disk, a cache that may not be written to
+            raise
+        told = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        why, cause = f"{short}; the hub gives nothing ({told[0][:200]}): try again, or {remedy}", error
+    finally:
+        constants.HF_HUB_OFFLINE = before
+    _unanswered[named] = (time.monotonic(), why)
+    raise UserError(why) from cause
+
+
+def _globs(parts: Iterable[str]) -> list[str]:
+    """What to have `hf download` include: small files, and the weights of parts, or of whatever may be one."""
+    return [*SMALL, *([f"{part}/*.safetensors".lstrip("/") for part in parts] or ["*/*.safetensors", "model*.safetensors"])]
+
+
+@contextmanager
+def _alone(name: str) -> Iterator[None]:
+    """One process of a machine fetches a model at a time; others wait."""
+    file = cache_folder() / "hub" / f"{name.replace('/', '--')}.lock"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+class _Silent(tqdm):
+    """The client draws several bars; ours is one, and readable in a log file."""
+
+    def __init__(self, *args: Any, **options: Any):
+        options.pop("name", None)
+        super().__init__(*args, **(options | {"disable": True}))
+
+
+def _download(name: str, revision: str | None, include: Iterable[str], exclude: Iterable[str] = ()) -> Path:
+    import huggingface_hub
+
+    how = dict(allow_patterns=list(include), ignore_patterns=list(exclude) or None, tqdm_class=_Silent)
+    return Path(huggingface_hub.snapshot_download(name, revision=revision, **how))
+
+
+def _small(path: Any, what: str, name: str, revision: str | None) -> Path:
+    """The snapshot with all its small files, fetched where they are not there."""
+
+    def fetch() -> Path:
+        folder = _download(name, revision, SMALL, INDEXES)
+        for index in reversed(INDEXES):
+            _download(name, folder.name, [index])
+        return folder
+
+    with nullcontext() if offline() else _alone(name):
+        folder = _local(name, revision)
+        gaps = _gaps(folder) if folder is not None else []
+        if folder is None or gaps:
+            folder = _ask(path, what, fetch, ", ".join(f"{part}/" for part in gaps))
+    _asked.add(folder)
+    return folder
+
+
+@lru_cache(maxsize=16)
+def _listing(name: str, commit: str) -> dict[str, int]:
+    """Bytes of every file that a commit has at the hub."""
+    import huggingface_hub
+
+    files = huggingface_hub.HfApi().model_info(name, revision=commit, files_metadata=True).siblings or []
+    return {file.rfilename: file.size or 0 for file in files}
+
+
+# ---------------------------------------------------------------------------------------------------- weights
+
+
+def missing(path: Any, parts: Iterable[str], variant: str | None = None, what: str = "the model directory") -> dict[str, int]:
+    """Files of the weights of `parts` (folders of a pipeline; '' is the root) that a hub id's snapshot is still to get, with their bytes; none of a folder's.
+
+    Of each part that is the one variant which `files.weight_files` would read if all were here. Raises UserError where the hub has none that is read, or does not answer.
+    """
+    if (named := parsed(path)) is None:
+        return {}
+    folder = model_folder(path, what)
+    lacking = [part for part in parts if not _has(folder / part, variant)]
+    bare = [part for part in lacking if not _has(folder / part, variant, exactly=False)]
+    if not lacking or (offline() and not bare):
+        return {}
+    try:
+        lacks = "the weights of " + ", ".join(part or "the model" for part in lacking)
+        listing = _ask(path, what, lambda: _listing(named[0], folder.name), lacks, bare)
+    except UserError:
+        if bare:
+            raise
+        return {}  # another variant is here, and will do as it does in a folder
+    out = {}
+    for part in lacking:
+        start = f"{part}/" if part else ""
+        names = [n.removeprefix(start) for n in listing if n.startswith(start) and "/" not in n.removeprefix(start)]
+        files = weight_files(folder / part, f"the {part or 'model'} of {named[0]}", variant, names)[1]
+        out |= {f"{start}{f.name}": listing[f"{start}{f.name}"] for f in files if not f.is_file()}
+    return out
+
+
+def _has(folder: Path, variant: str | None, exactly: bool = True) -> bool:
+    try:
+        return weight_files(folder, "the model", variant)[0] == variant or not exactly
+    except UserError:
+        return False
+
+
+def fetch(path: Any, parts: Iterable[str], variant: str | None = None, what: str = "the model directory") -> Path:
+    """`model_folder` of a model whose weights, of `parts`, are then there, too."""
+    if (named := parsed(path)) is None:
+        return model_folder(path, what)
+    path, parts = pinned(path), list(parts)
+    folder = model_folder(path, what)
+    if wanted := missing(path, parts, variant, what):
+        say(f"{named[0]}: {amount(wanted)} of weights are fetched into the hub cache")
+        with _shown(named[0], folder.parents[1] / "blobs", sum(wanted.values())), _alone(named[0]):
+            if wanted := missing(path, parts, variant, what):  # by now another process may have been here
+                names = [glob.escape(n) for n in wanted]
+                _ask(path, what, lambda: _download(named[0], folder.name, names), ", ".join(wanted), parts)
+    return folder
+
+
+def amount(files: dict[str, int]) -> str:
+    """`5 files, 23.8 GB`."""
+    total = sum(files.values())
+    return f"{len(files)} file{'s' * (len(files) > 1)}, " + (f"{total / 1e9:.1f} GB" if total >= 1e9 else f"{total / 1e6:.1f} MB")
+
+
+@contextmanager
+def _shown(name: str, blobs: Path, total: int) -> Iterator[None]:
+    """A bar of how much has come, drawn by the rank that speaks, whichever of this machine it is that fetches."""
+    if not is_main():
+        yield
+        return
+
+    def size() -> int:
+        found = 0
+        for file in blobs.glob("*"):
+            with suppress(OSError):  # it has just got its final name
+                found += file.stat().st_size
+        return found // 10**6
+
+    start, bar, done = size(), progress(max(1, total // 10**6), name, "megabyte"), threading.Event()
+
+    def look() -> None:
+        seen = start
+        while not done.wait(1.0):
+            now = max(seen, size())
+            bar.update(now - seen)
+            seen = now
+
+    watcher = threading.Thread(target=look, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+        bar.close()
