@@ -48,17 +48,18 @@ SAID = {
     "use_rslora": bool,
 }
 TEXT = re.compile(r"(base_model\.model\.)?(text_encoders?(_\d)?\.|text_model\.|lora_te\d?_|clip_[lg]\.|t5xxl\.)")
-PREFIX = re.compile(r"(base_model\.model\.)?(transformer\.|diffusion_model\.|lora_unet_|lora_transformer_)?")
+PREFIX = re.compile(r"(module\.)?(base_model\.model\.)?(transformer\.|diffusion_model\.|lora_unet_|lora_transformer_)?")
 PART = re.compile(r"(.+)\.(?:(?P<A>lora_A|lora_down|lora\.down)|(?P<B>lora_B|lora_up|lora\.up))(?:\.\w+)?\.weight|(.+)\.alpha")
 
 
 @dataclass
 class Adapter:
     """A LoRA file's content. tensors: by their names there, in float32, the scale of each layer in its B, so that every `.alpha` is the rank. text: how many more there
-    are of text encoders."""
+    are of text encoders. others: those whose names are no LoRA's as it is known here, which a converter of diffusers may know."""
 
     file: Path
     tensors: dict[str, Tensor]
+    others: list[str]
     config: LoraConfig | None
     text: int
 
@@ -106,7 +107,8 @@ def matching(target: str, names: Iterable[str]) -> list[str]:
 
 
 def bare(name: str) -> str:
-    """A layer's or tensor's name without what trainers put before it."""
+    """A layer's or tensor's name without what trainers put before it, and what torch.compile puts into it."""
+    name = name.replace("_orig_mod.", "")
     return name[PREFIX.match(name).end() :]
 
 
@@ -139,8 +141,6 @@ def read(path: str | Path) -> Adapter:
             )
     text = {n for n in tensors if TEXT.match(n)}
     own = {n: t for n, t in tensors.items() if n not in text}
-    if odd := [n for n in own if not PART.fullmatch(n)]:
-        raise UserError(f"{file} is no LoRA: {len(odd)} of its {len(tensors)} tensors are none of one, e.g. {odd[0]}")
     if not own:
         raise UserError(f"the LoRA {file} is {'for text encoders alone, which are not changed here' if text else 'empty'}")
     if odd := [n for n, t in own.items() if not t.is_floating_point() and not n.endswith(".alpha")]:
@@ -151,7 +151,7 @@ def read(path: str | Path) -> Adapter:
     if told := not_finite(own) or worthless({n: t for n, t in own.items() if not n.endswith(".alpha")}):
         raise UserError(f"the LoRA {file} is worth nothing: {told}. Take the file from where it came from again")
     config = _config(file, own)
-    return Adapter(file, _scaled(own, config, file), config, len(text))
+    return Adapter(file, _scaled(own, config, file), [n for n in own if not PART.fullmatch(n)], config, len(text))
 
 
 def _config(file: Path, tensors: Mapping[str, Tensor]) -> LoraConfig | None:

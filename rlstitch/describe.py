@@ -33,6 +33,7 @@ def goals(config: RunConfig) -> list[str]:
                 else f"learns from the pictures of {images.get('path', images['_target_'])}"
             )
         lines.append(f"stage {name}, {part.updates} updates: {line}" if config.stages else line)
+    lines += [f"starts from the LoRA {config.lora.init}, which stays beside the trained one"] * bool(config.lora.init)
     return lines + distilled(config) + lengths.unread_by(stages.expand(config))
 
 

@@ -41,6 +41,8 @@ def resumable(config: RunConfig) -> None:
     run = Path(config.out) / config.name
     as_it_should_be(run)
     lock.refuse_if_held(run)
+    if config.lora.init and adapters.find(config.lora.init).resolve().is_relative_to(run.resolve()):
+        raise UserError(f"lora.init is {config.lora.init}, which this run would write over: give it a folder of its own with name=NAME")
     found = checkpoint.folders(run)
     written = ("recipe.yaml", "metrics.jsonl", "summary.json", "evaluation.json", "report.html")
     if not found and not (run / lock.LOCK).exists() and (others := [name for name in written if (run / name).exists()]):

@@ -10,6 +10,7 @@ from launch import evaluate as launcher
 from rlstitch import cli, resume, steer
 from rlstitch.backbones import Diffusers
 from rlstitch.checks import checked
+from rlstitch.describe import goals
 from rlstitch.policy import REFERENCE
 from rlstitch.stitch.model import OtherDenoiser, StitchedValueModel
 from rlstitch.trainer import Trainer
@@ -53,11 +54,14 @@ def test_a_run_that_starts_from_a_lora(world, lora, capsys):  # noqa: F811
         launcher.run([f"run={run}", f"lora={path}"])
         told[path.name] = json.loads((run / "evaluation.json").read_text())["lora"]["clip"]
     assert told == pytest.approx({lora.name: whole["base"]["clip"], "started": whole["ema"]["clip"]}, abs=1e-5)
+    assert f"starts from the LoRA {lora}, which stays beside the trained one" in goals(given(world, *start))
     capsys.readouterr()
     launcher.run([f"run={run}", f"lora={lora}", "check=true"])
     assert f"evaluates the LoRA {lora} on the model of {run}" in capsys.readouterr().out
     resume.resumable(config := given(world, "name=started", *start))
     assert f"lora.init = {lora}" in resume.hashes(config)
+    with pytest.raises(UserError, match="which this run would write over"):
+        resume.resumable(given(world, "name=started", f"lora.init={world / 'runs' / 'started'}"))
     before = lora.read_bytes()
     save_file({k: 2 * v for k, v in load_file(lora).items()}, lora)
     with pytest.raises(UserError, match="lora.init = .* holds something else"):

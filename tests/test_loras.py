@@ -126,12 +126,12 @@ def test_files_of_every_trainer_give_what_their_library_gives(world, tmp_path):
     # without a header: alpha is the rank
     arch.PIPELINE.save_lora_weights(tmp_path / "plain", transformer_lora_layers=inner)
     expected["plain"] = expected["bare.safetensors"] = world.stock(tmp_path / "plain")
-    saved(tmp_path / "bare.safetensors", {n.replace(".weight", ".default.weight"): t for n, t in inner.items()})
+    saved(tmp_path / "bare.safetensors", {f"_orig_mod.{n}".replace(".weight", ".default.weight"): t for n, t in inner.items()})
     # kohya's flattened names
     layers = random_layers(backbone, "to_q", "to_add_out", "proj_out")
     saved(tmp_path / "kohya.safetensors", flat(layers, "lora_unet_", 3))
     expected["kohya.safetensors"] = world.merged(layers, 1.5)
-    if "Flux" in arch.PIPELINE.__name__:
+    if arch.PIPELINE.__name__ == "FluxPipeline":
         attention = random_layers(backbone, "to_q", "to_add_out")
         saved(tmp_path / "mixture.safetensors", flat(attention, "lora_transformer_"))
         fused = {n.replace("transformer_blocks.", "double_blocks."): two for n, two in layers.items() if "to_add_out" in n}
@@ -140,7 +140,11 @@ def test_files_of_every_trainer_give_what_their_library_gives(world, tmp_path):
             a, b = layers[f"transformer_blocks.{k}.attn.to_q"]
             fused[f"double_blocks.{k}.img_attn_qkv"] = (a, torch.cat([b, 2 * b, -b]))
         saved(tmp_path / "fused.safetensors", flat(fused, "lora_unet_"))
-        for name in ("mixture", "fused"):
+        lora = {k: torch.cat([layers[f"transformer_blocks.{k}.attn.to_q"][1]] * 3) for k in range(2)}
+        xlabs = {f"double_blocks.{k}.processor.qkv_lora1.up.weight": b for k, b in lora.items()}
+        xlabs |= {f"double_blocks.{k}.processor.qkv_lora1.down.weight": layers[f"transformer_blocks.{k}.attn.to_q"][0] for k in range(2)}
+        saved(tmp_path / "xlabs.safetensors", xlabs)
+        for name in ("mixture", "fused", "xlabs"):
             expected[f"{name}.safetensors"] = world.stock(tmp_path / f"{name}.safetensors")
     for name, wanted in expected.items():
         torch.testing.assert_close(world.loaded(tmp_path / name), wanted, atol=1e-5, rtol=1e-5, msg=name)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rlstitch import adapters
 from rlstitch.adapters import Layers
@@ -39,14 +40,18 @@ def fitting(path: str | Path, arch: Any, there: Mapping[str, tuple[int, int]], m
 
     layers, why = adapters.pairs(adapter.tensors, adapter.file), ""
     names, converted = named(layers), False
-    if not all(names.values()):
+    if adapter.others or not all(names.values()):
         try:
             given = arch.PIPELINE.lora_state_dict(dict(adapter.tensors))
             others = adapters.pairs(given, adapter.file)
-            converted = all(named(others).values()) and _outputs(others) == _outputs(layers)
+            converted = all(named(others).values()) and len(given) == 2 * len(others) and _outputs(given) == _outputs(adapter.tensors)
         except Exception as error:  # the converters raise many kinds for names that they do not know
             why = f" ({str(error).strip().splitlines()[0][:120]})" if str(error).strip() else ""
         if not converted:
+            if adapter.others:
+                raise UserError(
+                    f"{adapter.file} is no LoRA: {len(adapter.others)} of its {len(adapter.tensors)} tensors are none of one, e.g. {adapter.others[0]}"
+                )
             odd = sorted(n for n, own in names.items() if not own)
             raise UserError(
                 f"the LoRA {adapter.file} does not fit model {model}: {len(odd)} of its {len(names)} layers are none of a {arch.TRANSFORMER.__name__}'s, e.g. {odd[0]}{why}. It was trained on another architecture."
@@ -64,9 +69,9 @@ def fitting(path: str | Path, arch: Any, there: Mapping[str, tuple[int, int]], m
     return found, adapter.text
 
 
-def _outputs(layers: Layers) -> int:
-    """Which a converter keeps, that splits fused layers, where it leaves none out."""
-    return sum(len(b) for _, b in layers.values())
+def _outputs(tensors: Mapping[str, Tensor]) -> int:
+    """Rows of all Bs: a converter keeps their number, which splits fused layers, where it leaves none out."""
+    return sum(len(t) for n, t in tensors.items() if re.search(r"(lora_B|up)(\.\w+)?\.weight$", n))
 
 
 def load(path: str | Path, backbone: Any) -> Layers:
