@@ -148,10 +148,11 @@ def read(path: str | Path) -> Adapter:
             f"the LoRA {file} has {len(odd)} tensors that are no floating-point numbers, e.g. {odd[0]}: it is quantised or damaged"
         )
     own = {n: t.float() for n, t in own.items()}
-    if told := not_finite(own) or worthless({n: t for n, t in own.items() if not n.endswith(".alpha")}):
-        raise UserError(f"the LoRA {file} is worth nothing: {told}. Take the file from where it came from again")
     config = _config(file, own)
-    return Adapter(file, _scaled(own, config, file), [n for n in own if not PART.fullmatch(n)], config, len(text))
+    scaled = _scaled(own, config, file)
+    if told := not_finite(own) or not_finite(scaled) or worthless({n: t for n, t in own.items() if not n.endswith(".alpha")}):
+        raise UserError(f"the LoRA {file} is worth nothing: {told}. Take the file from where it came from again")
+    return Adapter(file, scaled, [n for n in own if not PART.fullmatch(n)], config, len(text))
 
 
 def _config(file: Path, tensors: Mapping[str, Tensor]) -> LoraConfig | None:
@@ -205,7 +206,8 @@ def _config(file: Path, tensors: Mapping[str, Tensor]) -> LoraConfig | None:
     try:
         config = LoraConfig(**picked, **targets)
         check_target_module_exists(config, "a.0.b") if targets else None  # its patterns are read
-        get_pattern_key((*config.rank_pattern, *config.alpha_pattern), "a.0.b")
+        for pattern in (*config.rank_pattern, *config.alpha_pattern):
+            get_pattern_key([pattern], "a.0.b")
     except (TypeError, ValueError, AttributeError, re.error) as error:
         raise UserError(f"{what} cannot be read ({str(error).splitlines()[0]})") from error
     return config

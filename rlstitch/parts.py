@@ -61,7 +61,9 @@ class Parts:
                 spec = read_card(paths[name]).get("backbone", {})
                 key = json.dumps(spec, sort_keys=True)
                 if key not in donors:
-                    packed = f" in {spec['quantise']}" if spec.get("quantise") else ""
+                    packed = "".join(
+                        f" {word} {spec[key]}" for word, key in (("in", "quantise"), ("merged with", "merge")) if spec.get(key)
+                    )
                     say(f"{paths[name]} was stitched on {spec.get('path')}{packed}: its first blocks are loaded beside {backbone.path}")
                     donors[key] = build(spec, "model", self.device)
                 value = StitchedValueModel.from_pretrained(paths[name], backbone=donors[key], reward=self.rewards[name], share=share)

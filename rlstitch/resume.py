@@ -114,6 +114,12 @@ def changed_files(saved: dict[str, str], now: dict[str, str]) -> list[str]:
     return [f"{key} holds something else" for key, told in saved.items() if now.get(key, told) != told]
 
 
+def started_elsewhere(folder: Path, config: RunConfig) -> list[str]:
+    """Which LoRA that a checkpoint's weights stand beside are others by now."""
+    saved = checkpoint.told(folder).get("inputs", {})
+    return changed_files({key: told for key, told in saved.items() if key.startswith(("lora.init", "model.merge"))}, hashes(config))
+
+
 def _paths(node: Any, where: str) -> Iterator[tuple[str, str]]:
     """The arguments of a part that name a file or folder, by key."""
     for key, value in node.items() if isinstance(node, dict) else ():

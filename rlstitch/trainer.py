@@ -337,6 +337,8 @@ class Trainer:
         found = self.engine.by_main(lambda: str(checkpoint.newest(run, keep_aside=False) or ""))
         if not found:
             raise UserError(f"{run} has no complete checkpoint to evaluate")
+        if changed := resume.started_elsewhere(Path(found), self.config):
+            raise UserError(f"{found} was trained beside another LoRA ({'; '.join(changed)}): restore it")
         checkpoint.load_weights(Path(found), self.policy)
         return {name: result.means for name, result in self.evaluate_all().items()}
 

@@ -175,6 +175,8 @@ def faulty(folder, inner):
         (plain, header(r=3), None, "has rank 4, which says 3"),
         (plain, header(lora_alpha="much"), None, "'lora_alpha' must be a number"),
         (plain, {"transformer.r": 4}, None, "does not say lora_alpha"),
+        (plain, header(rank_pattern={".*": 4, "(": 3}), None, "cannot be read"),
+        (plain | {f"transformer.{layer}.alpha": torch.tensor(3e38), f"transformer.{layer}.lora_B.weight": 99 * inner[f"{layer}.lora_B.weight"]}, None, None, "hold NaN or Inf"),
         (plain, header(init_lora_weights="pissa"), None, "init_lora_weights pissa"),
         (plain, header(target_modules="(to_q"), None, "cannot be read"),
         (plain, header(target_modules=["to_v", "to_q", "to_k", "to_out.0"]), None, "layers differ, e.g. .*to_v"),
