@@ -187,7 +187,7 @@ def faulty(folder, inner):
         ({f"unet.mid_block.{n}": t for n, t in inner.items()}, None, None, "none of a .*Transformer2DModel's, e.g. unet.mid_block"),
         ({f"transformer.{n}".replace("blocks.0", "blocks.7"): t for n, t in inner.items()}, None, None, "another architecture"),
         ({f"text_encoder.{n}": t for n, t in inner.items()}, None, None, "for text encoders alone"),
-        ({n: t[:0] if "_A" in n else t[:, :0] for n, t in plain.items()}, None, None, "tensors are zero"),
+        ({n: t[:0] if "_A" in n else t[:, :0] for n, t in plain.items()}, None, None, "lack A or B, or their ranks"),
         ({n: torch.zeros_like(t) for n, t in plain.items()}, None, None, "tensors are zero"),
         ({"x": one}, None, None, "is no LoRA: 1 of its 1 tensors"),
     ]  # fmt: skip
