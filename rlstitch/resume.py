@@ -115,9 +115,11 @@ def changed_files(saved: dict[str, str], now: dict[str, str]) -> list[str]:
 
 
 def started_elsewhere(folder: Path, config: RunConfig) -> list[str]:
-    """Which LoRA that a checkpoint's weights stand beside are others by now."""
-    saved = checkpoint.told(folder).get("inputs", {})
-    return changed_files({key: told for key, told in saved.items() if key.startswith(("lora.init", "model.merge"))}, hashes(config))
+    """Which LoRA that a checkpoint's weights stand beside are others by now, or were given for this evaluation alone."""
+    saved, now = checkpoint.told(folder).get("inputs", {}), hashes(config)
+    before, start = ([told for key, told in found.items() if key.startswith("lora.init = ")] for found in (saved, now))
+    changed = changed_files({key: told for key, told in saved.items() if key.startswith("model.merge = ")}, now)
+    return changed + [f"lora.init = {config.lora.init or 'none'} is not what it began with"] * (before != start)
 
 
 def _paths(node: Any, where: str) -> Iterator[tuple[str, str]]:

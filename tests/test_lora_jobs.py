@@ -66,8 +66,10 @@ def test_a_run_that_starts_from_a_lora(world, lora, capsys):  # noqa: F811
     save_file({k: 2 * v for k, v in load_file(lora).items()}, lora)
     with pytest.raises(UserError, match="lora.init = .* holds something else"):
         resume.resumable(config)
-    with pytest.raises(UserError, match="was trained beside another LoRA .lora.init = .* holds something else"):
+    with pytest.raises(UserError, match="was trained beside another LoRA .lora.init = .* is not what it began with"):
         launcher.run([f"run={world / 'runs' / 'started'}"])
+    with pytest.raises(UserError, match="lora.init = .* is not what it began with"):
+        launcher.run([f"run={run}", f"lora.init={lora}"])
     lora.write_bytes(before)
     with pytest.raises(UserError, match="lora.init: .*mine.safetensors -> (;|.)"):
         resume.resumable(given(world, "name=started", *start, "lora.init="))
