@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 from rlstitch import config as cfg
 from rlstitch import lengths, protocols, resume, schedule, scheduler, stages
-from rlstitch.data import DIMENSIONS, Geometry, PromptSet, resolve_geometry
+from rlstitch.data import DIMENSIONS, Geometry, resolve_geometry
 from rlstitch.distributed import world_size
 from rlstitch.files import require
-from rlstitch.fingerprints import same_vae
-from rlstitch.hub import model_folder
 from rlstitch.oracles import Tweedie
-from rlstitch.parts import at_hand, values_used
+from rlstitch.part_checks import (
+    answered,
+    attempt,
+    class_of,
+    judge_faults,
+    model_faults,
+    part_faults,
+    unknown_rewards,
+    unread,
+    value_cards,
+    without_gradient,
+)  # fmt: skip
+from rlstitch.parts import at_hand
 from rlstitch.schema import RunConfig
-from rlstitch.stitch.model import read_card
 from rlstitch.stops import End
-from rlstitch.types import UserError
-
-
-def attempt(faults: list[str], where: str, action, *args):
-    """What the action gives; None where it fails, which becomes a fault of `where`."""
-    try:
-        return action(*args)
-    except (UserError, ValueError, OSError) as error:
-        faults.append(f"'{where}': {error}")
-        return None
 
 
 def recipe_faults(config: RunConfig) -> list[str]:
@@ -51,7 +49,7 @@ def recipe_faults(config: RunConfig) -> list[str]:
 def _faults(config: RunConfig) -> list[str]:
     faults = part_faults(config)
     faults += [f for f in cfg.check_part("algorithm", config.algorithm, kind="algorithm") if not _given(f)]
-    method = _class(config.algorithm, "algorithm")
+    method = class_of(config.algorithm, "algorithm")
     for where in ("oracle", "stop"):
         if method is None or method.needs_oracle:
             faults += cfg.check_part(where, getattr(config, where), kind=where)
@@ -80,7 +78,7 @@ def _faults(config: RunConfig) -> list[str]:
         faults.append(
             "'refresh' measures value models against their rewards, and this oracle has none: use rlstitch.oracles.Stitched, or refresh.fraction=0"
         )
-    backbone = _class(config.model, "model")
+    backbone = class_of(config.model, "model")
     if config.sampler.guidance_gradient != "both" and backbone is not None and protocols.said(backbone, "guidance_gradient", None) is None:
         faults.append(
             f"'sampler.guidance_gradient' is {config.sampler.guidance_gradient}, and {config.model['_target_']} does not say that it does so (by a guidance_gradient of its own, which is then set): leave it out"
@@ -127,7 +125,7 @@ def _data(config: RunConfig, method: Any, faults: list[str]) -> int | None:
 
 def counted(config: RunConfig) -> int | None:
     """How many prompts or pictures a checked config learns from, where that is known before they are made."""
-    return _data(config, _class(config.algorithm, "algorithm"), [])
+    return _data(config, class_of(config.algorithm, "algorithm"), [])
 
 
 def _comparisons(config: RunConfig, method: Any) -> list[str]:
@@ -158,7 +156,7 @@ def _comparisons(config: RunConfig, method: Any) -> list[str]:
 
 def geometry(config: RunConfig, count: int | None = None) -> Geometry:
     """How the recipe's global batch is cut on the ranks that there are; `count` is the number of prompts or pictures, where it is known."""
-    batch, method = config.batch, _class(config.algorithm, "algorithm")
+    batch, method = config.batch, class_of(config.algorithm, "algorithm")
     whole, collects = (False, False) if method is None else (method.whole_groups, method.collects)
     return resolve_geometry(
         batch.prompts_per_update, batch.images_per_prompt, batch.micro_batch, world_size(), count, whole_groups=whole,
@@ -205,58 +203,10 @@ def guard_faults(config: RunConfig) -> list[str]:
     return faults
 
 
-def value_cards(config: Any, faults: list[str]) -> dict[str, dict[str, Any]]:
-    """Cards of the value models that a recipe's oracle uses; each must read this model's latents. `config` has model, rewards, values and oracle."""
-    cards = {}
-    try:
-        used = values_used(config.oracle)
-    except (UserError, KeyError, TypeError):
-        return {}  # the broken oracle is reported already
-    for name in used:
-        if name not in config.values:
-            faults.append(f"'oracle.weights' names '{name}', which is not under 'values'{cfg.nearest(name, config.values)}")
-            continue
-        card = attempt(faults, f"values.{name}", read_card, config.values[name])
-        if card is None:
-            continue
-        cards[name] = card
-        if name not in config.rewards:
-            faults.append(f"value model '{name}' needs its pixel reward: add '{name}' under 'rewards'")
-        try:
-            if not same_vae(card, config.model.get("path", "")):
-                faults.append(
-                    f"'values.{name}': {config.values[name]} reads latents of another autoencoder than model {config.model['path']}: stitch one for this model with launch/stitch.py"
-                )
-        except UserError:
-            continue  # the missing model is reported already
-    return cards
-
-
-def part_faults(config: Any) -> list[str]:
-    """Faults of the parts that every recipe has: model and rewards, with their files."""
-    faults = cfg.check_part("model", config.model, kind="model") or model_faults(config.model)
-    for name, node in config.rewards.items():
-        faults += reward_faults(f"rewards.{name}", node)
-    return faults
-
-
-def model_faults(model: dict[str, Any]) -> list[str]:
-    """Faults of a model's directory, which has to hold the `parts` that the backbone's class names."""
-    faults: list[str] = []
-    found = attempt(faults, "model.path", model_folder, model["path"]) if "path" in model else None
-    parts = protocols.said(_class(model, "model"), "parts", ())
-    lacking = [part for part in parts if found is not None and not (found / part / "config.json").is_file()]
-    if lacking:
-        faults.append(
-            f"'model.path': {model['path']} is no pipeline directory of diffusers, it has no {' and no '.join(f'{p}/config.json' for p in lacking)}: load the model once with diffusers (from_pretrained, or from_single_file for a single .safetensors) and write it with save_pretrained"
-        )
-    return faults or cfg.own_faults("model", model, "model")
-
-
 def lora_faults(where: str, path: str, model: dict[str, Any]) -> list[str]:
     """Faults of a LoRA that is to go on a recipe's model, whose own faults are told already."""
     faults: list[str] = []
-    cls = _class(model, "model")
+    cls = class_of(model, "model")
     if cls is None or cfg.check_part("model", model, kind="model") or model_faults(model):
         attempt(faults, where, require, path, "the LoRA")
         return faults
@@ -277,68 +227,12 @@ def target_faults(targets: list[str], model: dict[str, Any]) -> list[str]:
     return faults + ([f"'lora.targets': {why}"] if why else [])
 
 
-def reward_faults(where: str, node: Any) -> list[str]:
-    """Faults of a reward's node and of the files that a reward of ours reads; what another class does with its keys is its own affair."""
-    faults = cfg.check_part(where, node, kind="reward")
-    if isinstance(node, dict) and str(node.get("_target_")).startswith("rlstitch."):
-        for key in ("path", "head"):
-            if isinstance(node.get(key), str):
-                attempt(faults, f"{where}.{key}", model_folder if key == "path" else require, node[key], "the reward's file")
-    return faults or cfg.own_faults(where, node, "reward")
-
-
-def judge_faults(where: str, names: list[str], rewards: dict[str, Any], prompts: PromptSet | None) -> list[str]:
-    """Faults of the rewards that judge finished pictures of some prompts: unknown ones, and those that need more than these prompts say."""
-    faults = unknown_rewards(where, names, rewards)
-    for name in names if prompts is not None else ():
-        faults += unread(where, [name], rewards, prompts, f"leave it out, e.g. {where}=[{', '.join(n for n in names if n != name)}]")
-    return faults
-
-
-def unread(where: str, names: Iterable[str], rewards: dict[str, Any], prompts: PromptSet, remedy: str) -> list[str]:
-    """Faults of rewards that cannot score pictures of these prompts, as far as their classes say so before they are built; `where`: the key that asks them."""
-    faults: list[str] = []
-    for name, cls in ((name, _class(rewards.get(name), "reward")) for name in names):
-        why = cls and attempt(faults, f"rewards.{name}", protocols.asked, "reward", cls, "unreadable", prompts.rows)
-        faults += [f"'{where}' names '{name}', which {why}: {remedy}"] if why else []
-    return faults
-
-
-def without_gradient(names: Iterable[str], rewards: dict[str, Any]) -> list[str]:
-    """Those rewards whose class says that no gradient reaches the pictures; one that says so only once it is built is believed until then."""
-    return [n for n in names if n in rewards and protocols.said(_class(rewards[n], "reward"), "differentiable", True) is False]
-
-
-def answered(oracle: Any, cards: dict[str, dict[str, Any]]) -> tuple[float, float]:
-    """The sigmas at which an oracle's class, or all of its value models, may be asked."""
-    ranges = [card["sigma_range"] for card in cards.values()] or [protocols.said(oracle, "sigma_range", (0.0, 1.0))]
-    return max(low for low, _ in ranges), min(high for _, high in ranges)
-
-
-def _class(node: Any, kind: str) -> Any:
-    """The class that a node names; None where it cannot be loaded or is of another kind, which check_part reports."""
-    try:
-        cls = cfg.load_class(node["_target_"])
-    except (UserError, KeyError, TypeError):
-        return None
-    return None if protocols.unfit(kind, cls) else cls
-
-
 def halts(config: RunConfig) -> range | None:
     """The steps after which a rollout may halt. None where check=true would have to build a stop of the user's own for it."""
     target = config.stop["_target_"]
     if config.check and not protocols.ours(target):
         return None
     return cfg.build(config.stop, kind="stop").steps(config.sampler.num_steps)
-
-
-def unknown_rewards(where: str, names: list[str], rewards: dict[str, Any]) -> list[str]:
-    """Names of rewards that a recipe does not give. One that its pieces give is gone where the recipe gives `rewards` whole."""
-    return [
-        f"'{where}' names '{n}', which is not under 'rewards'{cfg.nearest(n, rewards)}; `rewards.{n}: ...` adds one to those of the recipe's pieces"
-        for n in names
-        if n not in rewards
-    ]
 
 
 def _pairings(config: RunConfig, shift: schedule.Shift, cards: dict[str, dict[str, Any]], faults: list[str]) -> None:

@@ -17,7 +17,7 @@ from rlstitch.data import encode
 from rlstitch.distributed import Engine
 from rlstitch.oracles import Stitched
 from rlstitch.prompts import PromptSet
-from rlstitch.stitch.model import OtherDenoiser, StitchedValueModel, build, read_card
+from rlstitch.stitch.model import OtherDenoiser, StitchedValueModel, build, misused, read_card
 from rlstitch.telling import say
 from rlstitch.types import Backbone, Batch, Oracle, Reward, UserError
 
@@ -67,6 +67,8 @@ class Parts:
                     say(f"{paths[name]} was stitched on {spec.get('path')}{packed}: its first blocks are loaded beside {backbone.path}")
                     donors[key] = build(spec, "model", self.device)
                 value = StitchedValueModel.from_pretrained(paths[name], backbone=donors[key], reward=self.rewards[name], share=share)
+                if why := misused(value.card | {"embedded_guidance": 0}, *self.backbone.size, 0.0):  # its own guidance it is told
+                    raise UserError(f"value model '{paths[name]}' {why}") from None
                 if value.prompted and donors[key].text_fingerprint() != self.backbone.text_fingerprint():
                     raise UserError(
                         f"{paths[name]} was stitched on {spec.get('path')} under the prompts' own text, which model {self.backbone.path} encodes otherwise: stitch one for this model, or one with text: empty"

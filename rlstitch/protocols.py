@@ -26,7 +26,7 @@ from torch import Tensor
 from rlstitch.asking import PartError, by_signal, failed, inside, one_line, sharing, show
 from rlstitch.filling import nearest
 from rlstitch.memory import out_of_memory
-from rlstitch.ranges import Count, misfit
+from rlstitch.ranges import Count, NotNegative, misfit
 from rlstitch.types import UserError
 
 OURS = "rlstitch."
@@ -48,6 +48,7 @@ STATIC = {  # of each kind of class: what is asked of the class itself, with how
         "lora_fault": (2, str),
         "targets_fault": (2, str),
         "image_tokens_of": (1, Count),
+        "setting": (1, tuple[Count, Count, NotNegative]),
         "parameter_counts": (2, dict[str, int]),
         "distilled": (1, str),
     },

@@ -20,13 +20,14 @@ from torch import Tensor
 from rlstitch import config as cfg
 from rlstitch import lengths, protocols, sampling, schedule, scheduler
 from rlstitch.asking import PartError, ask, inside, told, unlike
-from rlstitch.checks import answered, judge_faults, lora_faults, part_faults, unknown_rewards, unread, value_cards, without_gradient
+from rlstitch.checks import lora_faults
 from rlstitch.distributed import autocast
 from rlstitch.evaluate import means_of, unscored
 from rlstitch.files import write_json, write_text
 from rlstitch.metrics import grid as draw_grid
 from rlstitch.metrics import peak_memory_mb, to_image
 from rlstitch.oracles import Terminal
+from rlstitch.part_checks import answered, judge_faults, part_faults, unknown_rewards, unread, value_cards, without_gradient
 from rlstitch.parts import Parts, at_hand
 from rlstitch.paths import ready
 from rlstitch.prompts import PromptSet, read_prompts

@@ -198,7 +198,7 @@ class Backbone(Protocol):
     """A denoiser with its autoencoder and text encoders; what an adapter for another architecture has to give. It never loops over time.
 
     parts: folders that its directory must hold. transformer: the module that LoRA is added to, on the linears named `lora_targets`, or `targets` of a recipe's own; `load_lora` puts one of any trainer on it as a frozen adapter and gives its layers. latent_shape (C, H, W), size (height, width) of a picture in pixels, image_tokens of one in the transformer, width of a block's tokens.
-    too_long: (prompt, tokens, limit) of prompts that the encoders would cut; a static `cut_prompts(options, prompts)` says so of a recipe's options before anything loads, of rewards, too. cache: folder of encoded text, None for none; `remember` fills it; latents of pictures are kept there by `picture_fingerprint`. image_tokens_of and shift_of tell of a recipe's model, before anything loads, what its scheduler shifts by. From `prefix` on is what stitching needs beside training; a cut has `block`, `grid`, `detach` and `rows` (backbones.core.Cut).
+    too_long: (prompt, tokens, limit) of prompts that the encoders would cut; a static `cut_prompts(options, prompts)` says so of a recipe's options before anything loads, of rewards, too. cache: folder of encoded text, None for none; `remember` fills it; latents of pictures are kept there by `picture_fingerprint`. image_tokens_of and shift_of tell of a recipe's model, before anything loads, what its scheduler shifts by, and `setting` its pictures' height and width and its embedded guidance. From `prefix` on is what stitching needs beside training; a cut has `block`, `grid`, `detach` and `rows` (backbones.core.Cut).
     """
 
     path: Any
@@ -218,6 +218,8 @@ class Backbone(Protocol):
 
     @staticmethod
     def image_tokens_of(options: dict[str, Any]) -> int: ...
+    @staticmethod
+    def setting(options: dict[str, Any]) -> tuple[int, int, float]: ...
     @staticmethod
     def shift_of(path: str, settings: dict[str, Any], tokens: int | None) -> Any: ...
     @staticmethod

@@ -9,7 +9,7 @@ import torch
 from diffusers.models import attention_dispatch as kernels
 
 from rlstitch.backbones import Diffusers, execution
-from rlstitch.checks import model_faults
+from rlstitch.part_checks import model_faults
 from rlstitch.policy import Policy
 from rlstitch.types import Batch, Conditioning, Latent, UserError, noise_like
 from tests.conftest import write_clip, write_sd3

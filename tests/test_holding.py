@@ -275,6 +275,7 @@ ANSWERS = {  # of what is asked of a class: what it must not give
     ("reward", "cut_prompts"): [None, [1], [("a", 1)], [("a", "b", "c")]],
     ("reward", "faults"): [None, ["x"], [("a",)]],
     ("model", "image_tokens_of"): [None, 0, 2.5],
+    ("model", "setting"): [None, (1, 2), (0, 1, 1.0), (1, 1, -1.0)],
     ("model", "parameter_counts"): [None, {"lora": "x"}, 3],
 }
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from huggingface_hub import constants, errors
 
-from rlstitch import checks, describe, hub, parts, steer
+from rlstitch import checks, describe, hub, part_checks, parts, steer
 from rlstitch import config as cfg
 from rlstitch.backbones import Diffusers, directory
 from rlstitch.files import STEMS
@@ -262,7 +262,7 @@ def test_what_keeps_a_model_from_being_fetched_is_one_line(online, repo, monkeyp
     shutil.rmtree(folder / "vae")  # of what is left when a download is cut
     hub._asked.clear()
     assert "no more than a part of it (it lacks vae/)" in fault()
-    assert any("lacks vae/" in fault for fault in checks.model_faults({"_target_": "rlstitch.backbones.Diffusers", "path": MODEL}))
+    assert any("lacks vae/" in fault for fault in part_checks.model_faults({"_target_": "rlstitch.backbones.Diffusers", "path": MODEL}))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     assert hub.model_folder(MODEL) == folder and (folder / "vae" / "config.json").is_file()
 
@@ -270,7 +270,7 @@ def test_what_keeps_a_model_from_being_fetched_is_one_line(online, repo, monkeyp
     for file in pickled.rglob("*.safetensors*"):
         file.unlink()
     online.put("someone/pickled", pickled)
-    (one,) = checks.model_faults({"_target_": "rlstitch.backbones.Diffusers", "path": "someone/pickled"})
+    (one,) = part_checks.model_faults({"_target_": "rlstitch.backbones.Diffusers", "path": "someone/pickled"})
     assert "the transformer of someone/pickled" in one and ".bin, which can run code and is not read here" in one
     for odd in ("someone/", "someone/a@", "someone/a b", "so--me/a", "someone/a.git", "a/b/c", "https://somewhere/a/b", "someone/a@../x"):
         with pytest.raises(UserError, match="is not there .* Nor is it a hub id, which is owner/name or owner/name@revision$"):

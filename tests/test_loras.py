@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from rlstitch import checks
+from rlstitch import checks, part_checks
 from rlstitch.backbones import Diffusers
 from rlstitch.policy import CURRENT, EMA, INIT, REFERENCE, Policy
 from rlstitch.types import UserError, noise_like
@@ -273,11 +273,11 @@ def test_a_merged_model_is_the_base_everywhere(world, tmp_path):
     prints = {b.make_prefix(1).fingerprint() for b in (world.backbone, world.fresh(merge=paths[0]), both)}
     assert len(prints) == 3 and not any("lora" in n for n, _ in both.transformer.named_parameters())
     node = {"_target_": "rlstitch.backbones.Diffusers", "path": world.path}
-    assert not checks.model_faults(node | {"merge": paths})
+    assert not part_checks.model_faults(node | {"merge": paths})
     for wrong in (["", paths[0]], [], 3, "", {"a": 1}):
         (fault,) = checks.part_faults(SimpleNamespace(model=node | {"merge": wrong}, rewards={}))
         assert fault.startswith("'model.merge' must")
-    assert "is not there" in checks.model_faults(node | {"merge": [paths[0], "none"]})[0]
+    assert "is not there" in part_checks.model_faults(node | {"merge": [paths[0], "none"]})[0]
 
 
 def test_targets_that_leave_a_block_out_or_hit_nothing_are_told(world):

@@ -11,7 +11,7 @@ from transformers import CLIPModel, CLIPTextModelWithProjection, T5EncoderModel
 
 from rlstitch import files, fingerprints
 from rlstitch.backbones.sd3 import SD3Backbone
-from rlstitch.checks import model_faults, reward_faults
+from rlstitch.part_checks import model_faults, reward_faults
 from rlstitch.rewards.clip import ClipReward
 from rlstitch.types import Conditioning, UserError
 from rlstitch.weights import load_strictly

@@ -1,11 +1,14 @@
 """The miniature world: renderer, prompts, facts and the detector, whose agreement with the truth is what makes it a judge."""
 
 import random
+from contextlib import nullcontext
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from transformers import CLIPTokenizer
 
+from rlstitch.files import resolve
 from rlstitch.shapes import detector, prompts, tokenizer
 from rlstitch.shapes.looks import balance, contrast, saturation
 from rlstitch.shapes.prompts import (
@@ -168,6 +171,36 @@ def test_detector_reward_needs_facts_of_this_world():
         assert message in DetectorReward.unreadable([good, row]), change
         with pytest.raises(UserError):
             DetectorReward().score(torch.zeros(1, 3, 64, 64), Batch([row["prompt"]], torch.zeros(1), torch.zeros(1), [row]))
+
+
+def test_the_flux_miniature_is_trained_as_it_is_run(tmp_path, monkeypatch):
+    """The call of its training, under any guidance, is the backbone's on the pipeline that was saved."""
+    from rlstitch.backbones import Diffusers
+    from rlstitch.shapes import tokenizer
+    from rlstitch.shapes.pretrain import flux
+
+    monkeypatch.setattr(flux, "autocast", nullcontext)
+    torch.manual_seed(0)
+    words = tokenizer.build(tmp_path / "words")
+    model = torch.nn.ModuleDict({"transformer": flux.build_transformer(), **flux.text_encoders(words)}).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1) if not p.any() else None  # what begins at zero tells nothing
+    vae = AutoencoderKL.from_pretrained(resolve("shapes:shapes") / "vae")
+    scheduler = FlowMatchEulerDiscreteScheduler(**flux.SCHEDULER)
+    FluxPipeline(**model, vae=vae, tokenizer=words, tokenizer_2=words, scheduler=scheduler).save_pretrained(tmp_path / "flux")
+    z, sigma = torch.randn(2, 8, 16, 16, generator=torch.Generator().manual_seed(1)), torch.tensor([0.2, 0.9])
+    prompts = ["a red circle", "two blue stars"]
+    ids = words(prompts, padding="max_length", return_tensors="pt").input_ids
+    with torch.no_grad():
+        for w in (1.0, 3.5):
+            backbone = Diffusers(str(tmp_path / "flux"), image_size=64, max_sequence_length=24, embedded_guidance=w)
+            found, _ = flux.velocity(model, z, sigma, ids, torch.full((2,), w))
+            wanted = backbone.velocity(z, sigma, backbone.encode_prompts(prompts))
+            torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    assert (
+        sum(f.stat().st_size for part in ("transformer", "text_encoder", "text_encoder_2") for f in (tmp_path / "flux" / part).iterdir())
+        < 2 * 5e6
+    )
 
 
 def test_pretraining_resumes_bit_for_bit_from_tensors_alone(tmp_path):

@@ -10,7 +10,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 from rlstitch.backbones import Diffusers, texts
-from rlstitch.checks import model_faults
+from rlstitch.part_checks import model_faults
 from rlstitch.types import UserError
 from tests.conftest import write_sd3
 from tests.pipelines import WRITERS

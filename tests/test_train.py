@@ -259,7 +259,7 @@ def test_a_model_that_is_one_file_is_told_how_to_become_a_folder(world, tmp_path
 
 
 def test_a_reward_may_say_only_when_built_that_it_has_no_gradient(world):
-    from rlstitch.checks import without_gradient
+    from rlstitch.part_checks import without_gradient
 
     rewards = {"clip": "rlstitch.rewards.clip.ClipReward", "seen": "rlstitch.shapes.reward.DetectorReward", "late": "tests.test_train.Late"}
     assert without_gradient(["late", "seen", "other", "clip"], {n: {"_target_": target} for n, target in rewards.items()}) == ["seen"]

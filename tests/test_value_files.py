@@ -13,7 +13,7 @@ from rlstitch.backbones.sd3 import SD3Backbone
 from rlstitch.files import sha256
 from rlstitch.rewards.clip import ClipReward
 from rlstitch.stitch.baselines import noisy_clip
-from rlstitch.stitch.model import OtherDenoiser, StitchedValueModel, read_card, values
+from rlstitch.stitch.model import OtherDenoiser, StitchedValueModel, misused, read_card, values
 from rlstitch.stitch.search import features
 from rlstitch.types import Latent, UserError
 from tests.conftest import write_clip, write_sd3
@@ -157,6 +157,20 @@ def test_embedded_guidance_is_asked_of_values_that_run_its_blocks(backbone, rewa
     StitchedValueModel.from_pretrained(tmp_path / "latent", backbone=backbone, reward=reward)
     with pytest.raises(UserError, match="made at embedded guidance 3.5 and the model is told 2"):
         StitchedValueModel.from_pretrained(tmp_path / "stitch", backbone=backbone, reward=reward)
+
+
+def test_a_value_is_for_pictures_of_about_its_size(backbone, reward, tmp_path):
+    card = {"size": [16, 16], "embedded_guidance": 2.0}
+    assert not misused(card, 16, 16, 2.0) and not misused(card, 12, 32, 2.0) and not misused({}, 99, 99, 0.0)
+    assert "made for pictures of 16 x 16 pixels, and the model makes them 32 x 16: set model.height=16" in misused(card, 16, 32, 2.0)
+    assert "embedded guidance 2 and the model is told 0" in misused(card, 8, 8, 0.0) and "16 x 16" in misused(
+        card | {"prefix": "latent"}, 8, 8, 0.0
+    )
+    model = stitched(backbone, reward)[0]
+    model.card = model.card | {"size": [32, 32]}
+    model.save_pretrained(tmp_path / "v")
+    with pytest.raises(UserError, match="made for pictures of 32 x 32 pixels"):
+        StitchedValueModel.from_pretrained(tmp_path / "v", backbone=backbone, reward=reward)
 
 
 def test_numbers_of_the_null_text_that_half_precision_does_not_hold_are_kept(backbone, reward, tmp_path):

@@ -184,6 +184,14 @@ class Diffusers:
         return directory.sizes(options["path"], options.get("height") or side, options.get("width") or side)[2]
 
     @staticmethod
+    def setting(options: dict[str, Any]) -> tuple[int, int, float]:
+        """Height and width of a recipe's pictures, and the guidance that its model is told (0 where it embeds none): what value models depend on, from files alone."""
+        side, arch, config = options.get("image_size"), architecture(options["path"]), directory.skeleton(options["path"]).config
+        height, width = directory.sizes(options["path"], options.get("height") or side, options.get("width") or side)[1]
+        told = options.get("embedded_guidance")
+        return height, width, float((arch.EMBEDDED if told is None else told) or 0.0) if config.get("guidance_embeds") else 0.0
+
+    @staticmethod
     def shift_of(path: str | Path, settings: dict[str, Any], tokens: int | None) -> Shift:
         """The shift of noise levels that a directory's scheduler settings ask for."""
         return architecture(path).shift(settings, tokens)

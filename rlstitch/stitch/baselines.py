@@ -50,8 +50,8 @@ def noisy_clip(
     backbone: Any, reward: Any, *, norm: float, normalise: bool, seed: int = 0, card: dict[str, Any] | None = None
 ) -> StitchedValueModel:
     """The reward model retrained on noisy latents: whole patches of the latent through a projection that starts at random, then the reward's own weights."""
-    channels, side = backbone.latent_shape[0], backbone.latent_shape[1]
-    fold = max(1, side // reward.grid)
+    channels, *sides = backbone.latent_shape
+    fold = max(k for k in range(1, max(1, min(sides) // reward.grid) + 1) if not any(side % k for side in sides))
     width = channels * fold**2
     weight = torch.randn(reward.width, width, generator=torch.Generator().manual_seed(seed)) * width**-0.5
     stitch = StitchLayer(weight, torch.zeros(reward.width), reward.grid, view_of(reward, backbone.size)).to(backbone.device)

@@ -16,12 +16,12 @@ import torch
 
 from rlstitch import config as cfg
 from rlstitch import scheduler
-from rlstitch.checks import attempt, part_faults, unknown_rewards, unread
 from rlstitch.data import build_measured, build_pictures, read_prompts
 from rlstitch.distributed import resolve_precision
 from rlstitch.files import write_json, write_text
 from rlstitch.lengths import fitting
 from rlstitch.metrics import interleaved, peak_megabytes
+from rlstitch.part_checks import attempt, part_faults, unknown_rewards, unread
 from rlstitch.parts import Parts, at_hand
 from rlstitch.paths import ready
 from rlstitch.ranges import AutoShift, GridSteps, Name, NotEmpty, Range, Text, Threads

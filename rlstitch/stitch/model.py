@@ -23,6 +23,7 @@ from rlstitch.types import Batch, Conditioning, Latent, UserError
 
 CARD, WEIGHTS = "value.json", "value.safetensors"
 NULL = "null_"  # what the names of the empty prompt's tensors begin with in that file
+CLASS = 1.5  # pixels of pictures, to those that a value was distilled on or the other way round, up to which it is used
 NAMEABLE = ("rlstitch.backbones.", "rlstitch.rewards.", "rlstitch.shapes.reward")  # modules whose classes a card may name
 
 
@@ -37,6 +38,7 @@ SAID = {  # what stands in a card and can be used, beyond its type
     "fold": Count,
     "text": Literal["empty", "prompt"],
     "embedded_guidance": NotNegative,
+    "size": tuple[Count, Count],  # height and width of the pictures
 }
 
 
@@ -213,11 +215,6 @@ class StitchedValueModel(nn.Module):
             raise UserError(f"value model '{path}' is not whole: it has no {' and no '.join(lacking)}: restore it or stitch it again")
         check_vae(card, backbone.path, path)
         linear, on_latents = tensors["stitch.linear.weight"], card.get("prefix") == "latent"
-        told, own = (0.0 if on_latents or x is None else x for x in (card.get("embedded_guidance"), getattr(backbone, "embedded", None)))
-        if not math.isclose(told, own):
-            raise UserError(
-                f"value model '{path}' was made at embedded guidance {told:g} and the model is told {own:g}, which changes what its blocks give: set model.embedded_guidance={told:g}, or stitch again"
-            )
         width = backbone.latent_shape[0] * card["fold"] ** 2 if on_latents else backbone.width
         own = linear.shape[1] if linear.ndim == 4 else 0
         if own != width or card["blocks"] > backbone.num_blocks:
@@ -252,6 +249,8 @@ class StitchedValueModel(nn.Module):
                 raise kind(
                     f"value model '{path}' was stitched from another {what} (hash {wanted[:12]}..., this one has {found[:12]}...): stitch it again with launch/stitch.py"
                 )
+        if why := misused(card, *backbone.size, getattr(backbone, "embedded", None) or 0.0):
+            raise UserError(f"value model '{path}' {why}")
         trained = {k: v.float() for k, v in tensors.items() if not k.startswith(NULL)}
         wanted = {k for k in model.state_dict() if k.startswith(("stitch.", "tail."))}
         if odd := sorted(wanted ^ set(trained)):
@@ -300,6 +299,16 @@ def read_card(path: str | Path) -> dict[str, Any]:
     if wrong:
         raise UserError(f"the value model's card {file}: {'; '.join(wrong)}: {remedy}")
     return card
+
+
+def misused(card: dict[str, Any], height: int, width: int, embedded: float) -> str:
+    """Why a value model with this card is not one for pictures of such a size, of a model that is told such a guidance (0 where it embeds none); '' where it is."""
+    told = 0.0 if card.get("prefix") == "latent" else card.get("embedded_guidance") or 0.0
+    if card.get("prefix") != "latent" and not math.isclose(told, embedded):
+        return f"was made at embedded guidance {told:g} and the model is told {embedded:g}, which changes what its blocks give: set model.embedded_guidance={told:g}, or stitch again"
+    if (size := card.get("size")) and not 1 / CLASS <= height * width / (size[0] * size[1]) <= CLASS:
+        return f"was made for pictures of {size[1]} x {size[0]} pixels, and the model makes them {width} x {height}: set model.height={size[0]} and model.width={size[1]}, or stitch one at this size"
+    return ""
 
 
 def check_vae(card: dict[str, Any], backbone_path: str | Path, path: str | Path) -> None:

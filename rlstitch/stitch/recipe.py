@@ -14,10 +14,10 @@ from torch import Tensor
 
 from rlstitch import config as cfg
 from rlstitch import scheduler, telling
-from rlstitch.checks import model_faults, reward_faults
 from rlstitch.data import build_pictures
 from rlstitch.distributed import resolve_precision
 from rlstitch.fingerprints import vae_names
+from rlstitch.part_checks import model_faults, reward_faults
 from rlstitch.parts import Parts, at_hand, pinned
 from rlstitch.paths import ready
 from rlstitch.prompts import PromptSet, read_prompts
@@ -246,6 +246,7 @@ def run(recipe: StitchRecipe) -> StitchedValueModel:
         "reward": pinned(recipe.reward),
         **vae_names(recipe.model["path"]),
         "distill": dataclasses.asdict(recipe.distill),
+        "size": list(backbone.size),
         **({"text": recipe.text} if recipe.text == "prompt" else {}),
         **made,
     }

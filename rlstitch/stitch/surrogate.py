@@ -21,12 +21,12 @@ from torch.nn import functional as F
 from rlstitch import config as cfg
 from rlstitch import scheduler
 from rlstitch.asking import ask
-from rlstitch.checks import part_faults, unread
 from rlstitch.data import PromptSet, read_prompts
 from rlstitch.distributed import autocast
 from rlstitch.files import write_json
 from rlstitch.hub import model_folder
 from rlstitch.lengths import fitting
+from rlstitch.part_checks import part_faults, unread
 from rlstitch.parts import Parts, at_hand
 from rlstitch.paths import ready
 from rlstitch.ranges import Count, Name, Range, Rate, Seed, Text, Threads

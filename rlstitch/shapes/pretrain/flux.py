@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from rlstitch.config import build
-from rlstitch.files import read_json, read_tensors, write_json, write_tensors
+from rlstitch.files import read_json, read_tensors, require, write_json, write_tensors
 from rlstitch.schedule import shift_sigma
 from rlstitch.shapes import tokenizer as shapes_tokenizer
 from rlstitch.shapes.pretrain.common import autocast, batches, device, fit, ranks, write_card
@@ -124,50 +124,78 @@ def stored(teacher: Backbone, tokenizer, work: Path, *, seed: int, count: int) -
     return Store(**read_tensors(file))
 
 
-def objective(model: nn.ModuleDict, store: Store, *, batch: int) -> Callable[[int, torch.Generator], tuple[Tensor, dict[str, Tensor]]]:
-    """The distillation loss of a step, for `fit`: mean squared error to the teacher's guided velocity."""
+@torch.no_grad()
+def words_of(teacher: Backbone, tokenizer, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The teacher's states of every word [P, L, 128] of the P prompts that there are, brought to variance 1, and which of them each row of ids [N, L] is."""
+    known, index = ids.unique(dim=0, return_inverse=True)
+    states = teacher.encode_prompts([tokenizer.decode(row, skip_special_tokens=True) for row in known]).tokens.float()
+    return ((states - states.mean((0, 1))) / states.std((0, 1)).clamp_min(1e-3)).half(), index
 
-    def velocity(z: Tensor, sigma: Tensor, ids: Tensor, w: Tensor) -> Tensor:
-        """As FluxPipeline has it: tokens are patches of 2 x 2, text stands at the origin."""
-        h, width = z.shape[-2] // 2, z.shape[-1] // 2
-        places = torch.cartesian_prod(torch.zeros(1), torch.arange(h), torch.arange(width)).to(z)
-        with autocast():
-            words, pooled = model["text_encoder_2"](ids)[0], model["text_encoder"](ids).pooler_output
-            out = model["transformer"](
-                hidden_states=F.pixel_unshuffle(z, 2).flatten(2).transpose(1, 2), encoder_hidden_states=words, pooled_projections=pooled,
-                timestep=sigma, guidance=w, img_ids=places, txt_ids=places.new_zeros(words.shape[1], 3), return_dict=False,
-            )[0]  # fmt: skip
-        return F.pixel_shuffle(out.float().transpose(1, 2).unflatten(2, (h, width)), 2)
+
+def velocity(model: nn.ModuleDict, z: Tensor, sigma: Tensor, ids: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """As FluxPipeline has it: tokens are patches of 2 x 2, text stands at the origin. And the tokens' states."""
+    h, width = z.shape[-2] // 2, z.shape[-1] // 2
+    places = torch.cartesian_prod(torch.arange(1), torch.arange(h), torch.arange(width)).to(z)
+    with autocast():
+        words, pooled = model["text_encoder_2"](ids)[0], model["text_encoder"](ids).pooler_output
+        out = model["transformer"](
+            hidden_states=F.pixel_unshuffle(z, 2).flatten(2).transpose(1, 2), encoder_hidden_states=words, pooled_projections=pooled,
+            timestep=sigma, guidance=w, img_ids=places, txt_ids=places.new_zeros(words.shape[1], 3), return_dict=False,
+        )[0]  # fmt: skip
+    return F.pixel_shuffle(out.float().transpose(1, 2).unflatten(2, (h, width)), 2), words
+
+
+def objective(
+    model: nn.ModuleDict, store: Store, words: tuple[Tensor, Tensor], *, batch: int
+) -> Callable[[int, torch.Generator], tuple[Tensor, dict[str, Tensor]]]:
+    """The distillation loss of a step, for `fit`: mean squared error to the teacher's guided velocity, and of the tokens' states, by a linear probe, to the teacher's, which
+    tells T5 early what the words mean."""
 
     def loss_of(step: int, generator: torch.Generator):
         index = torch.randint(len(store.z), (batch,), generator=generator)
         w = GUIDANCE[0] + (GUIDANCE[1] - GUIDANCE[0]) * torch.rand(batch, generator=generator)
         z, v, v_null = (x[index].float().to(device()) for x in (store.z, store.v, store.v_null))
         ids, sigma, w = store.ids[index].to(device()), store.sigma[index].to(device()), w.to(device())
-        error = (velocity(z, sigma, ids, w) - torch.lerp(v_null, v, w.view(-1, 1, 1, 1))).square().mean()
-        return error, {"loss": error.detach()}
+        found, said = velocity(model, z, sigma, ids, w)
+        error = (found - torch.lerp(v_null, v, w.view(-1, 1, 1, 1))).square().mean()
+        text = (model["probe"](said.float()) - words[0][words[1][index]].to(device()).float()).square().mean()
+        return error + 0.1 * text, {"loss": error.detach(), "text": text.detach()}
 
     return loss_of
 
 
 def train(
-    out: Path, work: Path, *, seed: int, steps: int, minutes: float | None, lr: float = 1.5e-3, batch: int = 64, prompts: int = 15_000
+    out: Path,
+    work: Path,
+    *,
+    seed: int,
+    steps: int,
+    minutes: float | None,
+    init: str = "",
+    lr: float = 1.5e-3,
+    batch: int = 64,
+    prompts: int = 15_000,
 ) -> None:
-    """Distil `out`/shapes; writes `out`/shapes-flux, whose autoencoder is the teacher's own folder."""
+    """Distil `out`/shapes; writes `out`/shapes-flux, whose autoencoder is the teacher's own folder. init: a pipeline whose weights it goes on from."""
     torch.manual_seed(seed)
     rank, world = ranks()
     folder = out / "shapes-flux"
     told = {"_target_": "rlstitch.backbones.Diffusers", "path": str(out / "shapes"), "max_sequence_length": 0}
     teacher = build(told, device=device().type)
     tokenizer = shapes_tokenizer.build(folder / "tokenizer")
-    model = nn.ModuleDict({"transformer": build_transformer(), **text_encoders(tokenizer)}).to(device())
+    parts = {"transformer": build_transformer(), **text_encoders(tokenizer)}
+    for name, part in parts.items() if init else ():
+        part.load_state_dict(
+            type(part).from_pretrained(require(init, "the pipeline to go on from") / name, dtype=torch.float32).state_dict()
+        )
+    model = nn.ModuleDict(parts | {"probe": nn.Linear(TEXT_WIDTH, teacher.null.tokens.shape[-1])}).to(device())
     store = stored(teacher, tokenizer, work, seed=seed, count=prompts)
-    loss_of = objective(model, store, batch=batch // world)
+    loss_of = objective(model, store, words_of(teacher, tokenizer, store.ids), batch=batch // world)
     facts = fit("shapes-flux", model, loss_of, steps=steps, lr=lr, seed=seed, work=work, minutes=minutes, weight_decay=0.01, log_every=100)
     if rank:
         return
     FluxPipeline(
-        **{name: part.half() for name, part in model.items()},
+        **{name: model[name].half() for name in parts},
         vae=teacher.vae,
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,

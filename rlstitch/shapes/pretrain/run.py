@@ -53,7 +53,7 @@ def trainers(out: Path, work: Path, seed: int, init: str = "") -> dict[str, Call
         "aesthetic": lambda: rewards.train_aesthetic(vae=load_vae(out), **args("aesthetic")),
         "preference_b": lambda: rewards.train_preference("preference_b", vae=load_vae(out), **args("preference_b")),
         "shapes-large": lambda: grow.train(**args("shapes-large")),
-        "shapes-flux": lambda: flux.train(**args("shapes-flux")),
+        "shapes-flux": lambda: flux.train(init=init, **args("shapes-flux")),
     }
 
 
