@@ -68,7 +68,7 @@ def _faults(config: RunConfig) -> list[str]:
         )
     attempt(faults, "batch", geometry, config, count)
     faults += lora_faults("lora.init", config.lora.init, config.model) if config.lora.init else []
-    if not any(f.startswith(("'model", "unknown key 'model")) for f in faults):
+    if not any(f.startswith(("'model'", "'model.path'")) for f in faults):
         faults += target_faults(config.lora.targets, config.model)
     if config.resume not in ("auto", "never"):
         attempt(faults, "resume", require, config.resume, "the checkpoint to resume from")
@@ -207,7 +207,7 @@ def lora_faults(where: str, path: str, model: dict[str, Any]) -> list[str]:
     """Faults of a LoRA that is to go on a recipe's model, whose own faults are told already."""
     faults: list[str] = []
     cls = class_of(model, "model")
-    if cls is None or cfg.check_part("model", model, kind="model") or model_faults(model):
+    if cls is None or cfg.check_part("model", model, kind="model") or [f for f in model_faults(model) if f.startswith("'model.path'")]:
         attempt(faults, where, require, path, "the LoRA")
         return faults
     if not hasattr(cls, "load_lora"):

@@ -278,6 +278,9 @@ def test_a_merged_model_is_the_base_everywhere(world, tmp_path):
         (fault,) = checks.part_faults(SimpleNamespace(model=node | {"merge": wrong}, rewards={}))
         assert fault.startswith("'model.merge' must")
     assert "is not there" in part_checks.model_faults(node | {"merge": [paths[0], "none"]})[0]
+    assert "(int8) take nothing in" in " ".join(part_checks.model_faults(node | {"merge": paths, "quantise": "int8"}))
+    with pytest.raises(UserError, match="take nothing in"):
+        world.fresh(merge=paths, quantise="int8")
 
 
 def test_targets_that_leave_a_block_out_or_hit_nothing_are_told(world):

@@ -54,7 +54,7 @@ def fitting(path: str | Path, arch: Any, there: Mapping[str, tuple[int, int]], m
                 )
             odd = sorted(n for n, own in names.items() if not own)
             raise UserError(
-                f"the LoRA {adapter.file} does not fit model {model}: {len(odd)} of its {len(names)} layers are none of a {arch.TRANSFORMER.__name__}'s, e.g. {odd[0]}{why}. It was trained on another architecture."
+                f"the LoRA {adapter.file} does not fit model {model}: {len(odd)} of its {len(names)} layers are none of a {arch.TRANSFORMER.__name__}'s, e.g. {odd[0]}{why}. It was trained on another architecture, or has names that diffusers does not convert for this one."
             )
         layers, names = others, named(others)
     if len(set(names.values())) < len(names):

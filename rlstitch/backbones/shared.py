@@ -110,7 +110,9 @@ def targets_fault(arch: Architecture, transformer: Any, own: Sequence[str]) -> s
 
 def _ends(names: Sequence[str]) -> list[str]:
     """What a target may be: the names of linears without the blocks that they are in."""
-    return sorted({re.sub(r"^.*\.\d+\.(?=\D)", "", n) for n in names} | {n.rsplit(".", 1)[-1] for n in names})
+    return sorted(
+        {re.sub(r"^.*\.\d+\.(?=\D)", "", n) for n in names} | {n for name in names if not (n := name.rsplit(".", 1)[-1]).isdigit()}
+    )
 
 
 def linear(v: Tensor, null: Tensor, scale: float) -> Tensor:
