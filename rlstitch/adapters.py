@@ -48,7 +48,7 @@ SAID = {
     "use_rslora": bool,
 }
 TEXT = re.compile(r"(base_model\.model\.)?(text_encoders?(_\d)?\.|text_model\.|lora_te\d?_|clip_[lg]\.|t5xxl\.)")
-PREFIX = re.compile(r"(module\.)?(base_model\.model\.)?(transformer\.|diffusion_model\.|lora_unet_|lora_transformer_)?")
+PREFIX = re.compile(r"(module\.)?(base_model\.model\.)?(transformer\.|(model\.)?diffusion_model\.|lora_unet_|lora_transformer_|lycoris_)?")
 PART = re.compile(r"(.+)\.(?:(?P<A>lora_A|lora_down|lora\.down)|(?P<B>lora_B|lora_up|lora\.up))(?:\.\w+)?\.weight|(.+)\.alpha")
 
 

@@ -126,10 +126,15 @@ def test_files_of_every_trainer_give_what_their_library_gives(world, tmp_path):
     # without a header: alpha is the rank
     arch.PIPELINE.save_lora_weights(tmp_path / "plain", transformer_lora_layers=inner)
     expected["plain"] = expected["bare.safetensors"] = world.stock(tmp_path / "plain")
-    saved(tmp_path / "bare.safetensors", {f"_orig_mod.{n}".replace(".weight", ".default.weight"): t for n, t in inner.items()})
-    # kohya's flattened names
+    before = lambda n: "_orig_mod." if "to_q" in n else "model.diffusion_model."  # noqa: E731  compiled; as whole checkpoints have it
+    saved(tmp_path / "bare.safetensors", {(before(n) + n).replace(".weight", ".default.weight"): t for n, t in inner.items()})
+    # flattened names of kohya and of LyCORIS
     layers = random_layers(backbone, "to_q", "to_add_out", "proj_out")
-    saved(tmp_path / "kohya.safetensors", flat(layers, "lora_unet_", 3))
+    lycoris = {n: two for n, two in layers.items() if n.endswith("to_q")}
+    saved(
+        tmp_path / "kohya.safetensors",
+        flat({n: two for n, two in layers.items() if n not in lycoris}, "lora_unet_", 3) | flat(lycoris, "lycoris_", 3),
+    )
     expected["kohya.safetensors"] = world.merged(layers, 1.5)
     if arch.PIPELINE.__name__ == "FluxPipeline":
         attention = random_layers(backbone, "to_q", "to_add_out")
