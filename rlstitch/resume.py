@@ -70,11 +70,11 @@ def keep_commits(config: RunConfig, name: str) -> None:
         run = home(config.out) / (config.name or cfg.short_name(name)) if config.resume == "auto" else Path(config.resume).parent.parent
         if not checkpoint.folders(run) or not (run / "recipe.yaml").is_file():
             return
-        saved = cfg.compose(str(run / "recipe.yaml"))
-        pairs = [(config.model, saved.get("model")), *((node, saved.get("rewards", {}).get(n)) for n, node in config.rewards.items())]
+        saved = cfg.structure(cfg.compose(str(run / "recipe.yaml")))[0]
+        pairs = [(config.model, saved.model), *((node, saved.rewards.get(name)) for name, node in config.rewards.items())]
         for node, before in pairs:
-            if before and hub.parsed(node.get("path")) and str(before.get("path")).startswith(f"{node['path']}@"):
-                node["path"] = before["path"]
+            if isinstance(node, dict) and isinstance(before, dict) and hub.parsed(node.get("path")):
+                node["path"] = before["path"] if str(before.get("path")).startswith(f"{node['path']}@") else node["path"]
 
 
 def gone_on(source: Path | None, step: int, updates: int) -> str:

@@ -204,6 +204,8 @@ def test_a_recipe_names_the_commit_and_its_run_keeps_it(online, repo, sd3_dir, t
     (run / "checkpoints" / "step-000002").mkdir(parents=True)
     (run / "checkpoints" / "step-000002" / "complete.json").write_text("{}")
     (run / "recipe.yaml").write_text(cfg.to_yaml(config))
+    for odd in ({"rewards": {"clip": 3}}, {"model": {"path": 3}}):  # which the checks tell
+        keep_commits(cfg.structure(cfg.merge(recipe("draft", **own), odd))[0], "draft")
     shutil.rmtree(online.cache / "models--someone--tiny-sd3" / "refs")
     again = checks.checked(recipe("draft", **own), "draft")
     assert again.model["path"] == f"{MODEL}@{FIRST}"
@@ -223,6 +225,9 @@ def test_a_recipe_names_the_commit_and_its_run_keeps_it(online, repo, sd3_dir, t
     assert card["path"] == f"{MODEL}@{SECOND}"
     steered = steer.checked(recipe("dps", check=True, out=str(tmp_path / "steered")), "dps")
     assert steered.model["path"] == f"{MODEL}@{SECOND}" and f"model {MODEL}@{SECOND}: in the hub cache" in describe.steering(steered)
+    engine = SimpleNamespace(rank=1, device="cpu", by_main=lambda own: json.dumps([f"{MODEL}@{FIRST}"]), together=lambda action: action())
+    with pytest.raises(UserError, match=f"rank 0 takes {MODEL}@{FIRST} and rank 1 {MODEL}@{SECOND}: name one commit"):
+        parts.Parts.of(steered.model, {}, engine=engine)
     monkeypatch.chdir(sd3_dir.parent)
     Path("someone").mkdir(exist_ok=True)
     Path(MODEL).symlink_to(sd3_dir)  # what lies here wins
@@ -275,6 +280,16 @@ def test_what_keeps_a_model_from_being_fetched_is_one_line(online, repo, monkeyp
     for odd in ("someone/", "someone/a@", "someone/a b", "so--me/a", "someone/a.git", "a/b/c", "https://somewhere/a/b", "someone/a@../x"):
         with pytest.raises(UserError, match="is not there .* Nor is it a hub id, which is owner/name or owner/name@revision$"):
             hub.model_folder(odd)
+
+
+def test_the_libraries_ask_no_network_and_the_user_may_say_so_of_all(monkeypatch):
+    for said, libraries, all_of_it in (("", "1", False), ("1", "1", True), ("0", "0", False)):
+        monkeypatch.setenv("HF_HUB_OFFLINE", said)
+        monkeypatch.setattr(hub, "_libraries_alone", False)
+        hub.keep_libraries_offline()
+        hub.keep_libraries_offline()  # of a second job in one process
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", os.environ["HF_HUB_OFFLINE"] == "1")  # as the client reads it when it is imported
+        assert (os.environ["HF_HUB_OFFLINE"], hub.offline()) == (libraries, all_of_it)
 
 
 def test_nothing_that_is_fetched_names_code(online, repo):
