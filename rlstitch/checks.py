@@ -62,9 +62,12 @@ def _faults(config: RunConfig) -> list[str]:
     faults += guard_faults(config)
     if config.distributed.zero_stage and config.distributed.precision == "fp16":
         faults.append("'distributed.precision' fp16 has no loss scaling under ZeRO here: use bf16 or fp32, or zero_stage=0")
-    if config.distributed.zero_stage == 3 and config.model.get("quantise"):
+    most = {"nf4": 2, "int8": 0}.get(
+        str(config.model.get("quantise")), 3
+    )  # DeepSpeed cuts packed weights wrongly, and moves those of int8 not at all
+    if config.distributed.zero_stage > most:
         faults.append(
-            "'model.quantise' packs whole weights, and distributed.zero_stage=3 holds parts of them: set zero_stage to 2 or less, or leave model.quantise out"
+            f"'model.quantise' {config.model['quantise']} goes with distributed.zero_stage={most} at most, not {config.distributed.zero_stage}: LoRA alone trains, so that ZeRO saves little beside it"
         )
     attempt(faults, "batch", geometry, config, count)
     faults += lora_faults("lora.init", config.lora.init, config.model) if config.lora.init else []

@@ -4,13 +4,33 @@ import json
 
 import pytest
 
-from benchmarks import common, paper_tables, real_size, steering, step_floor
+from benchmarks import common, paper_tables, real_size, steering, step_floor, stitch_cost
 
 
 @pytest.mark.parametrize("pixels, wanted", [(512, (2.44, 0.46, 2.51, 1.01)), (1024, (11.25, 2.21, 10.47, 1.01))])
 def test_floors_of_sd35_medium_are_the_counted_ones(pixels, wanted):
     found = real_size.floors("sd35_medium", pixels, 4)
     assert tuple(round(found[k], 2) for k in ("denoiser", "prefix", "decode", "reward")) == wanted
+
+
+def test_the_cost_of_stitching_is_that_of_its_parts(monkeypatch):
+    """By hand on a tiny configuration: what is run in the search, once a picture, and for every picture that is seen."""
+    tiny, width, inner, layers = real_size.SIZES["tiny"], 16, 32, 5
+    monkeypatch.setattr(stitch_cost, "KL", tiny["vae"])
+    monkeypatch.setitem(stitch_cost.MODELS, "tiny", (stitch_cost.sd3, tiny["transformer"], None, tiny["tokens"]))
+    vision = dict(hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=2, projection_dim=8)
+    monkeypatch.setattr(stitch_cost, "REWARDS", {"clip": vision})
+    found = stitch_cost.cost("tiny", 16)
+    row, parts = found["rewards"]["clip"], [real_size.floors("tiny", 16, k)["prefix"] for k in (1, 3)]
+    assert row["first"]["blocks"] == row["sixth"]["blocks"] == row["half"]["blocks"] == 1 and found["blocks"] == 3
+    assert row["first"]["prefix"] == pytest.approx(parts[0], rel=1e-6)
+    tokens, patches = 257, 2 * 256 * width * 3 * 14**2 / 1e12
+    block = (2 * tokens * width * (4 * width + 2 * inner) + 4 * tokens**2 * width) / 1e12
+    assert row["search_tflop"] / 200 == pytest.approx(found["encoder_tflop"] + parts[1] + patches + 3 * block, rel=1e-3)
+    assert row["once_a_picture_tflop"] == pytest.approx(found["encoder_tflop"] + patches + layers * block, rel=1e-3)
+    assert row["first"]["tail"] == pytest.approx(3 * layers * block, rel=0.1)
+    assert row["fits_tflop_float64"] == pytest.approx(3 * (2 * 200 * 256 * 16 * (16 + 64) + 16**3 / 3 + 4 * 16**2 * 64) / 1e12)
+    assert row["first"]["finetune_hours"] == pytest.approx(row["first"]["finetune_tflop"] / 395.6 / 3600)
 
 
 def test_real_size_runs_on_a_tiny_configuration():

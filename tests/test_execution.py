@@ -92,6 +92,18 @@ def test_four_bits_take_a_gpu(sd3_dir, monkeypatch):
     assert model_faults(node | {"quantise": "int8"}) == []
 
 
+@pytest.mark.parametrize("packed, most", [("nf4", 2), ("int8", 0)])
+def test_packed_weights_and_zero_are_told(packed, most, monkeypatch):
+    from rlstitch import checks, config
+
+    monkeypatch.setattr(execution, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for stage in range(4):
+        given = config.merge(config.compose("draft_stitch"), {"model": {"quantise": packed}, "distributed": {"zero_stage": stage}})
+        told = [f for f in checks.recipe_faults(config.structure(given)[0]) if "model.quantise" in f]
+        assert bool(told) == (stage > most) and all(f"zero_stage={most} at most, not {stage}" in f for f in told)
+
+
 @pytest.mark.parametrize("name", ["sd3", *(pytest.param(n, marks=pytest.mark.slow) for n in WRITERS if n != "sd3")])
 def test_compiled_blocks_compute_the_same(name, tmp_path, monkeypatch):
     """Under cuts, in prefixes, with LoRA put on them later and its sets switched, with checkpointing; names of parameters stay."""

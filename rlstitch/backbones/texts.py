@@ -91,10 +91,8 @@ class Texts:
         with aside(self.transformer):
             pipeline = self.pipeline()
             for part in parts:
-                with (
-                    torch.no_grad(),
-                    torch.autocast(self.device.type, enabled=False),
-                ):  # text is the same whatever it is asked in the midst of
+                # text is the same whatever it is asked in the midst of
+                with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
                     rows = self.arch.text(pipeline, part, self.length, self.device)
                 for prompt, row in zip(part, rows):
                     row = {name: value.cpu() for name, value in row.items()}
