@@ -28,6 +28,7 @@ def attempt(faults: list[str], where: str, action, *args):
 def value_cards(config: Any, faults: list[str]) -> dict[str, dict[str, Any]]:
     """Cards of the value models that a recipe's oracle uses; each must read this model's latents. `config` has model, rewards, values and oracle."""
     cards, backbone = {}, class_of(config.model, "model")
+    sound = not any(f.startswith(("'model", "unknown key 'model")) for f in faults)
     try:
         used = values_used(config.oracle)
     except (UserError, KeyError, TypeError):
@@ -48,7 +49,7 @@ def value_cards(config: Any, faults: list[str]) -> dict[str, dict[str, Any]]:
                     f"'values.{name}': {config.values[name]} reads latents of another autoencoder than model {config.model['path']}: stitch one for this model with launch/stitch.py"
                 )
             elif (card.get("backbone") or {}).get("path") == config.model["path"]:  # of another denoiser its own is built
-                setting = backbone and protocols.asked("model", backbone, "setting", config.model)
+                setting = sound and backbone and protocols.asked("model", backbone, "setting", config.model)
                 faults += [f"'values.{name}': {config.values[name]} {why}"] if setting and (why := misused(card, *setting)) else []
         except UserError:
             continue  # the missing model is reported already

@@ -15,7 +15,7 @@ import traceback
 import typing
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -290,5 +290,10 @@ def hints(part: Any) -> dict[str, Any]:
 def _installed(module: str) -> bool:
     """Whether a module is of an installed package, or of Python, rather than a user's own."""
     file = getattr(sys.modules.get(module), "__file__", None)
+    return file is None or _among_packages(file)
+
+
+@cache
+def _among_packages(file: str) -> bool:
     folders = {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib", "stdlib")}
-    return file is None or any(folder in Path(file).resolve().parents for folder in folders)
+    return any(folder in Path(file).resolve().parents for folder in folders)

@@ -238,7 +238,7 @@ def run(recipe: StitchRecipe) -> StitchedValueModel:
         kept = max(0.0, seconds - (time.perf_counter() - asked))  # pictures from the cache cost what they cost when they were made
         latents, images = torch.cat([latents, own]), torch.cat([images, pictures_of(backbone, own)])
         told = dataclasses.asdict(recipe.generate) | {"precision": resolve_precision(device, recipe.generate.precision)}
-        made = {"generate": told, "generate_seconds": round(seconds, 1)}
+        made = {"generate": told, "generate_seconds": round(seconds, 3)}
     targets, tokens, norm = targets_of(reward, images)
     card = {
         "name": recipe.name,
