@@ -58,9 +58,8 @@ def load_strictly(cls: Any, folder: Path, what: str, *, variant: str | None = No
             f"{what} of {folder} cannot be loaded: of the weights of {cls.__name__}, {'; '.join(odd)}. The file is of another model or is incomplete: download or convert it again"
         )
     state = model.state_dict()
-    packed = {
-        name: t for name, t in state.items() if is_traceable_wrapper_subclass(t)
-    }  # quantised as it was loaded: unpacked one at a time
+    # what was quantised as it was loaded is unpacked one at a time
+    packed = {name: t for name, t in state.items() if is_traceable_wrapper_subclass(t)}
     why = next((told for name, t in packed.items() if (told := not_finite({name: t.dequantize()}))), "")
     if why := why or worthless({name: t for name, t in state.items() if name not in packed}):
         raise UserError(f"{what} of {folder} cannot be loaded: {why}. Download or convert it again")

@@ -64,12 +64,8 @@ class Prefix(nn.Module):
         super().__init__()
         if any("lora_" in name for name, _ in transformer.named_parameters()):
             raise AssertionError("take the value model's prefix before LoRA is added to the transformer")
-        self._arch, self.depth, self.embedded, self.compiled = (
-            arch.__name__,
-            depth,
-            embedded,
-            compile,
-        )  # by name: a module cannot be copied with the prefix
+        self._arch = arch.__name__  # a module cannot be copied with the prefix
+        self.depth, self.embedded, self.compiled = depth, embedded, compile
         self.model = cut.truncated(transformer, arch, depth, share=share)
         if compile:
             compiled.compile_blocks(cut.blocks_of(self.model, (*arch.BEFORE, *arch.LISTS)))
@@ -338,10 +334,8 @@ class Diffusers:
         told = f"{prints}:{vae_factors(c)}:{self.size}:{self.dtype}:{self.device.type}"
         return hashlib.sha256(told.encode()).hexdigest()[:20]
 
-    at_once = {
-        False: 8 * 512**2,
-        True: 512**2,
-    }  # pixels that the autoencoder sees at once, without gradient and with it: its activations outweigh everything else
+    # pixels that the autoencoder sees at once, without gradient and with it: its activations outweigh everything else
+    at_once = {False: 8 * 512**2, True: 512**2}
 
     def _in_parts(self, run: Callable[[Any, Tensor], Tensor], x: Tensor, factor: int) -> Tensor:
         """run(vae, x) a few pictures at a time. With gradient that saves nothing unless activations are checkpointed: then each part is run again in the backward pass."""
