@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -66,6 +66,11 @@ class Adapter:
     def expects(self, name: str) -> bool:
         """Whether it says that it is on a linear of this name."""
         return self.config is not None and self.config.target_modules is not None and bool(check_target_module_exists(self.config, name))
+
+
+def listed(paths: str | Sequence[str] | None) -> list[str]:
+    """One path, several or none, as a list."""
+    return [paths] if isinstance(paths, str) else list(paths or ())
 
 
 def find(path: str | Path) -> Path:

@@ -96,7 +96,7 @@ def hashes(config: RunConfig) -> dict[str, str]:
     out[f"evaluation.prompts = {config.evaluation.prompts}"] = sha256(require(config.evaluation.prompts, "the prompt file"))
     out |= {f"values.{name} = {path}": read_card(path)["sha256"] for name, path in config.values.items() if name in trained}
     given = {"lora.init": config.lora.init, "model.merge": config.model.get("merge") if protocols.ours(config.model["_target_"]) else None}
-    loras = [(key, path) for key, paths in given.items() for path in ([paths] if isinstance(paths, str) else paths or []) if path]
+    loras = [(key, path) for key, paths in given.items() for path in adapters.listed(paths) if path]
     out |= {f"{key} = {path}": adapters.fingerprint(path) for key, path in loras}
     nodes = {"model": {k: v for k, v in config.model.items() if f"model.{k}" not in given}, "data.images": config.data.images} | {
         f"rewards.{n}": node for n, node in config.rewards.items() if n in trained

@@ -144,8 +144,8 @@ class Diffusers:
             raise UserError(f"the model {path} cannot run as asked: {why}")
         hub.fetch(path, directory.needs({"path": path, "text_encoder_3": text_encoder_3}), variant)
         self.transformer = directory.load(self.arch.TRANSFORMER, self.path, "transformer", self.dtype, variant, self.device, quantise)
-        self.merged = [adapters.fingerprint(lora) for lora in loras.listed(merge)]
-        loras.merge(self.transformer, [loras.load(lora, self) for lora in loras.listed(merge)])
+        self.merged = [adapters.fingerprint(lora) for lora in adapters.listed(merge)]
+        loras.merge(self.transformer, [loras.load(lora, self) for lora in adapters.listed(merge)])
         self.vae = directory.load(self.arch.VAE, self.path, "vae", self.dtype, variant, self.device)
         self.arch.prepare(self.transformer, self.device.type, attention)
         if attention is not None:

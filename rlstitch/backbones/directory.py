@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rlstitch import adapters
 from rlstitch.backbones import execution, loras
 from rlstitch.backbones.shared import Architecture, architecture
 from rlstitch.files import names_in, read_json, weight_files
@@ -212,7 +213,7 @@ def faults(options: dict[str, Any]) -> list[tuple[str, str]]:
     if options.get("embedded_guidance") is not None and not transformer.get("guidance_embeds"):
         out.append(("embedded_guidance", f"{folder} was not distilled with guidance and has no embedding of it: leave it out"))
     out += execution.faults(arch, options, transformer)
-    for lora in loras.listed(options.get("merge")):
+    for lora in adapters.listed(options.get("merge")):
         try:
             loras.fitting(lora, arch, loras.linears(skeleton(folder)), options["path"])
         except UserError as error:

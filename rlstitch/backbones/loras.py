@@ -16,11 +16,6 @@ from rlstitch.telling import say
 from rlstitch.types import UserError
 
 
-def listed(paths: str | Sequence[str] | None) -> list[str]:
-    """One path, several or none, as a list."""
-    return [paths] if isinstance(paths, str) else list(paths or ())
-
-
 def linears(transformer: nn.Module) -> dict[str, tuple[int, int]]:
     """(outputs, inputs) of every linear, by name."""
     return {n: (m.out_features, m.in_features) for n, m in transformer.named_modules() if isinstance(m, nn.Linear)}

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from rlstitch.config import hardware
 from rlstitch.distributed import autocast as autocast_in
 from rlstitch.distributed import average_gradients, load_optimiser_tensors, optimiser_tensors, world_size
-from rlstitch.files import read_tensors, write_json, write_tensors
+from rlstitch.files import read_json, read_tensors, write_json, write_tensors
 
 
 def device() -> torch.device:
@@ -185,6 +185,12 @@ def _agreed(go_on: bool, world: int) -> bool:
 def batches(n: int, size: int) -> Iterator[slice]:
     for start in range(0, n, size):
         yield slice(start, min(start + size, n))
+
+
+def run_in_float32(folder: Path) -> None:
+    """Text encoders of a pipeline are stored in half precision and run in float32 like the rest: transformers loads in what their configurations say."""
+    for config in sorted(folder.glob("text_encoder*/config.json")):
+        write_json(config, read_json(config, "the text encoder's config") | {"dtype": "float32"})
 
 
 def write_card(folder: Path, facts: dict) -> None:

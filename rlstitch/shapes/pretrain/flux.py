@@ -20,10 +20,10 @@ from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from rlstitch.config import build
-from rlstitch.files import read_json, read_tensors, require, write_json, write_tensors
+from rlstitch.files import read_tensors, require, write_tensors
 from rlstitch.schedule import shift_sigma
 from rlstitch.shapes import tokenizer as shapes_tokenizer
-from rlstitch.shapes.pretrain.common import autocast, batches, device, fit, ranks, write_card
+from rlstitch.shapes.pretrain.common import autocast, batches, device, fit, ranks, run_in_float32, write_card
 from rlstitch.shapes.pretrain.generator import EMPTY_PROMPT_RATE, encode_latents
 from rlstitch.shapes.pretrain.pool import make_pool
 from rlstitch.types import Backbone
@@ -82,6 +82,11 @@ class Store:
     ids: Tensor
 
 
+def guidances(n: int, generator: torch.Generator) -> Tensor:
+    low, high = GUIDANCE
+    return low + (high - low) * torch.rand(n, generator=generator)
+
+
 @torch.no_grad()
 def ask(teacher: Backbone, z0: Tensor, prompts: list[str], ids: Tensor, *, seed: int, chunk: int = 128, steps: int = 10) -> Store:
     """`steps` latents a prompt: of every second chunk those of a guided path from noise, of the others the scenes z0 [N, ...] at random noise levels."""
@@ -93,7 +98,7 @@ def ask(teacher: Backbone, z0: Tensor, prompts: list[str], ids: Tensor, *, seed:
     for number, part in enumerate(batches(len(prompts), chunk)):
         clean, text = z0[part].float().to(device()), teacher.encode_prompts(prompts[part])
         b = len(clean)
-        w = (GUIDANCE[0] + (GUIDANCE[1] - GUIDANCE[0]) * torch.rand(b, 1, 1, 1, generator=generator)).to(clean.device)
+        w = guidances(b, generator).to(clean.device).view(-1, 1, 1, 1)
         places = (torch.arange(1, steps) + torch.rand(steps - 1, generator=generator) - 0.5) / steps  # every path steps at its own levels
         levels = shift_sigma(torch.cat([torch.ones(1), 1 - places, torch.zeros(1)]), 3.0)
         z = normal(clean)
@@ -153,7 +158,7 @@ def objective(
 
     def loss_of(step: int, generator: torch.Generator):
         index = torch.randint(len(store.z), (batch,), generator=generator)
-        w = GUIDANCE[0] + (GUIDANCE[1] - GUIDANCE[0]) * torch.rand(batch, generator=generator)
+        w = guidances(batch, generator)
         z, v, v_null = (x[index].float().to(device()) for x in (store.z, store.v, store.v_null))
         ids, sigma, w = store.ids[index].to(device()), store.sigma[index].to(device()), w.to(device())
         found, said = velocity(model, z, sigma, ids, w)
@@ -202,12 +207,7 @@ def train(
         scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULER),
     ).save_pretrained(folder)
     shutil.rmtree(folder / "vae")
-    for name in (
-        "text_encoder",
-        "text_encoder_2",
-    ):  # stored in half precision, run in float32 like the rest: transformers loads in what this says
-        config = folder / name / "config.json"
-        write_json(config, read_json(config, "the text encoder's config") | {"dtype": "float32"})
+    run_in_float32(folder)
     (folder / "vae").symlink_to(Path("..") / "shapes" / "vae")
     write_card(
         folder, facts | {"part": "shapes-flux", "seed": seed, "parameters": sum(p.numel() for p in model["transformer"].parameters())}

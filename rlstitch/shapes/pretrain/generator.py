@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTextConfig, CLIPTextModelWithProjection
 
-from rlstitch.files import read_json, require, write_json
+from rlstitch.files import require
 from rlstitch.shapes import tokenizer as shapes_tokenizer
-from rlstitch.shapes.pretrain.common import autocast, batches, device, fit, ranks, write_card
+from rlstitch.shapes.pretrain.common import autocast, batches, device, fit, ranks, run_in_float32, write_card
 from rlstitch.shapes.pretrain.pool import labels_of, make_pool
 from rlstitch.shapes.scenes import COLOURS, SHAPES
 
@@ -203,10 +203,7 @@ def train(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )
     pipeline.save_pretrained(folder)
-    # stored in half precision, run in float32 like the rest: transformers loads in what this says
-    for name in ("text_encoder", "text_encoder_2"):
-        config = folder / name / "config.json"
-        write_json(config, read_json(config, "the text encoder's config") | {"dtype": "float32"})
+    run_in_float32(folder)
     shutil.copy(vae_folder / "card.json", folder / "vae" / "card.json")
     write_card(folder, facts | {"part": "shapes", "seed": seed, "parameters": sum(p.numel() for p in transformer.parameters())})
     print(facts, flush=True)
