@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
@@ -18,6 +19,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
+from rlstitch import hub
 from rlstitch.files import PICKLES, not_finite, opened, read_json, read_tensors, require, sha256, worthless
 from rlstitch.ranges import Count, NotNegative, misfit
 from rlstitch.types import UserError
@@ -74,23 +76,40 @@ def listed(paths: str | Sequence[str] | None) -> list[str]:
 
 
 def find(path: str | Path) -> Path:
-    """The safetensors file of a LoRA: itself, that of a folder as diffusers or PEFT wrote it, the only one of a folder, or that of a run's `lora/`. Raises UserError
-    where there is none, or several."""
+    """The safetensors file of a LoRA: itself, that of a folder as diffusers or PEFT wrote it, the only one of a folder, or that of a run's `lora/`; of a hub id (of a
+    repository, or owner/name/FILE.safetensors), as `hub.file` has it. Raises UserError where there is none, or several."""
+    if hub.parsed_file(path):
+        return hub.file(str(path), "the LoRA", _picked, beside=[CONFIG])
     found = require(path, "the LoRA")
     if found.is_file():
         return found
-    for folder in (found, found / "lora"):
-        files = sorted(folder.glob("*.safetensors"))
-        named = [f for name in (LORA_WEIGHT_NAME_SAFE, PEFT_FILE) for f in files if f.name == name]
-        if named or len(files) == 1:
-            return (named or files)[0]
-        if files:
-            raise UserError(f"{folder} holds {len(files)} safetensors files ({', '.join(f.name for f in files[:5])}): name the LoRA's own")
-    if (found / "recipe.yaml").is_file():
+    inner = found / "lora"
+    if (found / "recipe.yaml").is_file() and not any(inner.glob("*.safetensors")):
         raise UserError(f"the run {path} has no LoRA in its lora/ yet: that is written when it ends")
-    pickled = sorted(p.name for p in found.iterdir() if p.suffix in PICKLES)
+    folder = inner if any(inner.glob("*.safetensors")) and not any(found.glob("*.safetensors")) else found
+    return folder / _picked([f.name for f in sorted(folder.iterdir())], str(folder))
+
+
+def pinned(paths: str | Sequence[str] | None) -> Any:
+    """The same with every hub id as the file and the commit that it stands for."""
+    if isinstance(paths, str) and (named := hub.parsed_file(paths)):
+        file = find(paths)
+        commit = next(folder for folder in file.parents if folder.parent.name == "snapshots")
+        return f"{named[0]}/{file.relative_to(commit)}@{commit.name}"
+    return [pinned(path) for path in paths] if isinstance(paths, list) else paths
+
+
+def _picked(names: list[str], where: str) -> str:
+    """The LoRA among a folder's files: as diffusers or PEFT name it, or the only safetensors file."""
+    files = [n for n in names if n.endswith(".safetensors")]
+    named = [n for n in (LORA_WEIGHT_NAME_SAFE, PEFT_FILE) if n in files]
+    if named or len(files) == 1:
+        return (named or files)[0]
+    if files:
+        raise UserError(f"{where} holds {len(files)} safetensors files ({', '.join(files[:5])}): name the LoRA's own")
+    pickled = [n for n in names if Path(n).suffix in PICKLES]
     raise UserError(
-        f"{path} holds no LoRA in safetensors"
+        f"{where} holds no LoRA in safetensors"
         + (
             f", only {', '.join(pickled[:3])}, which can run code and is not read here"
             if pickled

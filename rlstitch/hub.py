@@ -1,4 +1,5 @@
-"""Models by hub id, `owner/name` or `owner/name@revision`: from the local hub cache (HF_HOME, HF_HUB_CACHE), else fetched into it.
+"""Models by hub id, `owner/name` or `owner/name@revision`, and single files of one, `owner/name/FILE@revision`: from the local hub cache (HF_HOME, HF_HUB_CACHE), else
+fetched into it.
 
 What is fetched is data alone: JSON, text, tokenizers, chat templates and safetensors. First come the small files, which are enough for every check; then the weights,
 of the parts that are loaded and in one variant.
@@ -28,13 +29,15 @@ from rlstitch.types import UserError
 T = TypeVar("T")
 
 _WORD = r"(?![.-])(?:(?!--|\.\.)[\w.-]){1,96}(?<![.-])"
-ID = re.compile(rf"({_WORD}/{_WORD})(?<!\.git)(?:@((?!.*\.\.)\w[\w./+-]*))?", re.ASCII)
+_REVISION = r"(?:@((?!.*\.\.)\w[\w./+-]*))?"
+ID = re.compile(rf"({_WORD}/{_WORD})(?<!\.git){_REVISION}", re.ASCII)
+FILE_ID = re.compile(rf"({_WORD}/{_WORD})(?<!\.git)(?:/((?:[\w+-][\w.+ -]*/)*[\w+-][\w.+ -]*\.safetensors))?{_REVISION}", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SMALL = ("*.json", "*.txt", "*.model", "*.spm", "*.tiktoken", "*.jinja")
 INDEXES = ("model_index.json", "config.json")  # of a pipeline, of a single model: fetched last, so that what was cut short has none
 AGAIN = 60.0  # seconds before a hub that did not answer is asked again
 _libraries_alone = False  # whether it is `keep_libraries_offline` that said HF_HUB_OFFLINE
-_unanswered: dict[tuple[str, str | None], tuple[float, str]] = {}
+_unanswered: dict[tuple[str | None, ...], tuple[float, str]] = {}
 _asked: set[Path] = set()  # snapshots that have all the small files that there are
 
 
@@ -45,6 +48,12 @@ def parsed(path: Any) -> tuple[str, str | None] | None:
     """(owner/name, revision or None) of a hub id; None for anything else. What lies here by that name is no hub id."""
     found = ID.fullmatch(path) if isinstance(path, str) else None
     return None if found is None or what_is(path) else (found[1], found[2])
+
+
+def parsed_file(path: Any) -> tuple[str, str | None, str | None] | None:
+    """(owner/name, file in it or None, revision or None) of a hub id of one file; None for anything else. What lies here by that name is no hub id."""
+    found = FILE_ID.fullmatch(path) if isinstance(path, str) else None
+    return None if found is None or what_is(path) else found.groups()
 
 
 def pinned(path: Any) -> Any:
@@ -116,9 +125,10 @@ def _ask(path: Any, what: str, action: Callable[[], T], lacks: str = "", parts: 
     """
     from huggingface_hub import constants, errors
 
-    name, revision = named = ID.fullmatch(path).groups()
-    fetch = " ".join(["hf download", name, *([f"--revision {revision}"] if revision else []), *(f"--include '{p}'" for p in _globs(parts))])
-    short = f"{what} '{path}' is no folder here, and " + (
+    name, file, revision = named = FILE_ID.fullmatch(path).groups()
+    wanted = [f"'{file}'"] if file else [f"--include '{p}'" for p in _globs(parts)]
+    fetch = " ".join(["hf download", name, *wanted[: bool(file)], *([f"--revision {revision}"] if revision else []), *wanted[bool(file) :]])
+    short = f"{what} '{path}' is no {'file' if file else 'folder'} here, and " + (
         f"the hub cache has no more than a part of it (it lacks {lacks})"
         if lacks
         else f"it is not in the hub cache ({constants.HF_HUB_CACHE})"
@@ -135,7 +145,7 @@ def _ask(path: Any, what: str, action: Callable[[], T], lacks: str = "", parts: 
     except errors.GatedRepoError as error:
         why, cause = f"{name} is gated: accept its licence on the model's page at the hub, then run hf auth login", error
     except errors.RepositoryNotFoundError as error:
-        why = f"{what} '{path}' is no folder here, and the hub has no model {name} that can be seen from here: look at its spelling, or, where it is private, run hf auth login"
+        why = f"{what} '{path}' is not here, and the hub has no model {name} that can be seen from here: look at its spelling, or, where it is private, run hf auth login"
         cause = error
     except errors.RevisionNotFoundError as error:
         why, cause = (
@@ -202,8 +212,8 @@ def _small(path: Any, what: str, name: str, revision: str | None) -> Path:
 
 
 @lru_cache(maxsize=16)
-def _listing(name: str, commit: str) -> dict[str, int]:
-    """Bytes of every file that a commit has at the hub."""
+def _listing(name: str, commit: str | None) -> dict[str, int]:
+    """Bytes of every file that a commit (or a branch; None: the main one) has at the hub."""
     import huggingface_hub
 
     files = huggingface_hub.HfApi().model_info(name, revision=commit, files_metadata=True).siblings or []
@@ -261,6 +271,37 @@ def fetch(path: Any, parts: Iterable[str], variant: str | None = None, what: str
                 names = [glob.escape(n) for n in wanted]
                 _ask(path, what, lambda: _download(named[0], folder.name, names), ", ".join(wanted), parts)
     return folder
+
+
+def file(path: str, what: str, pick: Callable[[list[str], str], str], beside: Iterable[str] = ()) -> Path:
+    """The safetensors file that `parsed_file` names, or the one that `pick` takes of those at a repository's top (their names; what they are in); files named `beside` come
+    with it. Raises UserError where there is none, or none to be had now."""
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    name, inside, revision = parsed_file(path)
+
+    def there() -> Path | None:
+        try:
+            folder = Path(huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=["*.safetensors"]))
+        except LocalEntryNotFoundError:
+            return None
+        files = sorted(f.name for f in folder.glob("*.safetensors"))
+        found = folder / (inside or (pick(files, path) if files else ""))
+        return found if found.is_file() else None
+
+    def fetched() -> Path:
+        listing = _listing(name, revision)
+        if inside and inside not in listing:
+            raise UserError(f"{name} has no file {inside}: it has {', '.join(sorted(f for f in listing if f.endswith('.safetensors'))[:5]) or 'none in safetensors'}")
+        one = inside or pick(sorted(f for f in listing if "/" not in f), path)
+        say(f"{name}: {amount({one: listing[one]})} of {what.removeprefix('the ')} {'is' if listing[one] else 'are'} fetched into the hub cache")
+        return _download(name, revision, [glob.escape(f) for f in (one, *(str(Path(one).with_name(b)) for b in beside))]) / one
+
+    if found := there():
+        return found
+    with nullcontext() if offline() else _alone(name):
+        return there() or _ask(path, what, fetched)
 
 
 def amount(files: dict[str, int]) -> str:

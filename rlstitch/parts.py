@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rlstitch import hub, protocols
+from rlstitch import adapters, hub, protocols
 from rlstitch.asking import probe_rewards
 from rlstitch.config import build as build_part
 from rlstitch.config import load_class
@@ -118,6 +118,12 @@ def pinned(node: Mapping[str, Any]) -> dict[str, Any]:
 def at_hand(config: Any) -> bool:
     """Name the commits of a sound config's hub ids in it and, unless it is only checked, fetch their weights; -> whether any came, which no check has seen."""
     came = False
+    if isinstance(lora := vars(config).get("lora"), str):
+        config.lora = adapters.pinned(lora)
+    elif lora is not None:
+        lora.init = adapters.pinned(lora.init)
+    if config.model.get("merge") and protocols.ours(config.model["_target_"]):
+        config.model["merge"] = adapters.pinned(config.model["merge"])
     for _, node, needs in from_hub(config):
         node["path"] = hub.pinned(node["path"])
         if not config.check and hub.missing(node["path"], needs, node.get("variant")):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -72,9 +73,21 @@ def keep_commits(config: RunConfig, name: str) -> None:
             return
         saved = cfg.structure(cfg.compose(str(run / "recipe.yaml")))[0]
         pairs = [(config.model, saved.model), *((node, saved.rewards.get(name)) for name, node in config.rewards.items())]
+        config.lora.init = _kept(config.lora.init, saved.lora.init)
+        if config.model.get("merge") and isinstance(saved.model, dict):
+            config.model["merge"] = _kept(config.model["merge"], saved.model.get("merge"))
         for node, before in pairs:
             if isinstance(node, dict) and isinstance(before, dict) and hub.parsed(node.get("path")):
                 node["path"] = before["path"] if str(before.get("path")).startswith(f"{node['path']}@") else node["path"]
+
+
+def _kept(loras: Any, before: Any) -> Any:
+    """A recipe's LoRA, each as the run that is gone on with has it where that is the same hub id with its commit."""
+    now, then = adapters.listed(loras), adapters.listed(before)
+    if len(now) != len(then):
+        return loras
+    kept = [b if hub.parsed_file(n) and re.match(rf"{re.escape(n)}[@/]", str(b)) else n for n, b in zip(now, then)]
+    return kept[0] if isinstance(loras, str) else kept if loras else loras
 
 
 def gone_on(source: Path | None, step: int, updates: int) -> str:

@@ -15,10 +15,10 @@ import pytest
 import torch
 from huggingface_hub import constants, errors
 
-from rlstitch import checks, describe, hub, part_checks, parts, steer
+from rlstitch import adapters, checks, describe, hub, part_checks, parts, steer
 from rlstitch import config as cfg
 from rlstitch.backbones import Diffusers, directory
-from rlstitch.files import STEMS
+from rlstitch.files import STEMS, write_tensors
 from rlstitch.fingerprints import same_vae, vae_names
 from rlstitch.resume import keep_commits, resumable
 from rlstitch.rewards.clip import ClipReward
@@ -280,6 +280,44 @@ def test_what_keeps_a_model_from_being_fetched_is_one_line(online, repo, monkeyp
     for odd in ("someone/", "someone/a@", "someone/a b", "so--me/a", "someone/a.git", "a/b/c", "https://somewhere/a/b", "someone/a@../x"):
         with pytest.raises(UserError, match="is not there .* Nor is it a hub id, which is owner/name or owner/name@revision$"):
             hub.model_folder(odd)
+
+
+def test_a_lora_by_hub_id(online, tmp_path, monkeypatch, capsys):
+    lora, name = tmp_path / "lora", "someone/lora-of_mine"
+    write_tensors(lora / "sub" / "other.safetensors", {"x": torch.ones(1)})
+    write_tensors(lora / "adapter_model.safetensors", {"x": torch.ones(2)})
+    (lora / "adapter_config.json").write_text("{}")
+    (lora / "model.bin").write_bytes(b"x")
+    online.put(name, lora)
+    file = adapters.find(name)
+    assert file.name == "adapter_model.safetensors" and file.with_name("adapter_config.json").is_file()
+    assert online.asked == ["adapter_config.json", "adapter_model.safetensors"] and "of LoRA" in capsys.readouterr().out
+    assert adapters.find(f"{name}/sub/other.safetensors@main").parent.name == "sub"
+    assert adapters.pinned(name) == f"{name}/adapter_model.safetensors@{FIRST}" and adapters.pinned("") == ""
+    assert adapters.pinned([f"{name}/sub/other.safetensors"]) == [f"{name}/sub/other.safetensors@{FIRST}"]
+    online.put(name, lora, SECOND)
+    assert adapters.pinned(name).endswith(FIRST) and adapters.find(adapters.pinned(name)) == file  # of what is in the cache
+
+    def fault(path):
+        with pytest.raises(UserError) as told:
+            adapters.find(path)
+        assert "\n" not in str(told.value)
+        return str(told.value)
+
+    assert "no file third.safetensors: it has adapter_model.safetensors, sub/other.safetensors" in fault(f"{name}/third.safetensors")
+    assert "has no revision 'v2' at the hub" in fault(f"{name}@v2")
+    assert "the LoRA 'someone/none/a.safetensors' is not here, and the hub has no model someone/none" in fault("someone/none/a.safetensors")
+    several = shutil.copytree(lora / "sub", tmp_path / "several")
+    write_tensors(several / "one.safetensors", {"x": torch.ones(1)})
+    online.put("someone/several", several)
+    assert "someone/several holds 2 safetensors files (one.safetensors, other.safetensors): name the LoRA's own" in fault("someone/several")
+    (several / "one.safetensors").unlink()
+    (several / "other.safetensors").rename(several / "other.bin")
+    online.put("someone/pickled", several)
+    assert "only other.bin, which can run code and is not read here" in fault("someone/pickled")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert adapters.find(name) == file
+    assert "run hf download someone/new 'a b.safetensors' --revision v1" in fault("someone/new/a b.safetensors@v1")
 
 
 def test_the_libraries_ask_no_network_and_the_user_may_say_so_of_all(monkeypatch):
