@@ -283,7 +283,9 @@ def file(path: str, what: str, pick: Callable[[list[str], str], str], beside: It
 
     def there() -> Path | None:
         try:
-            folder = Path(huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=["*.safetensors"]))
+            folder = Path(
+                huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=["*.safetensors"])
+            )
         except LocalEntryNotFoundError:
             return None
         files = sorted(f.name for f in folder.glob("*.safetensors"))
@@ -293,9 +295,13 @@ def file(path: str, what: str, pick: Callable[[list[str], str], str], beside: It
     def fetched() -> Path:
         listing = _listing(name, revision)
         if inside and inside not in listing:
-            raise UserError(f"{name} has no file {inside}: it has {', '.join(sorted(f for f in listing if f.endswith('.safetensors'))[:5]) or 'none in safetensors'}")
+            raise UserError(
+                f"{name} has no file {inside}: it has {', '.join(sorted(f for f in listing if f.endswith('.safetensors'))[:5]) or 'none in safetensors'}"
+            )
         one = inside or pick(sorted(f for f in listing if "/" not in f), path)
-        say(f"{name}: {amount({one: listing[one]})} of {what.removeprefix('the ')} {'is' if listing[one] else 'are'} fetched into the hub cache")
+        say(
+            f"{name}: {amount({one: listing[one]})} of {what.removeprefix('the ')} {'is' if listing[one] else 'are'} fetched into the hub cache"
+        )
         return _download(name, revision, [glob.escape(f) for f in (one, *(str(Path(one).with_name(b)) for b in beside))]) / one
 
     if found := there():
