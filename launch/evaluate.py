@@ -1,28 +1,22 @@
-"""Evaluate a run again: `python launch/evaluate.py run=runs/draft_stitch [key=value ...]`, also under torchrun. Full denoising, clean rewards, detector.
-`lora=PATH` evaluates the run's model with that LoRA instead of the run's weights."""
+"""Judge a model, with or without a LoRA, on a prompt set: `python launch/evaluate.py model=NAME prompts=FILE 'rewards=[NAME, ...]' [lora=PATH] [key=value ...]`, also under
+torchrun. Scores, every setting that moves them, pictures and a page in evaluations/NAME. model: a recipe of recipes/model, a folder or a hub id; rewards: recipes of
+recipes/reward, or what these name. `run=runs/NAME` evaluates a training run again, `lora=PATH` beside it the run's model with that LoRA instead of its weights."""
 
 from rlstitch import cli
-from rlstitch.telling import means_table, say
+from rlstitch.telling import say
 
 
 def run(arguments: list[str]) -> None:
-    from rlstitch.checks import checked
-    from rlstitch.describe import evaluating
-    from rlstitch.files import write_json
-    from rlstitch.trainer import Trainer
+    from rlstitch import checks, describe, evaluation
 
-    folder, given, lora = cli.run_and_overrides(arguments)
-    config = checked(given, str(folder / "recipe.yaml"))
-    if config.check:
-        return say(evaluating(folder, config, lora))
-    trainer = Trainer(config)
-    try:
-        results = trainer.evaluate_start() if lora else trainer.evaluate_checkpoint(folder)
-        if trainer.engine.is_main:
-            write_json(folder / "evaluation.json", results)
-            say(means_table(results, ("written to", str(folder / "evaluation.json"))))
-    finally:
-        trainer.engine.close()
+    if any(a.startswith("run=") for a in arguments):
+        folder, given, lora = cli.run_and_overrides(arguments)
+        config = checks.checked(given, str(folder / "recipe.yaml"))
+        say(describe.evaluating(folder, config, lora) if config.check else evaluation.again(folder, config, lora))
+    else:
+        name, given = cli.recipe_and_overrides(arguments, default="evaluate", script=__file__, laid=evaluation.laid)
+        config = evaluation.checked(given, name)
+        say(describe.judging(config) if config.check else evaluation.table(evaluation.run(config), config))
 
 
 def main() -> None:

@@ -19,8 +19,14 @@ from rlstitch.types import UserError
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of malloc.h
 
 
-def recipe_and_overrides(arguments: list[str], default: str | None = None, script: str = "") -> tuple[str, dict[str, Any]]:
-    """`recipe=NAME key=value ...` -> the recipe's name and the composed dict with overrides merged in. script: the launcher whose recipes are told of."""
+def recipe_and_overrides(
+    arguments: list[str],
+    default: str | None = None,
+    script: str = "",
+    laid: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] = lambda given, overrides: given,
+) -> tuple[str, dict[str, Any]]:
+    """`recipe=NAME key=value ...` -> the recipe's name and the composed dict with overrides merged in. script: the launcher whose recipes are told of.
+    laid: what of the overrides means more than its value; it takes that out of them and gives the recipe that the rest is merged into."""
     from rlstitch import config as cfg
     from rlstitch.protocols import look_in
 
@@ -30,8 +36,8 @@ def recipe_and_overrides(arguments: list[str], default: str | None = None, scrip
     name = chosen[0].removeprefix("recipe=") if chosen else str(default)
     look_in(Path.cwd())
     look_in(cfg.find_recipe(name, only=lambda: recipes_of(Path(script).name)).parent)  # where a recipe of the user's has its own parts
-    given = cfg.compose(name)
-    return name, cfg.merge(given, cfg.parse_overrides([a for a in arguments if not a.startswith("recipe=")]))
+    overrides = cfg.parse_overrides([a for a in arguments if not a.startswith("recipe=")])
+    return name, cfg.merge(laid(cfg.compose(name), overrides), overrides)
 
 
 def recipes_of(script: str) -> dict[str, str]:
@@ -86,7 +92,7 @@ def keep_freed_memory() -> None:
 def help_page(script: str, about: str) -> str:
     """What a launcher does, how it is told what to do, and the recipes that are its own."""
     own = recipes_of(script)
-    key = "run=FOLDER" if script == "evaluate.py" else "recipe=NAME"
+    key = "recipe=NAME"
     lines = [about.strip(), ""]
     if script != "pretrain_shapes.py":
         lines += [
@@ -104,7 +110,7 @@ def help_page(script: str, about: str) -> str:
 
 SCHEMAS = {  # of each launcher: the module and name of its recipe's schema
     "train.py": ("rlstitch.schema", "RunConfig"),
-    "evaluate.py": ("rlstitch.schema", "RunConfig"),
+    "evaluate.py": ("rlstitch.evaluation", "EvaluateConfig"),
     "steer.py": ("rlstitch.steer", "SteerConfig"),
     "stitch.py": ("rlstitch.stitch.recipe", "StitchRecipe"),
     "evaluate_value.py": ("rlstitch.stitch.compare", "CompareConfig"),

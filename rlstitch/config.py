@@ -205,6 +205,7 @@ LAUNCHERS = {
     "distill": "stitch.py",
     "compare": "evaluate_value.py",
     "surrogate": "surrogate.py",
+    "layout": "evaluate.py",
 }  # the key that tells what a recipe is for
 
 

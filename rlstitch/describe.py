@@ -111,6 +111,18 @@ def comparing(config: Any) -> str:
     return whole(goals, config, lengths.unread(config.rewards, read_prompts(c.prompts, c.column).prompts))
 
 
+def judging(config: Any) -> str:
+    """Of an evaluation of a model."""
+    s, prompts = config.sampler, read_prompts(config.prompts, config.column)
+    count = min(config.max_prompts or len(prompts), len(prompts))
+    what = part(config.model) + (f" with the LoRA {config.lora}" if config.lora else "")
+    goals = [
+        f"evaluates {what} on {count} prompts of {config.prompts}, {config.images_per_prompt} pictures each, by {', '.join(config.judges)}",
+        f"{s.num_steps} steps, guidance {s.guidance:g}; written to {Path(config.out) / config.name}",
+    ]
+    return whole(goals, config, lengths.unread(config.rewards, prompts.prompts))
+
+
 def evaluating(folder: Path, config: RunConfig, lora: str = "") -> str:
     """Of the evaluation of a run, or of a LoRA on its model."""
     e, newest = config.evaluation, None if lora else checkpoint.newest(folder, keep_aside=False)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,6 @@ from rlstitch.asking import ask, breakdown
 from rlstitch.data import PromptSet
 from rlstitch.distributed import Engine
 from rlstitch.figures import known
-from rlstitch.policy import Policy
 from rlstitch.types import Judge, Reward, noise_like
 
 
@@ -36,8 +36,7 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(
     backbone: Any,
-    policy: Policy,
-    adapter: str,
+    using: AbstractContextManager,
     prompts: PromptSet,
     rewards: Mapping[str, Reward],
     grid: Tensor,
@@ -50,8 +49,11 @@ def evaluate(
     keep: int = 16,
     label: str = "evaluation",
     progress: bool = True,
+    see: Callable[[list[int], Tensor], None] | None = None,
 ) -> Evaluation:
-    """Score `adapter` (default, ema or reference) on the first `limit` prompts (0: all), one picture each with noise from (seed, prompt).
+    """Score the model, as it is within `using` (e.g. `policy.use("ema")`), on the first `limit` prompts (0: all), one picture each with noise from (seed, prompt).
+
+    see: is shown this rank's pictures [B, 3, H, W] and whose they are, batch by batch.
 
     Every rank takes every world-th prompt, padded to equal numbers; the padding is dropped after gathering, so means and counts are exact. The pictures of the
     first `keep` prompts are kept and no others, so that memory does not grow with the prompt set.
@@ -62,7 +64,7 @@ def evaluate(
     drawn = -(-keep // engine.world)  # of this rank's pictures
     columns: dict[str, list[Tensor]] = {name: [] for name in rewards}
     bar = telling.progress(count, label, "image", shown=progress and engine.is_main)
-    with policy.use(adapter):
+    with using:
         for start in range(0, len(mine), batch_size):
             index = mine[start : start + batch_size]
             batch = prompts.batch(index, torch.tensor(index) + seed * 1_000_003)
@@ -72,6 +74,8 @@ def evaluate(
                 images = backbone.decode(done.z)
                 for name, reward in rewards.items():
                     columns[name].append(known(engine.together(lambda: ask(name, reward, images, batch))))
+            if see is not None:
+                engine.together(lambda: see(index, images))
             shown.append(images[: max(0, drawn - start)].to("cpu", copy=True))  # a view would keep the whole batch
             bar.update(len(index) * engine.world)
     bar.close()

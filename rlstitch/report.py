@@ -172,6 +172,23 @@ def _lines(rows: list[tuple[float, dict[str, Any]]]) -> dict[str, list[tuple[flo
     return {name: [(hours, figures[name]) for hours, figures in rows if _is_number(figures.get(name))] for name in names}
 
 
+def evaluation_page(name: str, result: dict[str, Any], grid: Path) -> str:
+    """A page on the result of an evaluation: means, classes, pictures, settings."""
+    means = {"mean": result["means"], "standard error": result["standard_errors"]}
+    sampling = result["settings"]["sampling"]
+    body = [
+        f"<h1>{html.escape(name)}</h1><p>{result['settings']['prompts']['count']} prompts, {sampling['images_per_prompt']} pictures each, {sampling['num_steps']} steps, guidance {sampling['guidance']:g}, {sampling['height']} x {sampling['width']} px.</p>",
+        _table(means),
+        _image(grid, "the first prompts, with their scores"),
+        f"<h2>Settings</h2><pre>{html.escape(json.dumps(result['settings'], indent=1, ensure_ascii=False))}</pre>",
+    ]
+    return _page(name, body)
+
+
+def _page(title: str, body: list[str]) -> str:
+    return f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{_STYLE}</style><body>{''.join(body)}</body></html>"
+
+
 def write(run: Path) -> Path:
     """Write <run>/report.html from metrics.jsonl, summary.json and samples/."""
     # a run may move to another machine
@@ -199,6 +216,5 @@ def write(run: Path) -> Path:
         + "</div>",
         f"<h2>Recipe</h2><pre>{html.escape((run / 'recipe.yaml').read_text(encoding='utf-8'))}</pre>",
     ]
-    page = f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(run.name)}</title><style>{_STYLE}</style><body>{''.join(body)}</body></html>"
-    write_text(run / "report.html", page)
+    write_text(run / "report.html", _page(run.name, body))
     return run / "report.html"

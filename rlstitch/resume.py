@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -114,6 +114,12 @@ def hashes(config: RunConfig) -> dict[str, str]:
     nodes = {"model": {k: v for k, v in config.model.items() if f"model.{k}" not in given}, "data.images": config.data.images} | {
         f"rewards.{n}": node for n, node in config.rewards.items() if n in trained
     }
+    return out | hashes_of(nodes)
+
+
+def hashes_of(nodes: Mapping[str, Any]) -> dict[str, str]:
+    """`key = path` of every file and folder that parts name, by their keys -> hash."""
+    out = {}
     for where, node in nodes.items():
         for key, path in _paths(node, where):
             found = resolve(path)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import re
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +15,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from rlstitch import config as cfg
-from rlstitch import lengths, protocols, sampling, schedule, scheduler
+from rlstitch import lengths, protocols, results, sampling, schedule, scheduler
 from rlstitch.asking import PartError, ask, inside, told, unlike
 from rlstitch.checks import lora_faults
 from rlstitch.distributed import autocast
@@ -29,7 +26,6 @@ from rlstitch.metrics import peak_memory_mb, to_image
 from rlstitch.oracles import Terminal
 from rlstitch.part_checks import answered, judge_faults, part_faults, unknown_rewards, unread, value_cards, without_gradient
 from rlstitch.parts import Parts, at_hand
-from rlstitch.paths import ready
 from rlstitch.prompts import PromptSet, read_prompts
 from rlstitch.ranges import Count, CountOrNone, Name, Range, Seed, Text, Threads
 from rlstitch.schema import SamplerConfig
@@ -37,7 +33,7 @@ from rlstitch.steering import value_spread
 from rlstitch.steering.model import Steered
 from rlstitch.steering.particles import Trace
 from rlstitch.telling import progress, say
-from rlstitch.types import Batch, Latent, UserError, noise_like
+from rlstitch.types import Batch, Latent, noise_like
 
 
 @dataclass
@@ -76,6 +72,7 @@ class SteerConfig:
     judges: list[Text] = field(default_factory=list)
 
 
+WRITTEN = (r"images|images/[0-9]{5,}\.png|grid\.png|scores\.json|recipe\.yaml", "scores.json")
 MEASURED = 8  # prompts that the spread of the value is measured on
 
 
@@ -157,10 +154,8 @@ def checked(given: dict[str, Any], name: str) -> SteerConfig:
     cfg.for_launcher(given, "steer.py", name)
     config, faults = cfg.fill(SteerConfig, given)
     cfg.named(config, name, faults)
-    if not faults and (strange := foreign(Path(config.out) / config.name)):
-        faults.append(
-            f"'name': {Path(config.out) / config.name} holds {strange}, which is no result of steering, which would be replaced: choose another name or out"
-        )
+    if not faults and (fault := results.fault(config.out, config.name, *WRITTEN)):
+        faults.append(fault)
     if config.lora:
         faults += lora_faults("lora", config.lora, config.model)
     faults += part_faults(config)
@@ -184,17 +179,6 @@ def checked(given: dict[str, Any], name: str) -> SteerConfig:
     if faults := faults + parts:
         raise cfg.report(list(dict.fromkeys(faults)), name)
     return checked(given, name) if at_hand(config) else config
-
-
-def foreign(folder: Path) -> str:
-    """What lies at the folder of a job's results and was not written by a job: such a thing is never removed. '' where there is nothing."""
-    if not folder.exists():
-        return ""
-    if folder.is_symlink() or not (folder / "scores.json").is_file():
-        return "something else than earlier results"
-    ours = re.compile(r"images|images/[0-9]{5,}\.png|grid\.png|scores\.json|recipe\.yaml")
-    names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")))
-    return next((name for name in names if not ours.fullmatch(name)), "")
 
 
 def _row_seeds(seed: int, rows: list[int], particles: int) -> Tensor:
@@ -279,21 +263,12 @@ class Job:
 
     def run(self) -> dict[str, Any]:
         """Steer every prompt; write pictures, grid, scores.json and the recipe to <out>/<name>, all at once at the end."""
-        config = self.config
-        folder = ready(Path(config.out) / config.name)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".steering-", dir=folder.parent) as own:
-            result = self._steer(Path(own) / "new")
-            if strange := foreign(folder):
-                raise UserError(f"{folder} holds {strange} by now, which is not replaced: start again with another name")
-            if folder.exists():
-                os.replace(folder, Path(own) / "old")
-            os.replace(Path(own) / "new", folder)
-        return result
+        with results.replaced(Path(self.config.out) / self.config.name, *WRITTEN) as work:
+            return self._steer(work)
 
     def _steer(self, work: Path) -> dict[str, Any]:
         config = self.config
-        (work / "images").mkdir(parents=True)
+        (work / "images").mkdir()
         kinds = ["steered", "baseline"] if config.baseline else ["steered"]
         shown: dict[str, list[Tensor]] = {k: [] for k in kinds}  # for the grid; every other picture is on disk only
         scores: dict[str, dict[str, list[Tensor]]] = {k: {n: [] for n in config.judges} for k in kinds}

@@ -316,8 +316,7 @@ class Trainer:
         with self.clock.phase("eval"):
             result = evaluate(
                 self.backbone,
-                self.policy,
-                adapter,
+                self.policy.use(adapter),
                 self.held_out,
                 {n: self.rewards[n] for n in e.rewards},
                 schedule.sigmas(e.num_steps, scheduler.resolve("evaluation.shift", e.shift, self.backbone), e.spacing),

@@ -182,13 +182,13 @@ def test_memory_of_an_evaluation_does_not_grow_with_its_prompts():
     """Pictures are as large as all else is small; those of the grid are kept, and one batch's. A judge has each picture's own row."""
     backbone = SimpleNamespace(latent_shape=(1, 2, 2), device="cpu", bind=lambda text, guidance: lambda z, sigma: z)
     backbone.decode = lambda z: z.mean((1, 2, 3)).view(-1, 1, 1, 1).expand(-1, 3, 64, 64).clone()
-    policy, reward = SimpleNamespace(use=lambda name: nullcontext()), SimpleNamespace(score=lambda images, batch: images.mean((1, 2, 3)))
+    reward = SimpleNamespace(score=lambda images, batch: images.mean((1, 2, 3)))
     picture, peaks, found = 3 * 64 * 64 * 4 / 2**20, [], {}
 
     def run(n):
         prompts = PromptSet(["a star"] * n, [{"place": k} for k in range(n)])
         found[n] = evaluate(
-            backbone, policy, "ema", prompts, {"r": reward, "j": Places()}, schedule.sigmas(2), OneOf(1, 0), guidance=1.0, batch_size=4, seed=0, keep=6, progress=False
+            backbone, nullcontext(), prompts, {"r": reward, "j": Places()}, schedule.sigmas(2), OneOf(1, 0), guidance=1.0, batch_size=4, seed=0, keep=6, progress=False
         )  # fmt: skip
 
     for n in (16, 64):

@@ -1,0 +1,93 @@
+"""The evaluation job: a model judged on a prompt set, whatever the ranks, with every setting that moves a score beside the scores."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from rlstitch import config as cfg
+from rlstitch import evaluation, sampling, schedule
+from rlstitch.data import encode
+from rlstitch.prompts import PromptSet
+from rlstitch.types import UserError, noise_like
+
+ROOT = Path(__file__).parents[1]
+FEW = ["max_prompts=3", "images_per_prompt=2", "sampler.num_steps=4", "sampler.guidance=2", "precision=fp32", "progress=false", "grid=4"]
+
+
+def given(*overrides):
+    overrides = cfg.parse_overrides([*FEW, *overrides])
+    return cfg.merge(evaluation.laid(cfg.compose("evaluate"), overrides), overrides)
+
+
+def test_scores_are_those_of_the_pictures_and_the_same_on_two_ranks(tmp_path):
+    config = evaluation.checked(given(f"out={tmp_path}", "name=one", "layout=geneval", "batch_size=4"), "evaluate")
+    job = evaluation.Job(config)
+    told = job.run()
+    row = job.prompts.rows[2]
+    prompts = encode(job.backbone, PromptSet([row["prompt"]], [row]))
+    z = noise_like(job.backbone.latent_shape, torch.tensor([3 + 1234 * 1_000_003]))  # the second picture of the second prompt
+    with torch.no_grad():
+        batch = prompts.batch([0], torch.zeros(1))
+        z = sampling.sample(job.backbone.bind(batch.text, 2.0), z, schedule.sigmas(4, 3.0, "diffusers")).z
+        images = job.backbone.decode(z)
+        for name, reward in job.rewards.items():
+            assert told["scores"][name][3] == pytest.approx(float(reward.score(images, batch)), abs=1e-4), name
+    saved = torch.tensor(list(Image.open(tmp_path / "one" / "images" / "00001" / "samples" / "00001.png").get_flattened_data()))
+    torch.testing.assert_close(saved.float() / 255, images[0].clamp(0, 1).flatten(1).T, atol=0.503 / 255, rtol=0)
+    assert json.loads((tmp_path / "one" / "images" / "00001" / "metadata.jsonl").read_text())["prompt"] == row["prompt"]
+    means = torch.tensor(told["scores"]["clip"]).view(3, 2).mean(1)
+    assert told["means"]["clip"] == pytest.approx(float(means.mean()), abs=1e-5)
+    assert told["standard_errors"]["clip"] == pytest.approx(float(means.std()) / 3**0.5, abs=1e-5)  # over prompts, not pictures
+
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", ROOT / "launch" / "evaluate.py", *FEW]
+    done = subprocess.run(
+        [*command, f"out={tmp_path}", "name=two", "batch_size=2"], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert sum(line.startswith("two ") for line in done.stdout.splitlines()) == 1  # a table, once
+    two = json.loads((tmp_path / "two" / "evaluation.json").read_text())
+    for name, scores in told["scores"].items():
+        assert two["scores"][name] == pytest.approx(scores, abs=1e-4), name
+    assert sorted(p.name for p in (tmp_path / "two" / "images").iterdir()) == [f"{k:05d}.png" for k in range(6)]
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")] and not evaluation.differing(told, two)
+    page = (tmp_path / "two" / "index.html").read_text()
+    assert "3 prompts, 2 pictures each, 4 steps, guidance 2, 64 x 64 px" in page and "preference_b" in page
+
+
+def test_results_that_differ_in_a_setting_say_which(tmp_path):
+    def told(*overrides):
+        return {"settings": evaluation.Job(evaluation.checked(given(f"out={tmp_path}", "judges=[clip]", *overrides), "evaluate")).settings()}
+
+    plain = told()
+    for override, key in (
+        ("sampler.num_steps=5", "sampling.num_steps"),
+        ("sampler.guidance=1", "sampling.guidance"),
+        ("sampler.shift=2", "sampling.sigmas"),
+        ("seed=3", "sampling.seed"),
+        ("max_prompts=2", "prompts.count"),
+        ("prompts=shapes:train.jsonl", "prompts.sha256"),
+        ("precision=bf16", "sampling.precision"),
+        ("model.path=shapes:shapes-large", "model.path"),
+    ):
+        assert any(line.startswith(f"{key}: ") for line in evaluation.differing(plain, told(override))), override
+    assert not evaluation.differing(plain, told("batch_size=3"))
+
+
+def test_models_and_rewards_by_name(tmp_path):
+    config = given("model=flux1_dev", "rewards=[darkness, clip]")
+    assert config["model"] == cfg.compose("model/flux1_dev")["model"] and config["judges"] == ["darkness", "clip"]
+    assert given("model=someone/model")["model"] == {"_target_": "rlstitch.backbones.Diffusers", "path": "someone/model"}
+    with pytest.raises(UserError, match=r"'rewards' names 'darknes', which is neither in recipes/reward nor in the recipe \(did you mean 'darkness'\?\)"):
+        given("rewards=[darknes]")
+    with pytest.raises(UserError, match="'judges' names no reward"):
+        evaluation.checked(given("judges=[]"), "evaluate")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds something else than earlier results, which would be replaced"):
+        evaluation.checked(given(f"out={tmp_path}", "name=mine"), "evaluate")
