@@ -98,7 +98,9 @@ def laid(given: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
 def checked(given: dict[str, Any], name: str) -> EvaluateConfig:
     """The typed recipe, or one UserError that lists every fault."""
     cfg.for_launcher(given, "evaluate.py", name)
-    given = {key: node for key, node in given.items() if key != "values"}  # which the pieces of rewards bring, and finished pictures do not need
+    given = {
+        key: node for key, node in given.items() if key != "values"
+    }  # which the pieces of rewards bring, and finished pictures do not need
     config, faults = cfg.fill(EvaluateConfig, given)
     cfg.named(config, name, faults)
     if not faults and (fault := results.fault(config.out, config.name, *WRITTEN)):

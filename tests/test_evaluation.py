@@ -62,7 +62,9 @@ def test_scores_are_those_of_the_pictures_and_the_same_on_two_ranks(tmp_path):
 
 def test_results_that_differ_in_a_setting_say_which(tmp_path):
     def told(*overrides):
-        return {"settings": evaluation.Job(evaluation.checked(given(f"out={tmp_path}", "judges=[clip]", *overrides), "evaluate")).settings()}
+        return {
+            "settings": evaluation.Job(evaluation.checked(given(f"out={tmp_path}", "judges=[clip]", *overrides), "evaluate")).settings()
+        }
 
     plain = told()
     for override, key in (
@@ -83,7 +85,9 @@ def test_models_and_rewards_by_name(tmp_path):
     config = given("model=flux1_dev", "rewards=[darkness, clip]")
     assert config["model"] == cfg.compose("model/flux1_dev")["model"] and config["judges"] == ["darkness", "clip"]
     assert given("model=someone/model")["model"] == {"_target_": "rlstitch.backbones.Diffusers", "path": "someone/model"}
-    with pytest.raises(UserError, match=r"'rewards' names 'darknes', which is neither in recipes/reward nor in the recipe \(did you mean 'darkness'\?\)"):
+    with pytest.raises(
+        UserError, match=r"'rewards' names 'darknes', which is neither in recipes/reward nor in the recipe \(did you mean 'darkness'\?\)"
+    ):
         given("rewards=[darknes]")
     with pytest.raises(UserError, match="'judges' names no reward"):
         evaluation.checked(given("judges=[]"), "evaluate")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlstitch import checks, steer
+from rlstitch import checks, evaluation, steer
 from rlstitch.backbones.sd3 import SD3Backbone
 from rlstitch.cli import recipe_and_overrides
 from rlstitch.policy import Policy
@@ -46,6 +46,7 @@ def test_python_snippets_run_as_printed(tmp_path, monkeypatch):
 CHECKED = {
     "train.py": checks.checked,
     "steer.py": steer.checked,
+    "evaluate.py": evaluation.checked,
     "stitch.py": recipe.checked,
     "evaluate_value.py": compare.checked,
     "surrogate.py": surrogate.checked,
@@ -59,6 +60,7 @@ def test_commands_name_what_there_is(line, tmp_path, monkeypatch):
     assert (ROOT / script).is_file()
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text("a red circle\n")
-    if (check := CHECKED.get(Path(script).name)) is not None:
-        name, given = recipe_and_overrides(arguments, Path(script).stem)
+    if (check := CHECKED.get(Path(script).name)) is not None and not any(a.startswith("run=") for a in arguments):
+        laid = {"laid": evaluation.laid} if script.endswith("evaluate.py") else {}
+        name, given = recipe_and_overrides(arguments, Path(script).stem, **laid)
         check(given, name)

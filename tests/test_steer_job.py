@@ -141,7 +141,7 @@ def test_what_is_no_result_of_steering_is_never_replaced(tmp_path, sd3_dir, clip
     run.mkdir(parents=True)
     (run / "scores.json").write_text("{}")
     (run / "metrics.jsonl").write_text("{}")
-    with pytest.raises(UserError, match="metrics.jsonl, which is no result of steering, which would be replaced"):
+    with pytest.raises(UserError, match="metrics.jsonl, which would be replaced, and no job of this kind has written it"):
         steer.checked(given(tmp_path, sd3_dir, clip_dir), "tiny")
     (run / "metrics.jsonl").unlink()
     assert steer.checked(given(tmp_path, sd3_dir, clip_dir), "tiny").name == "tiny"

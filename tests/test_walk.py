@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from rlstitch import checks, config, protocols, steer
+from rlstitch import checks, config, evaluation, protocols, steer
 from rlstitch.filling import hints_of
 from rlstitch.schema import RunConfig, StageConfig
 from rlstitch.shapes.pretrain import run as pretrain
@@ -27,6 +27,7 @@ JOBS = {
     "train": (checks.checked, RunConfig, ["draft_stitch", "nft", "marble", "flow_grpo_fast", "dpo_online", "refl", "soar", "dpo"]),
     "stitch": (stitch.checked, stitch.StitchRecipe, ["stitch_aesthetic"]),
     "steer": (steer.checked, steer.SteerConfig, ["fk_stitch", "dps", "svdd", "best_of_n"]),
+    "evaluate": (evaluation.checked, evaluation.EvaluateConfig, ["evaluate"]),
     "evaluate_value": (compare.checked, compare.CompareConfig, ["evaluate_value"]),
     "surrogate": (surrogate.checked, surrogate.SurrogateConfig, ["surrogate_detector"]),
 }  # fmt: skip
