@@ -3,7 +3,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 OUTSIDE = {"rlstitch.recipes": "recipes", "rlstitch.launch": "launch"}  # beside the package in a checkout, in it once installed
-LAUNCHERS = ("train", "stitch", "steer", "evaluate", "evaluate_value", "surrogate", "pretrain_shapes")
+LAUNCHERS = ("train", "stitch", "steer", "evaluate", "evaluate_value", "surrogate", "serve_reward", "pretrain_shapes")
 
 setup(
     name="rlstitch",

@@ -115,6 +115,7 @@ SCHEMAS = {  # of each launcher: the module and name of its recipe's schema
     "stitch.py": ("rlstitch.stitch.recipe", "StitchRecipe"),
     "evaluate_value.py": ("rlstitch.stitch.compare", "CompareConfig"),
     "surrogate.py": ("rlstitch.stitch.surrogate", "SurrogateConfig"),
+    "serve_reward.py": ("rlstitch.serving", "ServeConfig"),
     "pretrain_shapes.py": ("rlstitch.shapes.pretrain.run", "PretrainConfig"),
 }
 

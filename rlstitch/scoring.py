@@ -78,8 +78,9 @@ class Scorer:
         if masked is None:
             masked = float(oracle.total(scores).isnan().float().mean())
         if silent or masked == 1:
+            told = [why for n in silent if (why := getattr(getattr(oracle, "rewards", {}).get(n), "failure", ""))]
             why = (
-                f"{' and '.join(silent)} gave no score for any of {len(scores)} pictures (NaN or infinite)"
+                "; ".join([f"{' and '.join(silent)} gave no score for any of {len(scores)} pictures (NaN or infinite)", *told])
                 if silent
                 else f"none of {len(scores)} pictures has a score (neither NaN nor infinite) from all of {', '.join(summed)}, so none has a total to learn from; where the algorithm has it, algorithm.per_reward=true compares each reward by itself"
             )
