@@ -19,12 +19,13 @@ from rlstitch import config as cfg
 from rlstitch.checks import lora_faults
 from rlstitch.distributed import Engine
 from rlstitch.evaluate import Evaluation, evaluate, unscored
-from rlstitch.files import require, sha256, write_json, write_text
+from rlstitch.files import write_json, write_text
 from rlstitch.metrics import grid as draw_grid
 from rlstitch.metrics import to_image
 from rlstitch.part_checks import judge_faults, part_faults
 from rlstitch.parts import Parts, at_hand
 from rlstitch.prompts import PromptSet, read_prompts
+from rlstitch.prompts import fingerprint as prompts_fingerprint
 from rlstitch.ranges import Count, CountOrNone, Name, Range, Seed, Text, Threads
 from rlstitch.schema import RunConfig, SamplerConfig
 from rlstitch.trainer import Trainer
@@ -150,7 +151,7 @@ class Job:
             "lora": config.lora,
             "rewards": rewards,
             "files": hashed | loras,
-            "prompts": {"path": config.prompts, "sha256": sha256(require(config.prompts, "the prompt file")), "count": len(self.prompts) // config.images_per_prompt},
+            "prompts": {"path": config.prompts, "sha256": prompts_fingerprint(config.prompts), "count": len(self.prompts) // config.images_per_prompt},
             "sampling": {
                 "height": height, "width": width, "num_steps": s.num_steps, "guidance": s.guidance, "spacing": s.spacing,
                 "sigmas": [round(v, 6) for v in schedule.sigmas(s.num_steps, self.shift, s.spacing).tolist()],

@@ -32,6 +32,7 @@ _WORD = r"(?![.-])(?:(?!--|\.\.)[\w.-]){1,96}(?<![.-])"
 _REVISION = r"(?:@((?!.*\.\.)\w[\w./+-]*))?"
 ID = re.compile(rf"({_WORD}/{_WORD})(?<!\.git){_REVISION}", re.ASCII)
 FILE_ID = re.compile(rf"({_WORD}/{_WORD})(?<!\.git)(?:/((?:[\w+-][\w.+ -]*/)*[\w+-][\w.+ -]*\.safetensors))?{_REVISION}", re.ASCII)
+DATASET = re.compile(rf"hub:datasets/({_WORD}/{_WORD})/((?:[\w+-][\w.+ -]*/)*[\w+-][\w.+ -]*){_REVISION}", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SMALL = ("*.json", "*.txt", "*.model", "*.spm", "*.tiktoken", "*.jinja")
 INDEXES = ("model_index.json", "config.json")  # of a pipeline, of a single model: fetched last, so that what was cut short has none
@@ -125,9 +126,19 @@ def _ask(path: Any, what: str, action: Callable[[], T], lacks: str = "", parts: 
     """
     from huggingface_hub import constants, errors
 
-    name, file, revision = named = FILE_ID.fullmatch(path).groups()
+    data = DATASET.fullmatch(path)
+    name, file, revision = named = (data or FILE_ID.fullmatch(path)).groups()
     wanted = [f"'{file}'"] if file else [f"--include '{p}'" for p in _globs(parts)]
-    fetch = " ".join(["hf download", name, *wanted[: bool(file)], *([f"--revision {revision}"] if revision else []), *wanted[bool(file) :]])
+    fetch = " ".join(
+        [
+            "hf download",
+            *(["--repo-type dataset"] if data else []),
+            name,
+            *wanted[: bool(file)],
+            *([f"--revision {revision}"] if revision else []),
+            *wanted[bool(file) :],
+        ]
+    )
     short = f"{what} '{path}' is no {'file' if file else 'folder'} here, and " + (
         f"the hub cache has no more than a part of it (it lacks {lacks})"
         if lacks
@@ -145,7 +156,7 @@ def _ask(path: Any, what: str, action: Callable[[], T], lacks: str = "", parts: 
     except errors.GatedRepoError as error:
         why, cause = f"{name} is gated: accept its licence on the model's page at the hub, then run hf auth login", error
     except errors.RepositoryNotFoundError as error:
-        why = f"{what} '{path}' is not here, and the hub has no model {name} that can be seen from here: look at its spelling, or, where it is private, run hf auth login"
+        why = f"{what} '{path}' is not here, and the hub has no {'data set' if data else 'model'} {name} that can be seen from here: look at its spelling, or, where it is private, run hf auth login"
         cause = error
     except errors.RevisionNotFoundError as error:
         why, cause = (
@@ -307,6 +318,36 @@ def file(path: str, what: str, pick: Callable[[list[str], str], str], beside: It
     if found := there():
         return found
     with nullcontext() if offline() else _alone(name):
+        return there() or _ask(path, what, fetched)
+
+
+def dataset_file(path: str, what: str) -> Path:
+    """The file that `hub:datasets/owner/name/FILE[@revision]` names, from the local hub cache or fetched into it. Raises UserError where there is none, or none to be had now."""
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    found = DATASET.fullmatch(path)
+    if found is None:
+        raise UserError(
+            f"{what} '{path}': a file of a data set at the hub is named hub:datasets/OWNER/NAME/FILE, with @REVISION behind it where it is not the newest"
+        )
+    name, inside, revision = found.groups()
+    how = dict(revision=revision, repo_type="dataset", allow_patterns=[glob.escape(inside)])
+
+    def there() -> Path | None:
+        try:
+            file = Path(huggingface_hub.snapshot_download(name, local_files_only=True, **how)) / inside
+        except LocalEntryNotFoundError:
+            return None
+        return file if file.is_file() else None
+
+    def fetched() -> Path:
+        file = Path(huggingface_hub.snapshot_download(name, tqdm_class=_Silent, **how)) / inside
+        if not file.is_file():
+            raise UserError(f"{what} '{path}': the data set {name} has no file {inside}")
+        return file
+
+    with nullcontext() if offline() else _alone(f"datasets/{name}"):
         return there() or _ask(path, what, fetched)
 
 

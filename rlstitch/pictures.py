@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,11 +19,12 @@ from torch import Tensor
 
 from rlstitch.files import require
 from rlstitch.paths import what_is
-from rlstitch.prompts import COLUMNS, no_text, read_table, read_text
-from rlstitch.ranges import Side, Text
+from rlstitch.prompts import COLUMNS, Table, no_text, read_table, read_text
+from rlstitch.ranges import CountOrNone, Side, Text
 from rlstitch.telling import say
 from rlstitch.types import UserError
 
+Source = Path | bytes  # of a picture
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 LISTINGS = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
@@ -52,29 +55,76 @@ def images_from_folder(
         raise UserError(
             f"{len(silent)} of {len(files)} pictures under {path} have no prompt: {_some(str(f.relative_to(root)) for f in silent)}. Write it into metadata.jsonl (file_name, text) or a .txt of the same name, or set captions: false"
         )
-    good = _read_all(files, (width or size, size), str(path), skip_unreadable)
+    good = read_pictures({file: file for file in files}, (width or size, size), str(path), skip_unreadable)
     return torch.stack(list(good.values())), [told.get(file, "") for file in good]
 
 
 def pairs_from_file(
-    path: Text, size: Side, *, width: Side | None = None, column: str = "", skip_unreadable: bool = False
+    path: Text, size: Side, *, width: Side | None = None, column: str = "", skip_unreadable: bool = False, n: CountOrNone = 0
 ) -> tuple[Tensor, list[str]]:
-    """Preference pairs, one a row of a file that `prompts.read_table` reads: the prompt, `chosen` and `rejected`, these two as paths from where the file lies. size and
-    width as in `images_from_folder`."""
-    table = read_table(path, "the file of pairs")
+    """Preference pairs, one a row of a file that `prompts.read_table` reads: the prompt and, as paths from where the file lies, `chosen` and `rejected`; or as HPDv2
+    (`image_path`, `human_preference` or `rank`) and Pick-a-Pic (`jpg_0`, `jpg_1`, `label_0`) have it, rows without a preference left out. size and width as in
+    `images_from_folder`; n: the first so many pairs, 0 for all."""
+    better, worse, prompts, _ = _pairs(path, size, width, column, skip_unreadable, n)
+    return torch.stack([better, worse], 1), prompts
+
+
+def judged_pairs(
+    path: Text, size: Side, *, width: Side | None = None, column: str = "", skip_unreadable: bool = False, n: CountOrNone = 0
+) -> tuple[Tensor, Tensor, list[str], Tensor]:
+    """The pairs of `pairs_from_file` to measure a reward by: first pictures, second ones, prompts, and whether the first is the better one. Of files that name the better
+    one by its column, every second pair is turned round."""
+    better, worse, prompts, first_wins = _pairs(path, size, width, column, skip_unreadable, n)
+    turned = first_wins.view(-1, 1, 1, 1)
+    return torch.where(turned, better, worse), torch.where(turned, worse, better), prompts, first_wins
+
+
+def _pairs(path: str, size: int, width: int | None, column: str, skip_unreadable: bool, n: int) -> tuple[Tensor, Tensor, list[str], Tensor]:
+    """Better pictures, worse ones, prompts, and whether the better one comes first."""
+    table = read_table(path, "the file of pairs", pictures=True)
     if not table.rows:
         raise UserError(f"{path} holds no pair")
     prompts = table.texts(table.prompt_column(column))
     folder = require(path, "the file of pairs").parent
-    chosen, rejected = (table.texts(table.find(name) or name) for name in ("chosen", "rejected"))
-    if same := [place for place, better, worse in zip(table.places, chosen, rejected) if better == worse]:
+    pairs: list[tuple[int, Source, Source, bool]] = [
+        (k, better, worse, first) for k, row in enumerate(table.rows) for better, worse, first in _preferred(table, k, row, folder)
+    ][: n or None]
+    if same := [table.places[k] for k, better, worse, _ in pairs if better == worse]:
         raise UserError(f"{path}, {_some(same)}: chosen and rejected are one picture, of which nothing is learned: take the row out")
-    sides = [(folder / better, folder / worse) for better, worse in zip(chosen, rejected)]
-    good = _read_all(list(dict.fromkeys(f for side in sides for f in side)), (width or size, size), str(path), skip_unreadable)
-    kept = [k for k, side in enumerate(sides) if all(f in good for f in side)]
+    names = {source: source if isinstance(source, Path) else f"{table.places[k]}" for k, *two, _ in pairs for source in two}
+    good = read_pictures(names, (width or size, size), str(path), skip_unreadable)
+    kept = [pair for pair in pairs if pair[1] in good and pair[2] in good]
     if not kept:
-        raise UserError(f"{path}: no pair has two pictures that can be read")
-    return torch.stack([torch.stack([good[f] for f in sides[k]]) for k in kept]), [prompts[k] for k in kept]
+        raise UserError(f"{path}: no pair has two pictures that can be read" if pairs else f"{path}: no row prefers one of its pictures")
+    sides = [torch.stack([good[pair[side]] for pair in kept]) for side in (1, 2)]
+    return *sides, [prompts[k] for k, *_ in kept], torch.tensor([first for *_, first in kept])
+
+
+def _preferred(table: Table, k: int, row: dict[str, Any], folder: Path) -> list[tuple[Source, Source, bool]]:
+    """(better, worse, whether the better one comes first) of a row; none where it prefers neither."""
+    place = f"{table.path}, {table.places[k]}"
+    if table.find("jpg_0"):
+        label, two = row.get("label_0"), (row.get("jpg_0"), row.get("jpg_1"))
+        if not all(isinstance(side, bytes) for side in two) or not isinstance(label, int | float):
+            raise UserError(f"{place}: needs two pictures' bytes under jpg_0 and jpg_1 and a number under label_0")
+        return [] if label == 0.5 else [(*(two if label > 0.5 else two[::-1]), label > 0.5)]
+    if table.find("image_path"):
+        files, order = row.get("image_path"), row.get("human_preference") or row.get("rank")
+        if not isinstance(files, list) or not isinstance(order, list) or len(files) != len(order) or len(files) < 2:
+            raise UserError(
+                f"{place}: needs a list under image_path and one as long under human_preference (1 for the better) or rank (1 is the best)"
+            )
+        merit = [-v for v in order] if row.get("human_preference") is None else order
+        return [
+            (folder / files[i], folder / files[j], True) if merit[i] > merit[j] else (folder / files[j], folder / files[i], False)
+            for i in range(len(files)) for j in range(i + 1, len(files)) if merit[i] != merit[j]
+        ]  # fmt: skip
+    better, worse = ((found := table.find(name)) and row.get(found) for name in ("chosen", "rejected"))
+    if faults := [f"'{name}'" for name, value in (("chosen", better), ("rejected", worse)) if no_text(value)]:
+        raise UserError(
+            f"{place}: needs a path under {' and '.join(faults)}, or the columns of HPDv2 (image_path, human_preference) or Pick-a-Pic (jpg_0, jpg_1, label_0)"
+        )
+    return [(folder / better.strip(), folder / worse.strip(), k % 2 == 0)]
 
 
 def _some(names: Iterable[str], shown: int = 8) -> str:
@@ -147,29 +197,34 @@ def _rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
     return image.convert("RGB"), notes
 
 
-def _read_all(files: list[Path], size: tuple[int, int], where: str, skip_unreadable: bool) -> dict[Path, Tensor]:
-    """Pictures [3, H, W] uint8 of `size`, a width and a height, by file; those that cannot be read are an error, or left out if told so. What was changed in them is said once."""
-    good: dict[Path, Tensor] = {}
+def read_pictures(files: Mapping[Source, Path | str], size: tuple[int, int], where: str, skip_unreadable: bool) -> dict[Source, Tensor]:
+    """Pictures [3, H, W] uint8 of `size`, a width and a height, of files or bytes and what they are called; those that cannot be read are an error, or left out if told
+    so. What was changed in them is said once."""
+    good: dict[Source, Tensor] = {}
     bad: list[str] = []
     noted: dict[str, list[str]] = {}
-    for file in files:
-        if (there := what_is(file)) != "a file":  # opening a pipe would wait for ever
-            bad.append(f"{file.name[:100]} ({there or 'not there'})")
+    for file, called in files.items():
+        name = getattr(called, "name", called)
+        if isinstance(file, Path) and (there := what_is(file)) != "a file":  # opening a pipe would wait for ever
+            bad.append(f"{name[:100]} ({there or 'not there'})")
             continue
         try:
-            with warnings.catch_warnings(record=True, action="always") as heard, Image.open(file) as image:
+            with (
+                warnings.catch_warnings(record=True, action="always") as heard,
+                Image.open(BytesIO(file) if isinstance(file, bytes) else file) as image,
+            ):
                 picture, notes = _rgb(image)
                 fitted = ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
         except UnidentifiedImageError:
-            bad.append(f"{file.name} ({'no picture' if file.stat().st_size else 'empty'})")
+            bad.append(f"{name} ({'no picture' if (file if isinstance(file, bytes) else file.stat().st_size) else 'empty'})")
             continue
         except Exception as error:  # Pillow raises many kinds for a damaged file, and one for a picture that is too large to be meant
-            bad.append(f"{file.name} ({type(error).__name__}: {error})")
+            bad.append(f"{name} ({type(error).__name__}: {error})")
             continue
         notes += {f"read with a word from Pillow ({str(w.message).split('. ')[0][:100]})" for w in heard}
         good[file] = torch.from_numpy(np.array(fitted)).permute(2, 0, 1)
         for note in notes:
-            noted.setdefault(note, []).append(file.name)
+            noted.setdefault(note, []).append(name)
     if bad and not skip_unreadable:
         raise UserError(
             f"{len(bad)} of {len(files)} pictures under {where} cannot be read: {_some(bad)}. Mend or remove them, or set skip_unreadable: true"

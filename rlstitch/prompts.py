@@ -6,6 +6,7 @@ Lines end at \\n or \\r\\n and nowhere else: U+2028, U+2029, U+0085, \\x0b and \
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -16,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlstitch.files import require
+from rlstitch import hub
+from rlstitch.files import require, sha256
+from rlstitch.paths import what_is
 from rlstitch.types import Batch, Conditioning, UserError
 
 MAX_FILE_BYTES = 64 << 20
-COLUMNS = ("prompt", "text", "caption")  # where prompts are looked for, the first one that is there
+COLUMNS = ("prompt", "text", "caption", "prompts")  # where prompts are looked for, the first one that is there
 BOM = "\ufeff"
 # What a file begins with that is no text in UTF-8, or not the text that was meant.
 SIGNS = (
@@ -75,7 +78,8 @@ class PromptSet:
 
 
 def read_prompts(path: str, column: str = "") -> PromptSet:
-    """The prompts of a file in any of FORMATS: its column `column`, by default the one named prompt, text or caption. Other columns are kept as facts.
+    """The prompts of a file in any of FORMATS: its column `column`, by default the one named prompt, text, caption or prompts. Other columns are kept as facts. Of a folder
+    of .txt files, as DPG-Bench comes, each is a prompt, in the order of their names. `hub:datasets/owner/name/FILE` is a file of a data set at the hub.
 
     Raises UserError with the line at fault, and where the file is of another kind than its name says.
     """
@@ -131,8 +135,21 @@ def no_text(value: Any) -> str:
     return "" if value.replace(BOM, "").strip() else "an empty one"
 
 
-def read_table(path: str | Path, what: str) -> Table:
-    """All rows of a file of FORMATS, by its name's ending in any case; a name without an ending is a .txt. UserError where that is not what it holds."""
+def read_table(path: str | Path, what: str, pictures: bool = False) -> Table:
+    """All rows of a file of FORMATS, by its name's ending in any case; a name without an ending is a .txt. UserError where that is not what it holds. pictures: keep the
+    bytes that a parquet file holds."""
+    if (folder := file_of(path, what)).is_dir() and (files := _one_each(folder)):
+        rows = [{COLUMNS[0]: read_text(file, what).strip(), "file": file.name} for file in files]
+        if many := [row["file"] for row in rows if "\n" in row[COLUMNS[0]]]:
+            raise UserError(
+                f"{what} '{path}' is a folder, whose files would be a prompt each, and {len(many)} have several lines ({', '.join(many[:3])}): name one file"
+            )
+        return Table(str(path), [COLUMNS[0], "file"], rows, [file.name for file in files])
+    if pictures and folder.suffix.lower() == ".parquet":
+        numbered = list(_parquet(folder, str(path), pictures=True))
+        return Table(
+            str(path), list(dict.fromkeys(c for _, row in numbered for c in row)), [r for _, r in numbered], [p for p, _ in numbered]
+        )
     file, raw = _raw(path, what)
     suffix = file.suffix.lower() or ".txt"
     content = file if suffix == ".parquet" else _text(path, raw)
@@ -150,8 +167,27 @@ def read_text(path: str | Path, what: str) -> str:
     return _text(path, _raw(path, what)[1])
 
 
+def _one_each(folder: Path) -> list[Path]:
+    """The files of a folder of prompts, if it is one and holds nothing else."""
+    files = sorted(f for f in folder.iterdir() if not f.name.startswith("."))
+    return files if all(f.suffix == ".txt" and what_is(f) == "a file" for f in files) else []
+
+
+def file_of(path: str | Path, what: str) -> Path:
+    """The file or folder that a path of data names, here or, `hub:datasets/owner/name/FILE[@revision]`, at the hub."""
+    return hub.dataset_file(str(path), what) if str(path).startswith("hub:") else require(path, what)
+
+
+def fingerprint(path: str | Path, what: str = "the prompt file") -> str:
+    """Hash of a file of prompts, or of a folder of them."""
+    found = file_of(path, what)
+    return (
+        sha256(found) if found.is_file() else hashlib.sha256("".join(sha256(f) for f in sorted(found.glob("*.txt"))).encode()).hexdigest()
+    )
+
+
 def _raw(path: str | Path, what: str) -> tuple[Path, bytes]:
-    file = require(path, what)
+    file = file_of(path, what)
     if file.is_dir():
         raise UserError(f"{what} '{path}' is a folder: name a file of text")
     if (size := file.stat().st_size) > MAX_FILE_BYTES:
@@ -248,6 +284,9 @@ def _json_array(text: str, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
         value = _json(text, path) if text.strip() else []
     except UserError as error:
         raise UserError(f"{error}. Where it holds an object a line, name it .jsonl") from error
+    if isinstance(value, dict) and isinstance(value.get("images"), list) and (rows := _captioned(value, path)):
+        yield from rows
+        return
     if isinstance(value, dict):
         lists = [k for k, v in value.items() if isinstance(v, list)]
         if len(lists) != 1:
@@ -258,6 +297,28 @@ def _json_array(text: str, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
         raise UserError(f"{path} holds {json.dumps(value)[:40]}: write an array, of strings or of objects with a key 'prompt'")
     for number, item in enumerate(value, 1):
         yield f"item {number}", _row(item, f"{path}, item {number}")
+
+
+def _captioned(value: dict[str, Any], path: str) -> list[tuple[str, dict[str, Any]]]:
+    """Rows of a file of captions, one a picture, as COCO has it (images, annotations) or Karpathy's splits of COCO and Flickr30k (images with sentences): the first caption
+    as `caption`, all of them as `captions`, and `file_name` and `split`. None where the file is of another layout."""
+    images = [image for image in value["images"] if isinstance(image, dict)]
+    told: dict[Any, list[str]] = {}
+    for note in value.get("annotations") or ():
+        if isinstance(note, dict) and isinstance(note.get("caption"), str):
+            told.setdefault(note.get("image_id"), []).append(note["caption"])
+    rows = []
+    for number, image in enumerate(images, 1):
+        sentences = [s.get("raw") for s in image.get("sentences") or () if isinstance(s, dict)]
+        captions = [text.strip() for text in sentences or told.get(image.get("id"), []) if isinstance(text, str) and text.strip()]
+        name = "/".join(str(part) for part in (image.get("filepath"), image.get("file_name") or image.get("filename")) if part)
+        if captions and name:
+            rows.append(
+                (f"picture {number}", {"caption": captions[0], "captions": captions, "file_name": name, "split": image.get("split", "")})
+            )
+    if rows and len(rows) < len(images) and not told:
+        raise UserError(f"{path}: {len(images) - len(rows)} of {len(images)} pictures have no caption")
+    return rows
 
 
 def _separated(separator: str) -> Callable[[str, str], Iterator[tuple[str, dict[str, Any]]]]:
@@ -300,7 +361,7 @@ def _separated(separator: str) -> Callable[[str, str], Iterator[tuple[str, dict[
     return read
 
 
-def _parquet(file: Path, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _parquet(file: Path, path: str, pictures: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -310,7 +371,7 @@ def _parquet(file: Path, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
         ) from error
     try:
         source = parquet.ParquetFile(file)
-        columns = [f.name for f in source.schema_arrow if "binary" not in str(f.type)]  # pictures stored beside their prompts
+        columns = [f.name for f in source.schema_arrow if pictures or "binary" not in str(f.type)]  # pictures stored beside their prompts
         rows = source.read(columns=columns).to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as parquet: {error}") from error

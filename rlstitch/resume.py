@@ -12,9 +12,10 @@ from typing import Any
 
 from rlstitch import adapters, checkpoint, hub, lock, protocols
 from rlstitch import config as cfg
-from rlstitch.files import require, resolve, sha256
+from rlstitch.files import resolve, sha256
 from rlstitch.fingerprints import quick_fingerprint
 from rlstitch.paths import home, what_is
+from rlstitch.prompts import fingerprint as prompts_fingerprint
 from rlstitch.schema import RunConfig
 from rlstitch.stages import expand
 from rlstitch.stitch.model import read_card
@@ -105,8 +106,8 @@ def hashes(config: RunConfig) -> dict[str, str]:
     size, first and last MiB of their files, pictures by name and size."""
     parts = expand(config)
     trained = {name for part in parts for name in part.oracle.get("weights", {})}
-    out = {f"data.prompts = {p.data.prompts}": sha256(require(p.data.prompts, "the prompt file")) for p in parts if not config.data.images}
-    out[f"evaluation.prompts = {config.evaluation.prompts}"] = sha256(require(config.evaluation.prompts, "the prompt file"))
+    out = {f"data.prompts = {p.data.prompts}": prompts_fingerprint(p.data.prompts) for p in parts if not config.data.images}
+    out[f"evaluation.prompts = {config.evaluation.prompts}"] = prompts_fingerprint(config.evaluation.prompts)
     out |= {f"values.{name} = {path}": read_card(path)["sha256"] for name, path in config.values.items() if name in trained}
     given = {"lora.init": config.lora.init, "model.merge": config.model.get("merge") if protocols.ours(config.model["_target_"]) else None}
     loras = [(key, path) for key, paths in given.items() for path in adapters.listed(paths) if path]

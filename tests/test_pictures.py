@@ -217,7 +217,7 @@ def test_pairs(folder):
         pairs_from_file(str(file), 8)
     assert pairs_from_file(str(file), 8, skip_unreadable=True)[1] == ["warm"]
     file.write_text('{"prompt": "warm", "chosen": "a.png"}\n')
-    with pytest.raises(UserError, match="pairs.jsonl, line 1: needs a non-empty string under 'rejected'"):
+    with pytest.raises(UserError, match="pairs.jsonl, line 1: needs a path under 'rejected'"):
         pairs_from_file(str(file), 8)
     (folder / "pairs.csv").write_text("Prompt,chosen,rejected\nwarm,a.png,more/c.png\n")
     assert pairs_from_file(str(folder / "pairs.csv"), 8)[1] == ["warm"]

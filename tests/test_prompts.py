@@ -60,7 +60,7 @@ def test_a_column_of_ones_own(tmp_path):
     assert read_prompts(path, "Name").rows[0] == {"Name": "first", "prompt": "first"}
     with pytest.raises(UserError, match=r"no column 'title'; it has 'Name', 'prompt'. Name the one .* `column`"):
         read_prompts(path, "title")
-    with pytest.raises(UserError, match="no column named prompt, text or caption; it has 'title', 'url'"):
+    with pytest.raises(UserError, match="no column named prompt, text, caption or prompts; it has 'title', 'url'"):
         read_prompts(write(tmp_path / "b.jsonl", '{"title": "x"}\n{"url": "y"}'))
 
 
