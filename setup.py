@@ -5,6 +5,8 @@ from setuptools import find_packages, setup
 OUTSIDE = {"rlstitch.recipes": "recipes", "rlstitch.launch": "launch"}  # beside the package in a checkout, in it once installed
 LAUNCHERS = ("train", "stitch", "steer", "evaluate", "evaluate_value", "surrogate", "serve_reward", "pretrain_shapes")
 
+OCR = ["rapidocr>=3.10,<4", "onnxruntime>=1.20", "rapidfuzz>=3"]
+
 setup(
     name="rlstitch",
     version="0.1.0",
@@ -43,6 +45,7 @@ setup(
         "parquet": ["pyarrow>=18"],
         "bitsandbytes": ["bitsandbytes>=0.45"],
         "torchao": ["torchao>=0.16"],
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.8", "scipy>=1.13"],
+        "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.8", "scipy>=1.13", *OCR],
+        "ocr": OCR,
     },
 )

@@ -9,6 +9,7 @@ from rlstitch import checkpoint, lengths, protocols, schedule, scheduler, stages
 from rlstitch import config as cfg
 from rlstitch.checks import counted, geometry, halts
 from rlstitch.data import read_prompts
+from rlstitch.part_checks import class_of
 from rlstitch.parts import to_fetch
 from rlstitch.schema import RunConfig
 
@@ -34,7 +35,22 @@ def goals(config: RunConfig) -> list[str]:
             )
         lines.append(f"stage {name}, {part.updates} updates: {line}" if config.stages else line)
     lines += [f"starts from the LoRA {config.lora.init}, which stays beside the trained one"] * bool(config.lora.init)
-    return lines + distilled(config) + lengths.unread_by(stages.expand(config))
+    return lines + distilled(config) + alone(config) + lengths.unread_by(stages.expand(config))
+
+
+def alone(config: RunConfig) -> list[str]:
+    """A line where all that a stage trains on is known to be hacked without a reward beside it."""
+    lines = []
+    for weights in (part.oracle.get("weights", {}) for part in stages.expand(config) if part.oracle):
+        said = {
+            n: protocols.said(class_of(config.rewards[n], "reward"), "alone", "") for n, w in weights.items() if w and n in config.rewards
+        }
+        if said and all(said.values()):
+            learnt = " and ".join(dict.fromkeys(said.values()))
+            lines.append(
+                f"warning: nothing but {', '.join(said)} is trained on, from which policies are known to learn {learnt}: add a reward that looks at the picture, e.g. a preference model"
+            )
+    return list(dict.fromkeys(lines))
 
 
 def distilled(config: RunConfig) -> list[str]:

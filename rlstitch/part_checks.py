@@ -98,8 +98,11 @@ def judge_faults(where: str, names: list[str], rewards: dict[str, Any], prompts:
 def unread(where: str, names: Iterable[str], rewards: dict[str, Any], prompts: PromptSet, remedy: str) -> list[str]:
     """Faults of rewards that cannot score pictures of these prompts, as far as their classes say so before they are built; `where`: the key that asks them."""
     faults: list[str] = []
-    for name, cls in ((name, class_of(rewards.get(name), "reward")) for name in names):
+    for name, node, cls in ((name, rewards.get(name), class_of(rewards.get(name), "reward")) for name in names):
         why = cls and attempt(faults, f"rewards.{name}", protocols.asked, "reward", cls, "unreadable", prompts.rows)
+        if cls and not why and not cfg.check_part(name, node, kind="reward"):
+            options = {k: v for k, v in node.items() if k != "_target_"}
+            why = attempt(faults, f"rewards.{name}", protocols.asked, "reward", cls, "lacking", options, prompts.rows)
         faults += [f"'{where}' names '{name}', which {why}: {remedy}"] if why else []
     return faults
 

@@ -39,7 +39,7 @@ METHODS = {  # of each kind of class: what is called on it, and with how many ar
 }
 CUT, WHY = list[tuple[Any, int, int]], list[tuple[str, str]]
 STATIC = {  # of each kind of class: what is asked of the class itself, with how many arguments, and what that gives; beyond METHODS it need not be there
-    "reward": {"unreadable": (1, str), "cut_prompts": (2, CUT), "faults": (1, WHY), "needs": (1, list[str])},
+    "reward": {"unreadable": (1, str), "lacking": (2, str), "cut_prompts": (2, CUT), "faults": (1, WHY), "needs": (1, list[str])},
     "algorithm": {"faults": (2, list[str]), "backwards": (2, Count)},
     "model": {
         "cut_prompts": (2, CUT),
@@ -55,7 +55,7 @@ STATIC = {  # of each kind of class: what is asked of the class itself, with how
 }
 FLAGS = ("needs_oracle", "whole_groups", "balances", "needs_gradient", "collects", "keeps_old")
 SAID = {  # of each kind of class: what it says of itself; an algorithm says all of it, others what they like, or once they are built
-    "reward": {"differentiable": bool},
+    "reward": {"differentiable": bool, "alone": str},
     "oracle": {"differentiable": bool, "sigma_range": tuple[float, float]},
     "algorithm": {"learns_from": Literal["prompts", "images", "pairs"], **dict.fromkeys(FLAGS, bool)},
     "model": {"parts": tuple[str, ...]},

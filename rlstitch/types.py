@@ -247,7 +247,8 @@ class Reward(Protocol):
     """Scores pictures [B, 3, H, W] in [0, 1] -> [B]; higher is better. `differentiable`, of the class, says whether gradients reach the pictures.
 
     `batch.prompts` are the texts, `batch.facts` the whole rows of the prompt file. A picture that cannot be scored is NaN. One that needs more of a row than its
-    prompt may say so before a run begins by `unreadable(rows) -> why`, a static method; '' where it can read them.
+    prompt may say so before a run begins by `unreadable(rows) -> why`, or, where that depends on a recipe's options, `lacking(options, rows) -> why`, static methods; '' where it
+    can read them. `alone`: what a policy is known to learn from it where nothing else is trained on, e.g. "blank pictures"; a run is then warned.
     """
 
     differentiable: bool

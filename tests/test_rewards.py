@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import CLIPModel
 
+from rlstitch.metrics import to_image
 from rlstitch.rewards.clip import ClipReward
-from rlstitch.rewards.simple import Darkness
+from rlstitch.rewards.simple import Darkness, JpegSize, Sharpness
 from rlstitch.types import Batch, UserError
 
 BATCH = Batch(["a red circle", "two stars"], torch.arange(2), torch.arange(2))
@@ -64,3 +65,19 @@ def test_embeddings_of_texts_are_kept_up_to_a_number(reward, monkeypatch):
     first = reward.embed_texts(["a", "b", "c"])
     assert list(reward._texts) == ["b", "c"]
     assert torch.equal(reward.embed_texts(["b", "a", "b"]), first[[1, 0, 1]]) and list(reward._texts) == ["b", "a"]
+
+
+def test_jpeg_size_and_sharpness_by_hand(generator, tmp_path):
+    """The size of the file that Pillow writes; the variance of the Laplacian by shifted differences, with its gradient."""
+    images = torch.stack([torch.rand(3, 12, 10, generator=generator), torch.full((3, 12, 10), 0.4)])
+    to_image(images[0]).save(tmp_path / "one.jpg", quality=95)
+    size, more = JpegSize().score(images, BATCH), JpegSize(larger=True).score(images, BATCH)
+    assert size[0] == pytest.approx(-(tmp_path / "one.jpg").stat().st_size / 1000) and size[1] > size[0] and torch.equal(more, -size)
+    grey = 255 * (0.299 * images[:, 0] + 0.587 * images[:, 1] + 0.114 * images[:, 2]).double()
+    inner = grey[:, :-2, 1:-1] + grey[:, 2:, 1:-1] + grey[:, 1:-1, :-2] + grey[:, 1:-1, 2:] - 4 * grey[:, 1:-1, 1:-1]
+    torch.testing.assert_close(Sharpness().score(images, BATCH).double(), inner.flatten(1).var(1, correction=0), rtol=1e-4, atol=1e-4)
+    leaf, step = images[:1].clone().requires_grad_(True), torch.zeros(1, 3, 12, 10)
+    (slope,) = torch.autograd.grad(Sharpness().score(leaf, BATCH[:1]).sum(), leaf)
+    step[0, 1, 5, 5] = 1e-2
+    up, down = (Sharpness().score(images[:1] + sign * step, BATCH[:1]) for sign in (1, -1))
+    assert float((up - down) / 2e-2) == pytest.approx(float(slope[0, 1, 5, 5]), rel=1e-2)

@@ -96,6 +96,16 @@ class VlmJudge:
             out.append(("question", "must say by {question} where those of `questions` are put in, e.g. '{question} Answer in one word.'"))
         return out
 
+    @staticmethod
+    def lacking(options: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+        """What the question asks for and none of these rows has, if so."""
+        own = {"question", "answer"} if options.get("questions") else set()
+        named = {match[2] for match in PLACE.finditer(options["question"]) if match[2]} - own | {options.get("questions") or "prompt"}
+        there = dict.fromkeys(key for row in rows for key in row)
+        if absent := sorted(named - {*there, "prompt"}):
+            return f"asks for {' and '.join(map(repr, absent))}, and the prompt file has the columns {', '.join(map(repr, there))[:200]}"
+        return ""
+
     @property
     def failure(self) -> str:
         """Why the last picture without a score has none."""
