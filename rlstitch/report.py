@@ -182,10 +182,10 @@ def evaluation_page(name: str, result: dict[str, Any], grid: Path) -> str:
         _image(grid, "the first prompts, with their scores"),
         f"<h2>Settings</h2><pre>{html.escape(json.dumps(result['settings'], indent=1, ensure_ascii=False))}</pre>",
     ]
-    return _page(name, body)
+    return page(name, body)
 
 
-def _page(title: str, body: list[str]) -> str:
+def page(title: str, body: list[str]) -> str:
     return f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{_STYLE}</style><body>{''.join(body)}</body></html>"
 
 
@@ -216,5 +216,5 @@ def write(run: Path) -> Path:
         + "</div>",
         f"<h2>Recipe</h2><pre>{html.escape((run / 'recipe.yaml').read_text(encoding='utf-8'))}</pre>",
     ]
-    write_text(run / "report.html", _page(run.name, body))
+    write_text(run / "report.html", page(run.name, body))
     return run / "report.html"
