@@ -24,12 +24,12 @@ from rlstitch.stitch.generate import generate, pictures_of
 from rlstitch.stitch.model import StitchedValueModel
 
 
-def made(seed: int, steps: int, out: Path) -> tuple[surrogate.SurrogateConfig, Path]:
-    """The surrogate's settings and the folder of its value model, both trained unless they are there."""
-    name = f"detector-{steps or 'recipe'}-seed{seed}"
+def made(seed: int, steps: int, out: Path, rewards: dict[str, Any] | None = None) -> tuple[surrogate.SurrogateConfig, Path]:
+    """The surrogate's settings and the folder of its value model, both trained unless they are there; of the detector, or of another black box."""
+    name = f"{next(iter(rewards or {'detector': 0}))}-{steps or 'recipe'}-seed{seed}"
     given = cfg.merge(
         cfg.compose("surrogate_detector"), {"name": name, "out": str(out), "seed": seed, **({"steps": steps} if steps else {})}
-    )
+    ) | ({"rewards": rewards} if rewards else {})
     config = surrogate.checked(given, name)
     if not (out / name / "surrogate.json").exists():
         surrogate.run(config)

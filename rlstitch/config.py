@@ -139,7 +139,13 @@ def differences(saved: dict[str, Any], config: RunConfig) -> list[str]:
     trained = {k.rsplit(".", 1)[-1] for k in (*before, *now) if ".weights." in k}  # a reward that is only evaluated may come and go
     keys = [k for k in dict.fromkeys([*before, *now]) if k == "distributed.precision" or (k not in free and k.split(".")[0] not in free)]
     keys = [k for k in keys if not k.startswith(("rewards.", "values.")) or k.split(".")[1] in trained]
+    keys = [k for k in keys if not k.startswith("rewards.") or k.split(".", 2)[-1] not in _handling(config.rewards.get(k.split(".")[1]))]
     return [f"{k}: {before.get(k, 'not given')} -> {now.get(k, 'not given')}" for k in keys if before.get(k) != now.get(k)]
+
+
+def _handling(node: Any) -> tuple[str, ...]:
+    """Keys of a reward that say how it is asked, not what it scores."""
+    return () if node is None else tuple(protocols.said(load_class(node["_target_"]), "handling", ()))
 
 
 TABLES = ("rewards", "values", "weights", "compare", "pairs", "graded")  # mappings whose keys are names

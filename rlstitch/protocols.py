@@ -55,7 +55,7 @@ STATIC = {  # of each kind of class: what is asked of the class itself, with how
 }
 FLAGS = ("needs_oracle", "whole_groups", "balances", "needs_gradient", "collects", "keeps_old")
 SAID = {  # of each kind of class: what it says of itself; an algorithm says all of it, others what they like, or once they are built
-    "reward": {"differentiable": bool, "alone": str},
+    "reward": {"differentiable": bool, "alone": str, "handling": tuple[str, ...]},
     "oracle": {"differentiable": bool, "sigma_range": tuple[float, float]},
     "algorithm": {"learns_from": Literal["prompts", "images", "pairs"], **dict.fromkeys(FLAGS, bool)},
     "model": {"parts": tuple[str, ...]},

@@ -249,6 +249,7 @@ class Reward(Protocol):
     `batch.prompts` are the texts, `batch.facts` the whole rows of the prompt file. A picture that cannot be scored is NaN. One that needs more of a row than its
     prompt may say so before a run begins by `unreadable(rows) -> why`, or, where that depends on a recipe's options, `lacking(options, rows) -> why`, static methods; '' where it
     can read them. `alone`: what a policy is known to learn from it where nothing else is trained on, e.g. "blank pictures"; a run is then warned.
+    `handling`: its keys that do not change a score (a service's address, a timeout), with which a run may be gone on with otherwise than it was begun.
     """
 
     differentiable: bool

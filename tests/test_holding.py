@@ -263,7 +263,7 @@ class Meta(type):
 
 SAYING = {  # what a class says of itself: fits or not
     "algorithm": {"learns_from": ["x", None, 3, property(lambda self: "prompts")], "needs_oracle": [None, 1, "x"], "collects": ["yes"], "backwards": [None, 1], "faults": [None, 3, lambda self, options, stops: []]},
-    "reward": {"differentiable": [None, 1, "yes"], "unreadable": [3, lambda self, rows: "", "x"], "lacking": [3, lambda rows: ""], "alone": [True, 3], "cut_prompts": [3, lambda self, options, prompts: []], "faults": [lambda self, options: [], 1]},
+    "reward": {"differentiable": [None, 1, "yes"], "unreadable": [3, lambda self, rows: "", "x"], "lacking": [3, lambda rows: ""], "alone": [True, 3], "handling": ["x", 1], "cut_prompts": [3, lambda self, options, prompts: []], "faults": [lambda self, options: [], 1]},
     "model": {"parts": [3, "transformer", (1, 2)], "cut_prompts": [3], "image_tokens_of": [3], "faults": [3]},
     "oracle": {"sigma_range": [None, 1.0, (1,), ("a", "b"), (0.0, float("nan"))], "differentiable": ["x"]},
     "stop": {"steps": [None, 3], "draw": [lambda self: 1]},

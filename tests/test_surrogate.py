@@ -1,6 +1,7 @@
 """A black box distilled into something that can be stitched."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -28,6 +29,15 @@ class Broken:
         return torch.full((len(images),), float("nan"))
 
 
+class Forgetful(Redness):
+    """It gives no score of the first picture that it is asked about in each batch, as a service may."""
+
+    def score(self, images, batch):
+        scores = super().score(images, batch)
+        scores[:1] = float("inf")
+        return scores
+
+
 def given(tmp_path, sd3_dir, clip_dir, target="Redness", **more):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\ntwo blue stars\na green square\na red star\n")
@@ -49,8 +59,14 @@ def test_a_student_learns_a_black_box(clip_dir):
     assert last < 0.15 * float(truth.var())
 
 
-def test_the_job_saves_a_reward_that_can_be_loaded_and_stitched(tmp_path, sd3_dir, clip_dir):
-    card = surrogate.run(surrogate.checked(given(tmp_path, sd3_dir, clip_dir), "redness"))
+def test_the_job_saves_a_reward_that_can_be_loaded_and_stitched(tmp_path, sd3_dir, clip_dir, monkeypatch, capsys):
+    """Also where a few pictures have no score, which are neither learned from nor measured by."""
+    monkeypatch.setattr(surrogate, "UNKNOWN", 0.25)
+    card = surrogate.run(surrogate.checked(given(tmp_path, sd3_dir, clip_dir, "Forgetful"), "redness"))
+    assert "gave no score for 1 of 16 pictures, which are left out" in capsys.readouterr().out
+    assert all(math.isfinite(card[key]) for key in ("train_loss", "held_out_correlation", "held_out_rmse")) and math.isfinite(
+        card["mean_score"]["truth"]
+    )
     saved = json.loads((tmp_path / "redness" / "surrogate.json").read_text())
     assert saved == card and saved["pictures"] == 16 and -1 <= saved["held_out_correlation"] <= 1
     reward = ClipReward(str(tmp_path / "redness"), scale="surrogate")

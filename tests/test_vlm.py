@@ -1,6 +1,7 @@
 """A vision-language model as judge: what it is asked, how its answers are read by each rule, and what is no answer."""
 
 import base64
+import inspect
 import io
 import math
 
@@ -8,15 +9,22 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks import judge_over_http
 from rlstitch.asking import PartError, ask
 from rlstitch.config import RECIPES, build, compose
-from rlstitch.part_checks import reward_faults
+from rlstitch.part_checks import reward_faults, unread
+from rlstitch.prompts import PromptSet, read_prompts
+from rlstitch.protocols import load_class
 from rlstitch.rewards import service, vlm
 from rlstitch.rewards.vlm import VlmJudge
+from rlstitch.shapes.reward import DetectorReward
 from rlstitch.types import Batch, UserError
-from tests.services import serving
+from tests.services import running, serving
+from tests.test_walk import VALUES
 
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)).mul(255).round() / 255
+
+PROMPTS = PromptSet(["a star"], [{"prompt": "a star", "kind": "one"}])
 
 
 @pytest.fixture(autouse=True)
@@ -192,6 +200,7 @@ def test_a_judge_that_is_busy_is_asked_again_and_one_that_is_none_is_told_at_the
     for options, key, why in (
         ({"pattern": "("}, "pattern", "no regular expression"), ({"pattern": "x", "answer": "yes"}, "pattern", "alone"), ({"pattern": []}, "pattern", "must hold"),
         ({"low": 3, "high": 1}, "low", "above high: 3 > 1"), ({"questions": "list"}, "question", "must say by {question}"), ({"url": "vllm"}, "url", "must be an address"),
+        ({"options": {"x": math.nan}}, "options", "JSON"), ({"options": {"day": object()}}, "options", "JSON"),
     ):  # fmt: skip
         ((found, told),) = VlmJudge.faults({"url": "http://127.0.0.1:1/v1", "question": "?", **options})
         assert found == key and why in told
@@ -213,3 +222,27 @@ def test_shipped_judges_are_sound_and_read_what_their_models_say():
     assert not reward_faults("rewards.served", compose("reward/http")["rewards"]["served"])
     assert all("127.0.0.1" in (RECIPES / "reward" / f"{name}.yaml").read_text() for name in (*said_by, "http"))
     assert vlm.forms("Twelve") == {"twelve", "12"} and vlm.forms("3") == {"3", "three"} and vlm.forms("99") == {"99"}
+
+
+@pytest.mark.parametrize("name", ["vlm_judge", "geneval2", "http", "ocr", "jpeg", "sharpness"])
+def test_no_value_of_any_key_of_a_shipped_reward_ends_in_anything_but_its_name(name):
+    ((key, node),) = compose(f"reward/{name}")["rewards"].items()
+    for argument in inspect.signature(load_class(node["_target_"])).parameters:
+        for value in VALUES:
+            faults = reward_faults("r", node | {argument: value}) + unread(
+                "judges", ["r"], {"r": node | {argument: value}}, PROMPTS, "choose others"
+            )
+            assert all(argument in fault or fault.startswith("'judges' names 'r', which ") for fault in faults), (argument, value, faults)
+
+
+def test_the_detector_behind_http_is_the_detector(generator):
+    """As benchmarks/judge_over_http.py has it: the share of a prompt's requirements, through the protocol and back."""
+    rows = read_prompts("shapes:held_out.jsonl").rows[:4]
+    images = torch.rand(4, 3, 64, 64, generator=generator).mul(255).round() / 255
+    images[2:] = 1.0
+    batch = Batch([row["prompt"] for row in rows], torch.arange(4), torch.arange(4), rows)
+    judge = judge_over_http.Judge()
+    with running(judge.server) as url:
+        found = build(judge_over_http.node(f"{url}/v1"), kind="reward").score(images, batch)
+    torch.testing.assert_close(found, DetectorReward(soft=True).score(images, batch), atol=1e-6, rtol=0)
+    assert judge.calls == 4

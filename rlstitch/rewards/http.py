@@ -33,6 +33,7 @@ class HttpReward:
 
     differentiable = False
     device = "service"  # elsewhere: asked while the next rollout is made
+    handling = ("at_once", *service.HANDLING)
 
     def __init__(
         self,

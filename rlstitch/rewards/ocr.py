@@ -30,6 +30,7 @@ class OcrReward:
 
     differentiable = False
     device = torch.device("cpu")  # asked while the next rollout is made, where that is on a GPU
+    handling = ("threads",)
     alone = "pictures without a background, or text and nothing else"
     failure = ""
 

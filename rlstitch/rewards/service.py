@@ -41,6 +41,7 @@ AtOnce = Annotated[int, Range(1, 1024)]
 LARGEST = 4 << 20  # bytes of an answer
 PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds: before the first retry, twice as long before the next; and at most, whatever a service asks for
 REDIRECTS = 3
+HANDLING = ("url", "key_env", "timeout", "retries", "concurrency")  # a service that has moved is taken to be the same
 
 
 class Unanswered(Exception):
@@ -174,7 +175,7 @@ class Service:
             )
         if content is not None and status not in (307, 308):
             raise Unanswered(f"it redirects to {self._clean(where)} (status {status}): name that as url")
-        return to.path or "/"
+        return (to.path or "/") + f"?{to.query}" * bool(to.query)
 
     def _clean(self, text: str) -> str:
         """One short line without the key."""

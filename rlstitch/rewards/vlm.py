@@ -43,6 +43,7 @@ class VlmJudge:
 
     differentiable = False
     device = "service"  # elsewhere: asked while the next rollout is made
+    handling = service.HANDLING
 
     def __init__(
         self,
@@ -92,6 +93,10 @@ class VlmJudge:
             out.append(("pattern", "must hold an expression, or be left out"))
         if options.get("low", -LARGE) > options.get("high", LARGE):
             out.append(("low", f"is above high: {options['low']:g} > {options['high']:g}"))
+        try:
+            json.dumps(options.get("options"), allow_nan=False)
+        except (TypeError, ValueError) as error:
+            out.append(("options", f"must be what JSON can hold: {error}"))
         if options.get("questions") and "{question}" not in options["question"]:
             out.append(("question", "must say by {question} where those of `questions` are put in, e.g. '{question} Answer in one word.'"))
         return out

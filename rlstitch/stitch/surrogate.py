@@ -23,6 +23,7 @@ from rlstitch import scheduler
 from rlstitch.asking import ask
 from rlstitch.data import PromptSet, read_prompts
 from rlstitch.distributed import autocast
+from rlstitch.figures import known
 from rlstitch.files import write_json
 from rlstitch.hub import model_folder
 from rlstitch.lengths import fitting
@@ -37,6 +38,7 @@ from rlstitch.telling import progress, say
 from rlstitch.types import Batch, Reward, UserError
 
 START = "the reward to start from"  # among the parts, beside the black box
+UNKNOWN = 0.1  # share of pictures that may be without a score, as a service's are now and then
 
 
 @dataclass
@@ -90,17 +92,18 @@ def checked(given: dict[str, Any], name: str) -> SurrogateConfig:
 
 
 def scored(name: str, black_box: Reward, images: Tensor, asked: PromptSet, rows: list[int], batch_size: int = 64) -> Tensor:
-    """The black box's scores [N] of pictures under the given prompt rows. A score that is not finite is an error: it must not be learned as a number."""
+    """The black box's scores [N] of pictures under the given prompt rows, NaN where it gives none: those are never learned as numbers, and more than a tenth of them is an error."""
     out = []
     for start in range(0, len(images), batch_size):
         part = rows[start : start + batch_size]
         batch = Batch([asked.prompts[i] for i in part], torch.tensor(part), torch.tensor(part), [asked.rows[i] for i in part])
         out.append(ask(name, black_box, images[start : start + batch_size].float() / 255, batch).cpu())
-    scores = torch.cat(out)
-    if not bool(torch.isfinite(scores).all()):
-        raise UserError(
-            f"reward '{name}' gave {int((~torch.isfinite(scores)).sum())} scores of {len(scores)} that are not finite: mend it before distilling it"
-        )
+    scores = known(torch.cat(out))
+    lost = int(scores.isnan().sum())
+    if lost > UNKNOWN * len(scores):
+        raise UserError(f"reward '{name}' gave {lost} scores of {len(scores)} that are not finite: mend it before distilling it")
+    if lost:
+        say(f"reward '{name}' gave no score for {lost} of {len(scores)} pictures, which are left out")
     return scores
 
 
@@ -131,12 +134,13 @@ def fit(student: Student, images: Tensor, prompts: list[str], truth: Tensor, con
         return_tensors="pt",
     ).input_ids
     optimiser, losses = torch.optim.AdamW(student.parameters(), lr=config.lr, weight_decay=0.02), []
+    seen = torch.isfinite(truth).nonzero()[:, 0]
     student.train()
     bar = progress(config.steps, config.name, "step")
     for step in range(config.steps):
         for group in optimiser.param_groups:
             group["lr"] = config.lr * min(1.0, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / config.steps)))
-        index = torch.randint(len(truth), (config.batch_size,), generator=generator)
+        index = seen[torch.randint(len(seen), (config.batch_size,), generator=generator)]
         with autocast(reward.device.type, "auto"):
             predicted = student(images[index % len(images)].float().to(reward.device) / 255, ids[index].to(reward.device)).float()
         loss = (predicted - truth[index].to(predicted.device)).square().mean()
@@ -212,8 +216,11 @@ def run(config: SurrogateConfig) -> dict[str, Any]:
     card |= {
         "held_out_correlation": round(measure.correlation(predicted, held_truth), 4),
         "held_out_correlation_own_prompt": round(measure.correlation(predicted[own], held_truth[own]), 4),
-        "held_out_rmse": round(float((predicted - held_truth).square().mean().sqrt()), 4),
-        "mean_score": {"truth": round(float(held_truth[own].mean()), 4), "surrogate": round(float(predicted[own].mean()), 4)},
+        "held_out_rmse": round(float((predicted - held_truth).square().nanmean().sqrt()), 4),
+        "mean_score": {
+            "truth": round(float(held_truth[own].nanmean()), 4),
+            "surrogate": round(float(predicted[own][torch.isfinite(held_truth[own])].mean()), 4),
+        },
         "pictures": len(images),
         "generate_seconds": round(seconds, 1),
         "hardware": cfg.hardware(),

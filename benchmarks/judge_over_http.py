@@ -1,0 +1,173 @@
+"""A judge behind HTTP that has no gradient: the rule-based detector (soft) plays a vision-language model. Through the client it trains NFT and Flow-GRPO-Fast; its surrogate,
+distilled and stitched, gives DRaFT the gradient that it has not (the paper's stated limit).
+
+    python -m benchmarks.judge_over_http [methods=nft,flow_grpo_fast,draft_stitch] [seeds=0,1,2] [updates=0: the recipes'] [steps=0: the surrogate recipe's] [max_prompts=172] [threads=1]
+                                         [port=8901] [out=runs/judge_over_http]
+
+The judge is asked whether the picture shows the prompt, and answers yes with the share of the prompt's requirements that the picture meets, in OpenAI's protocol with logprobs. The
+table: detector and preference_b on held-out prompts (EMA weights), device-hours of training, questions to the judge; of draft_stitch, both also with what its surrogate and value
+model took, once a seed. Finished runs are kept under `out`, so that the script goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import re
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks.common import arguments, save, spread, table, train, training_hours
+from benchmarks.surrogate import made
+from rlstitch.files import write_json
+from rlstitch.prompts import read_prompts
+from rlstitch.shapes import detector
+from rlstitch.shapes.prompts import Prompt
+
+QUESTION = 'Does the picture show "{prompt}"? Answer yes or no.'
+JUDGES = ("detector", "preference_b")
+
+
+class Judge:
+    """The service: `calls` questions so far."""
+
+    def __init__(self, port: int = 0):
+        rows = [row for name in ("train", "held_out") for row in read_prompts(f"shapes:{name}.jsonl").rows]
+        self.prompts, self.calls, self.alone, judge = {row["prompt"]: Prompt.from_json(row) for row in rows}, 0, threading.Lock(), self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.reply({"object": "list", "data": [{"id": "detector", "object": "model"}]})
+
+            def do_POST(self):
+                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                self.reply(judge.answer(*(part.get("text") or part["image_url"]["url"] for part in request["messages"][0]["content"])))
+
+            def reply(self, answer: Any) -> None:
+                content = json.dumps(answer).encode()
+                self.send_response(200)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *told: Any) -> None:
+                """Nothing is said of every question."""
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self.server.daemon_threads = True
+
+    def answer(self, picture: str, question: str) -> dict[str, Any]:
+        """A chat completion: yes and no with their probabilities."""
+        pixels = np.array(Image.open(io.BytesIO(base64.b64decode(picture.partition(",")[2]))).convert("RGB"))
+        asked = re.search('"(.*)"', question)
+        with self.alone:
+            self.calls += 1
+            share = float(detector.soft_scores(torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255, [self.prompts[asked[1]]]))
+        listed = [{"token": word, "logprob": math.log(max(p, 1e-9)), "bytes": None} for word, p in (("Yes", share), ("No", 1 - share))]
+        first = max(listed, key=lambda one: one["logprob"])
+        return {
+            "object": "chat.completion",
+            "choices": [
+                {
+                    "index": 0,
+                    "finish_reason": "length",
+                    "message": {"role": "assistant", "content": first["token"]},
+                    "logprobs": {"content": [first | {"top_logprobs": listed}]},
+                }
+            ],
+        }
+
+
+def node(url: str) -> dict[str, Any]:
+    """The client, as a recipe names it."""
+    return {
+        "_target_": "rlstitch.rewards.vlm.VlmJudge",
+        "url": url,
+        "model": "detector",
+        "question": QUESTION,
+        "answer": "yes",
+        "concurrency": 4,
+    }
+
+
+def counted(file: Path, judge: Judge, action) -> dict[str, Any]:
+    """What `action` gives, with the questions and seconds that it took, kept in a file beside it."""
+    calls, began = judge.calls, time.perf_counter()
+    found = action()
+    if not file.exists():
+        write_json(file, {"calls": judge.calls - calls, "hours": (time.perf_counter() - began) / 3600})
+    return {"summary": found, **json.loads(file.read_text())}
+
+
+def one(method: str, seed: int, options: dict[str, str], judge: Judge) -> dict[str, float]:
+    """Figures of one run."""
+    out, client, updates = Path(options["out"]), node(f"http://127.0.0.1:{judge.server.server_port}/v1"), int(options["updates"])
+    told = [
+        f"seed={seed}",
+        f"threads={options['threads']}",
+        f"evaluation.max_prompts={options['max_prompts']}",
+        "evaluation.final=[base, ema]",
+        "guard.patience=0",
+    ]
+    told += [f"updates={updates}"] if updates else []
+    once = {"hours": 0.0, "calls": 0}
+    if method == "draft_stitch":
+        held: list[Any] = []
+        once = counted(out / f"once-seed{seed}.json", judge, lambda: held.extend(made(seed, int(options["steps"]), out, {"judge": client})))
+        config, value = held
+        reward = {**config.start, "path": str(out / config.name), "scale": "surrogate"}
+        told += [f"rewards.judge={json.dumps(reward)}", f"values={json.dumps({'judge': str(value)})}"]
+    else:
+        told.append(f"rewards.judge={json.dumps(client)}")
+    name = f"{method}-seed{seed}"
+    run = counted(out / f"{name}.json", judge, lambda: train(method, name, out, *told, 'oracle.weights={"judge": 1.0}'))
+    eval_ = run["summary"]["eval"]
+    return {
+        **{f"base {j}": eval_["base"][j] for j in JUDGES}, **{j: eval_["ema"][j] for j in JUDGES},
+        "hours": training_hours(run["summary"]["device_hours"]), "calls": run["calls"], "once hours": once["hours"], "once calls": once["calls"],
+    }  # fmt: skip
+
+
+def main() -> None:
+    defaults = {
+        "methods": "nft,flow_grpo_fast,draft_stitch",
+        "seeds": "0,1,2",
+        "updates": "0",
+        "steps": "0",
+        "max_prompts": "172",
+        "threads": "1",
+    }
+    options = arguments(defaults | {"port": "8901", "out": "runs/judge_over_http"})
+    torch.set_num_threads(int(options["threads"]) or torch.get_num_threads())
+    judge = Judge(int(options["port"]))
+    threading.Thread(target=judge.server.serve_forever, daemon=True).start()
+    seeds = [int(seed) for seed in options["seeds"].split(",")]
+    found = {method: [one(method, seed, options, judge) for seed in seeds] for method in options["methods"].split(",")}
+    judge.server.shutdown()
+
+    def line(label: str, rows: list[dict[str, float]], prefix: str = "") -> list[str]:
+        scores = [spread([row[prefix + j] for row in rows]) for j in JUDGES]
+        if prefix:
+            return [label, *scores, "", ""]
+        told = [spread([row[k] for row in rows], d) for k, d in (("hours", 3), ("calls", 0), ("once hours", 3), ("once calls", 0))]
+        extra = [f" + {once} once" if any(row[k] for row in rows) else "" for once, k in zip(told[2:], ("once hours", "once calls"))]
+        return [label, *scores, told[0] + extra[0], told[1] + extra[1]]
+
+    rows = [line("base", found[next(iter(found))][:1], "base "), *(line(method, rows) for method, rows in found.items())]
+    note = f"Held-out prompts, EMA weights, seeds {options['seeds']}; the detector, soft, is the judge behind HTTP."
+    table("judge_over_http", ["", *JUDGES, "device-hours", "questions to the judge"], rows, note)
+    save("judge_over_http", {"methods": found})
+
+
+if __name__ == "__main__":
+    main()
