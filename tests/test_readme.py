@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlstitch import checks, evaluation, steer
+from rlstitch import checks, evaluation, serving, steer
 from rlstitch.backbones.sd3 import SD3Backbone
 from rlstitch.cli import recipe_and_overrides
 from rlstitch.policy import Policy
@@ -50,6 +50,7 @@ CHECKED = {
     "stitch.py": recipe.checked,
     "evaluate_value.py": compare.checked,
     "surrogate.py": surrogate.checked,
+    "serve_reward.py": serving.checked,
 }
 COMMANDS = [line.split(" #")[0] for block in blocks("bash") for line in block.splitlines() if "launch/" in line and "--help" not in line]
 
