@@ -47,5 +47,6 @@ setup(
         "torchao": ["torchao>=0.16"],
         "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.8", "scipy>=1.13", *OCR],
         "ocr": OCR,
+        "drift": ["torchmetrics>=1.6"],
     },
 )

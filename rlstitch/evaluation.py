@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor
 
-from rlstitch import adapters, lengths, report, results, resume, schedule, scheduler, telling
+from rlstitch import adapters, drift, lengths, report, results, resume, schedule, scheduler, telling
 from rlstitch import config as cfg
 from rlstitch.checks import lora_faults
 from rlstitch.distributed import Engine
@@ -22,7 +22,7 @@ from rlstitch.evaluate import Evaluation, evaluate, unscored
 from rlstitch.files import write_json, write_text
 from rlstitch.metrics import grid as draw_grid
 from rlstitch.metrics import to_image
-from rlstitch.part_checks import judge_faults, part_faults
+from rlstitch.part_checks import attempt, class_of, judge_faults, part_faults, unknown_rewards
 from rlstitch.parts import Parts, at_hand
 from rlstitch.prompts import PromptSet, read_prompts
 from rlstitch.prompts import fingerprint as prompts_fingerprint
@@ -37,7 +37,8 @@ class EvaluateConfig:
     """judges: the rewards of `rewards` that score. max_prompts: the first so many, 0 for all. lora: of any trainer, a file, folder, run or hub id.
 
     layout: of the pictures, `flat` as images/00000.png, `geneval` as that suite's own scripts read them (images/00000/metadata.jsonl, images/00000/samples/00000.png),
-    `none` keeps none but the grid's. Picture k of a prompt starts from noise of (seed, prompt, k), whatever the ranks and batch_size.
+    `none` keeps none but the grid's. features: the reward whose image embeddings tell the diversity within a prompt (of images_per_prompt >= 2), and, where `against` names
+    another evaluation's folder, the distance of all pictures from its own (KID). Picture k of a prompt starts from noise of (seed, prompt, k), whatever the ranks and batch_size.
     """
 
     name: Name = ""
@@ -55,6 +56,8 @@ class EvaluateConfig:
     check: bool = False
     grid: Annotated[int, Range(1, 1024)] = 16
     layout: Literal["flat", "geneval", "none"] = "flat"
+    features: str = ""
+    against: str = ""
     model: dict[str, Any] = field(default_factory=dict)
     lora: str = ""
     rewards: dict[str, Any] = field(default_factory=dict)
@@ -111,12 +114,32 @@ def checked(given: dict[str, Any], name: str) -> EvaluateConfig:
         faults += lora_faults("lora", config.lora, config.model)
     prompts = lengths.fitting(faults, "prompts", config.prompts, config.column, config.model, "truncate", config.truncate)
     faults += judge_faults("judges", config.judges, config.rewards, prompts)
-    config.rewards = {n: node for n, node in config.rewards.items() if n in config.judges}
+    faults += _drift_faults(config)
+    config.rewards = {n: node for n, node in config.rewards.items() if n in (*config.judges, config.features)}
     faults += part_faults(config)
     scheduler.of_recipe("sampler.shift", config.sampler.shift, config.model, faults)
     if faults:
         raise cfg.report(list(dict.fromkeys(faults)), name)
     return checked(given | {"model": config.model, "rewards": config.rewards, "lora": config.lora}, name) if at_hand(config) else config
+
+
+def _drift_faults(config: EvaluateConfig) -> list[str]:
+    """Of `features` and `against`."""
+    faults: list[str] = []
+    if config.features:
+        faults += unknown_rewards("features", [config.features], config.rewards)
+        cls = class_of(config.rewards.get(config.features), "reward")
+        faults += [f"'features' is '{config.features}', which gives no image embeddings: take one of the CLIP family"] * (
+            cls is not None and not hasattr(cls, "encode")
+        )
+        if config.images_per_prompt < 2 and not config.against:
+            faults.append(
+                "'features' tells the diversity of a prompt's pictures: set images_per_prompt to 2 or more, or name another evaluation as `against`"
+            )
+    if config.against:
+        attempt(faults, "against", drift.pictures_of, config.against)
+        faults += ["'against' needs `features`, the reward by whose embeddings pictures are compared"] * (not config.features)
+    return faults
 
 
 class Job:
@@ -127,8 +150,9 @@ class Job:
         if config.threads:
             torch.set_num_threads(config.threads)
         self.engine = Engine(zero_stage=0, precision=config.precision, accumulation=1, micro_batch=1, clip_norm=1.0)
-        parts = Parts.of(config.model, {n: config.rewards[n] for n in config.judges}, engine=self.engine)
-        self.backbone, self.rewards = parts.backbone, parts.rewards
+        parts = Parts.of(config.model, config.rewards, engine=self.engine)
+        self.backbone, self.rewards = parts.backbone, {n: parts.rewards[n] for n in config.judges}
+        self.eye = parts.rewards.get(config.features)
         prompts = read_prompts(config.prompts, config.column)
         parts.probe(config.judges, prompts.two())
         if config.lora:
@@ -164,13 +188,15 @@ class Job:
     def run(self) -> dict[str, Any]:
         """Sample and judge every prompt; write scores, settings, pictures and a page to <out>/<name>, all at once at the end."""
         config, s = self.config, self.config.sampler
-        settings, started = self.settings(), time.perf_counter()
+        settings, started, seen = self.settings(), time.perf_counter(), []
         with results.replaced(Path(config.out) / config.name, *WRITTEN, engine=self.engine) as work:
             found = evaluate(
                 self.backbone, nullcontext(), self.prompts, self.rewards, schedule.sigmas(s.num_steps, self.shift, s.spacing), self.engine,
                 guidance=s.guidance, batch_size=config.batch_size, seed=config.seed, keep=config.grid, label=config.name, progress=config.progress,
-                see=None if config.layout == "none" else lambda index, images: self._keep(work, index, images),
+                see=lambda index, images: self._see(work, index, images, seen),
             )  # fmt: skip
+            if self.eye is not None:
+                found.means |= self._drift(self.engine.in_order(torch.cat(seen), len(self.prompts)).cpu())
             telling.say(*unscored(config.name, found.scores))
             errors = standard_errors(found.scores, config.images_per_prompt)
             result = {
@@ -184,9 +210,22 @@ class Job:
                 self._write(work, found, result)
         return result
 
-    def _keep(self, work: Path, index: list[int], images: Tensor) -> None:
+    def _drift(self, found: Tensor) -> dict[str, float]:
+        """Diversity and the distance from another evaluation of the pictures' embeddings [N, D]."""
+        out, per = {}, self.config.images_per_prompt
+        if per > 1:
+            out["diversity"] = drift.diversity(found, per)
+        if self.config.against:
+            out["distance"] = drift.kernel_distance(
+                found, drift.read(self.eye, drift.pictures_of(self.config.against), self.config.batch_size)
+            )
+        return out
+
+    def _see(self, work: Path, index: list[int], images: Tensor, seen: list[Tensor]) -> None:
         per = self.config.images_per_prompt
-        for row, image in zip(index, images):
+        if self.eye is not None:
+            seen.append(drift.embeddings(self.eye, images))
+        for row, image in zip(index, images) if self.config.layout != "none" else ():
             file = work / "images" / f"{row:05d}.png"
             if self.config.layout == "geneval":
                 file = work / "images" / f"{row // per:05d}" / "samples" / f"{row % per:05d}.png"

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from rlstitch import config as cfg
-from rlstitch import evaluation, sampling, schedule
+from rlstitch import drift, evaluation, sampling, schedule
 from rlstitch.data import encode
 from rlstitch.prompts import PromptSet
 from rlstitch.types import UserError, noise_like
@@ -79,6 +79,35 @@ def test_results_that_differ_in_a_setting_say_which(tmp_path):
     ):
         assert any(line.startswith(f"{key}: ") for line in evaluation.differing(plain, told(override))), override
     assert not evaluation.differing(plain, told("batch_size=3"))
+
+
+def test_drift_and_diversity(tmp_path):
+    found = torch.nn.functional.normalize(torch.randn(6, 5, generator=torch.Generator().manual_seed(0)), dim=-1)
+    pairs = [1 - float(found[a] @ found[b]) for g in (0, 3) for a in range(g, g + 3) for b in range(g, a)]
+    assert drift.diversity(found, 3) == pytest.approx(sum(pairs) / 6, abs=1e-6) and drift.diversity(
+        found[:1].expand(4, -1), 2
+    ) == pytest.approx(0, abs=1e-6)
+    pytest.importorskip("torchmetrics")
+    other = torch.nn.functional.normalize(torch.randn(4, 5, generator=torch.Generator().manual_seed(1)) + 1, dim=-1)
+    kernel = lambda x, y: float((x.double() @ y.double() + 1) ** 3)  # noqa: E731
+    inside = [sum(kernel(x[a], x[b]) for a in range(4) for b in range(4) if a != b) / 12 for x in (found, other)]
+    assert drift.kernel_distance(found, other) == pytest.approx(
+        sum(inside) - 2 * sum(kernel(a, b) for a in found[:4] for b in other) / 16, rel=1e-5
+    )
+
+    options = [f"out={tmp_path}", "judges=[hps]", "features=clip", "max_prompts=2", "sampler.num_steps=2"]
+    evaluation.run(evaluation.checked(given(*options, "name=one"), "evaluate"))
+    told = evaluation.run(evaluation.checked(given(*options, "name=two", f"against={tmp_path / 'one'}", "layout=none"), "evaluate"))
+    # the same pictures: unbiased, it counts no picture against itself within a set, and once between the two
+    assert list(told["scores"]) == ["hps"] and 0 < told["means"]["diversity"] < 1
+    assert told["means"]["distance"] < 0 and not (tmp_path / "two" / "images").exists()
+    for options, message in (
+        (["features=detector"], "gives no image embeddings"),
+        (["features=clip", "images_per_prompt=1"], "set images_per_prompt to 2 or more"),
+        ([f"against={tmp_path / 'two'}"], "(?s)has 0 pictures under images.*'against' needs `features`"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluation.checked(given(*options), "evaluate")
 
 
 def test_models_and_rewards_by_name(tmp_path):
