@@ -178,6 +178,7 @@ BROKEN = {
     "no limit of tokens": (lambda f: edited(f / "tokenizer_2" / "tokenizer_config.json", model_max_length="drop"), {}, "'model.path': .*tokenizer_2.*model_max_length"),
     "an endless limit": (lambda f: edited(f / "tokenizer" / "tokenizer_config.json", model_max_length=10**30), {}, "'model.path': .*model_max_length 1e.30"),
     "no patches": (lambda f: edited(f / "transformer" / "config.json", patch_size=0), {}, "'model.path': .*patch_size 0, which must be a positive"),
+    "a million blocks": (lambda f: edited(f / "transformer" / "config.json", num_layers=10**6), {}, "'model.path': .*num_layers 1000000, and no model has more than 1000 of a kind"),
     "no scale": (lambda f: edited(f / "vae" / "config.json", scaling_factor=float("nan")), {}, "'model.path': .*scaling_factor nan"),
     "a config of no object": (lambda f: (f / "text_encoder_2" / "config.json").write_text("[]"), {}, "'model.path': the config of the text_encoder_2 .*list"),
     "a cut file": (lambda f: _cut(f / "text_encoder" / "model.safetensors"), {}, "'model.path': .*text_encoder/model.safetensors cannot be read as safetensors"),

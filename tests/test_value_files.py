@@ -37,6 +37,11 @@ def test_files_round_trip_and_refuse_what_is_foreign(backbone, reward, tmp_path)
     with pytest.raises(UserError, match="another reward model"):
         StitchedValueModel.from_pretrained(tmp_path / "v", backbone=backbone, reward=other)
 
+    held = backbone.null
+    backbone._null = held.map(lambda t: t[..., :-1])
+    with pytest.raises(OtherDenoiser, match=r"its null_tokens is \[1, .*\], no empty prompt of"):
+        StitchedValueModel.from_pretrained(tmp_path / "v", backbone=backbone, reward=reward)
+    backbone._null = held
     foreign = SD3Backbone(str(write_sd3(tmp_path / "sd3", seed=8)), max_sequence_length=0)
     with pytest.raises(UserError, match="another autoencoder"):
         StitchedValueModel.from_pretrained(tmp_path / "v", backbone=foreign, reward=reward)

@@ -36,6 +36,9 @@ def load(
     return model.to(device).requires_grad_(False).eval()
 
 
+MOST_BLOCKS = 1000  # of a transformer in its configuration; building a million would take for ever
+
+
 def skeleton(path: str | Path) -> nn.Module:
     """The transformer of a directory without weights, from its configuration alone. Raises UserError where there can be none such."""
     file = model_folder(path) / "transformer" / "config.json"
@@ -103,8 +106,8 @@ def _limit(file: Path) -> None:
         )
 
 
-def _not_positive(transformer: dict[str, Any], vae: dict[str, Any]) -> list[str]:
-    """Numbers of the configurations that everything is divided by and cannot be."""
+def _absurd(transformer: dict[str, Any], vae: dict[str, Any]) -> list[str]:
+    """Numbers of the configurations that everything is divided by and cannot be, or that nothing can be built of."""
     told = [
         (f"transformer/config.json says {key}", transformer[key])
         for key in ("patch_size", "sample_size", "in_channels")
@@ -112,11 +115,12 @@ def _not_positive(transformer: dict[str, Any], vae: dict[str, Any]) -> list[str]
     ]
     told += [("vae/config.json says block_out_channels", len(vae["block_out_channels"]))] if "block_out_channels" in vae else []
     told += [("vae/config.json says scaling_factor", vae["scaling_factor"])] if "scaling_factor" in vae else []
+    many = [f"{key} {value}" for key, value in transformer.items() if "layers" in key and isinstance(value, int) and value > MOST_BLOCKS]
     return [
         f"{what} {value}, which must be a positive number"
         for what, value in told
         if not (isinstance(value, int | float) and 0 < value < float("inf"))
-    ]
+    ] + [f"transformer/config.json says {told}, and no model has more than {MOST_BLOCKS} of a kind" for told in many]
 
 
 def sizes(path: str | Path, height: int | None = None, width: int | None = None) -> tuple[tuple[int, ...], tuple[int, int], int]:
@@ -193,7 +197,7 @@ def faults(options: dict[str, Any]) -> list[tuple[str, str]]:
                 f"{folder}/vae/config.json asks for {' and '.join(lacking)}, which its weights do not have (an older diffusers left that out): put {told} into it",
             )
         )
-    out += [("path", f"{folder}/{why}: restore it") for why in _not_positive(transformer, vae)]
+    out += [("path", f"{folder}/{why}: restore it") for why in _absurd(transformer, vae)]
     if out:
         return out
     for key in ("image_size", "height", "width"):

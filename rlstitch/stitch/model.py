@@ -224,6 +224,11 @@ class StitchedValueModel(nn.Module):
         null = Conditioning(**{k.removeprefix(NULL): v for k, v in tensors.items() if k.startswith(NULL)}).to(
             backbone.device, backbone.dtype
         )
+        own = {name: value.shape for name, value in getattr(backbone, "null", null).fields.items()}
+        if odd := [n for n, v in null.fields.items() if n not in own or v.ndim != len(own[n]) or v.shape[2:] != own[n][2:] or len(v) != 1]:
+            raise OtherDenoiser(
+                f"value model '{path}' is for another denoiser or is not whole: its {NULL}{odd[0]} is {list(null.fields[odd[0]].shape)}, no empty prompt of {backbone.path}: restore it or stitch it again"
+            )
         try:
             view = view_of(reward, backbone.size)
             stitch = StitchLayer(linear[:, :, 0, 0].float(), tensors["stitch.linear.bias"].float(), reward.grid, view)
