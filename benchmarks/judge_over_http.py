@@ -6,7 +6,8 @@ distilled and stitched, gives DRaFT the gradient that it has not (the paper's st
 
 The judge is asked whether the picture shows the prompt, and answers yes with the share of the prompt's requirements that the picture meets, in OpenAI's protocol with logprobs. The
 table: detector and preference_b on held-out prompts (EMA weights), device-hours of training, questions to the judge; of draft_stitch, both also with what its surrogate and value
-model took, once a seed. Finished runs are kept under `out`, so that the script goes on where it stopped.
+model took, once a seed. Finished runs are kept under `out`, so that the script goes on where it stopped; of a run
+that was killed and gone on with, only the questions since are counted.
 """
 
 from __future__ import annotations

@@ -38,8 +38,11 @@ class Parts:
         device = str(engine.device) if engine is not None else "cuda" if torch.cuda.is_available() else "cpu"
         if engine is not None:
             _agree(engine, [hub.pinned(path) for node in (model, *rewards.values()) if hub.parsed(path := node.get("path"))])
+        made = lambda name: build_part(rewards[name], kind="reward", device=device)  # noqa: E731
+        services = {name for name, node in rewards.items() if protocols.said(load_class(node["_target_"]), "device", "") == "service"}
+        asked = {name: made(name) for name in services}  # whether they are there is known before weights load
         backbone = build_part(model, kind="model", device=device)
-        return cls(backbone, {name: build_part(node, kind="reward", device=device) for name, node in rewards.items()}, device, engine)
+        return cls(backbone, {name: asked[name] if name in asked else made(name) for name in rewards}, device, engine)
 
     def probe(self, names: Iterable[str], batch: Batch) -> None:
         """Ask the rewards of two blank pictures under two prompts, see `asking.probe_rewards`."""

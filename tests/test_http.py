@@ -15,6 +15,7 @@ from rlstitch import serving
 from rlstitch.asking import PartError, ask
 from rlstitch.config import compose
 from rlstitch.data import read_prompts
+from rlstitch.parts import Parts
 from rlstitch.rewards import server, service
 from rlstitch.rewards.http import HttpReward
 from rlstitch.scoring import NoScore
@@ -174,6 +175,12 @@ def test_a_service_that_is_not_right_from_the_start_ends_a_job_before_it_begins(
             ask("light", HttpReward(asked.url, retries=0), images, batch)
 
 
+def test_a_service_that_is_not_there_is_told_before_weights_load():
+    far = {"_target_": "rlstitch.rewards.http.HttpReward", "url": "http://127.0.0.1:9", "retries": 0}
+    with pytest.raises(UserError, match="127.0.0.1:9 does not answer: Connection refused"):
+        Parts.of({"_target_": "rlstitch.backbones.Diffusers", "path": "nowhere"}, {"far": far})
+
+
 def test_addresses_and_keys_are_looked_at_without_asking_anybody_and_secrets_are_never_shown(monkeypatch):
     monkeypatch.delenv("sk_secret", raising=False)
     monkeypatch.setenv("TWO", "a\nb")
@@ -246,6 +253,11 @@ def test_a_recipe_s_reward_is_served_and_nothing_else_of_it_is_read(tmp_path, mo
     ):
         with pytest.raises(UserError, match=why):
             serving.checked(given | change, "nft")
+    with (
+        running(server.server_of(served, "red", port=0)) as url,
+        pytest.raises(UserError, match=r"nothing can be served at 127.0.0.1, port \d+ \(Address already in use\)"),
+    ):
+        launcher.run(["recipe=reward/shapes", "reward=detector", f"port={url.rsplit(':', 1)[1]}"])
     launcher.run(["recipe=reward/shapes", "reward=detector", "check=true"])
     assert "would serve 'detector' (rlstitch.shapes.reward.DetectorReward) at http://127.0.0.1:8765" in capsys.readouterr().out
 

@@ -124,6 +124,7 @@ def test_yes_is_a_probability_over_case_and_space_and_neither_is_no_answer():
             first(Yes=0.5, _yes=0.2, No=0.1, ĠYES=0.1, Yesterday=0.05), first(No=0.9, no=0.1), first(The=0.6, Sure=0.4), said("Yes"), first(Yes=0.7, yes=0.7),
             said("Yes", logprobs={"content": []}), said("Yes", logprobs={"content": [{"token": "Yes", "logprob": math.nan}]}), {"choices": []}, {"error": "busy"},
             said("yes", logprobs={"content": [{"token": "yes", "logprob": -0.5}]}), said("Yes", logprobs={"content": [{"token": "Yes", "logprob": "x"}]}),
+            said("Yes", logprobs={"content": [{"token": "Yes", "logprob": 0.98}]}),
         ]  # fmt: skip
         found = one_by_one(asked, judge(asked, answer="yes"), cases)
         assert asked.requests[-1][2] | {"messages": 0} == {
@@ -138,11 +139,11 @@ def test_yes_is_a_probability_over_case_and_space_and_neither_is_no_answer():
         assert (
             found[4] == 1.0
             and "no logprobs" in found[5]
-            and "none of the first tokens" in found[6]
+            and "logprobs are none" in found[6]
             and "no choices" in found[7] + found[8]
             and "no choices" in found[8]
         )
-        assert found[9] == pytest.approx(math.exp(-0.5)) and "no logprobs" in found[10]
+        assert found[9] == pytest.approx(math.exp(-0.5)) and "no logprobs" in found[10] and "logprobs are none" in found[11]
         found = one_by_one(asked, judge(asked, answer="yes_text"), map(said, ("Yes, it does.", "**No**", "Maybe", "YES", "Nothing")))
         assert found[0] == found[3] == 1.0 and found[1] == 0.0 and "begins with neither" in found[2] and "begins with neither" in found[4]
 

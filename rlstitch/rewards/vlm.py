@@ -242,10 +242,12 @@ def probability(choice: Any, expected: str) -> float:
         listed = {str(one["token"]): float(one["logprob"]) for one in [first, *(first.get("top_logprobs") or [])]}
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError):
         raise Unanswered("it gives no logprobs of the first token: start it with them, or take answer: yes_text") from None
+    if not all(logprob < 1e-3 for logprob in listed.values()):
+        raise Unanswered(f"its logprobs are none: {short(str(listed))}")
     right = forms(expected)
     kind = {"yes", "no"} if right & {"yes", "no"} else {*WORDS, *map(str, range(len(WORDS)))} if right & {*WORDS} else right
     read = {token: logprob for token, logprob in listed.items() if plain_token(token) in kind}
-    if not read or any(math.isnan(logprob) for logprob in read.values()):
+    if not read:
         best = max(listed, key=lambda token: listed[token])
         raise Unread(
             f"none of the first tokens is {' or '.join(sorted(right))}, or another answer of its kind; the likeliest is {short(best)}"
