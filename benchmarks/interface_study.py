@@ -39,7 +39,7 @@ class Study(Material):
         pair = next(p for p in self.search.table if (p.i, p.j) == (i, j))
         targets, tokens, norm = self.targets
         model = StitchedValueModel.from_search(
-            self.backbone, self.reward, i, j, pair.weight, pair.bias, cls_state=self.search.cls[j].float(), norm=norm,
+            self.backbone, self.reward, i, j, pair.weight, pair.bias, cls_state=self.search.cls[j], norm=norm,
             normalise=self.recipe.normalise, sigma_range=(0.0, 1.0), card={},
         )  # fmt: skip
         seconds = distill(model, self.latents, targets, tokens, dataclasses.replace(self.recipe.distill, steps=self.steps))

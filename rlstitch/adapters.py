@@ -94,8 +94,8 @@ def pinned(paths: str | Sequence[str] | None) -> Any:
     """The same with every hub id as the file and the commit that it stands for."""
     if isinstance(paths, str) and (named := hub.parsed_file(paths)):
         file = find(paths)
-        commit = next(folder for folder in file.parents if folder.parent.name == "snapshots")
-        return f"{named[0]}/{file.relative_to(commit)}@{commit.name}"
+        commit = hub.commit_of(file)
+        return f"{named[0]}/{str(file).rpartition(f'/{commit}/')[2]}@{commit}"
     return [pinned(path) for path in paths] if isinstance(paths, list) else paths
 
 

@@ -1,8 +1,8 @@
 """Models by hub id, `owner/name` or `owner/name@revision`, and single files of one, `owner/name/FILE@revision`: from the local hub cache (HF_HOME, HF_HUB_CACHE), else
 fetched into it.
 
-What is fetched is data alone: JSON, text, tokenizers, chat templates and safetensors. First come the small files, which are enough for every check; then the weights,
-of the parts that are loaded and in one variant.
+What is fetched is data alone: JSON, text, tokenizers, chat templates and safetensors; a pickle only where a part that reads it without running it (weights.read_checkpoint)
+asks for it by name. First come the small files, which are enough for every check; then the weights, of the parts that are loaded and in one variant.
 """
 
 from __future__ import annotations
@@ -11,19 +11,17 @@ import fcntl
 import glob
 import os
 import re
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tqdm import tqdm
-
-from rlstitch.files import cache_folder, read_json, require, weight_files
+from rlstitch.downloads import Silent, amount, shown
+from rlstitch.files import PICKLES, cache_folder, read_json, require, weight_files
 from rlstitch.paths import what_is
-from rlstitch.telling import is_main, progress, say
+from rlstitch.telling import say
 from rlstitch.types import UserError
 
 T = TypeVar("T")
@@ -31,11 +29,18 @@ T = TypeVar("T")
 _WORD = r"(?![.-])(?:(?!--|\.\.)[\w.-]){1,96}(?<![.-])"
 _REVISION = r"(?:@((?!.*\.\.)\w[\w./+-]*))?"
 ID = re.compile(rf"({_WORD}/{_WORD})(?<!\.git){_REVISION}", re.ASCII)
-FILE_ID = re.compile(rf"({_WORD}/{_WORD})(?<!\.git)(?:/((?:[\w+-][\w.+ -]*/)*[\w+-][\w.+ -]*\.safetensors))?{_REVISION}", re.ASCII)
+FILE_ID = re.compile(
+    rf"({_WORD}/{_WORD})(?<!\.git)(?:/((?:[\w+-][\w.+ -]*/)*[\w+-][\w.+ -]*\.(?:safetensors|bin|pth?)))?{_REVISION}", re.ASCII
+)
 DATASET = re.compile(rf"hub:datasets/({_WORD}/{_WORD})/((?:[\w+-][\w.+ -]*/)*[\w+-][\w.+ -]*){_REVISION}", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SMALL = ("*.json", "*.txt", "*.model", "*.spm", "*.tiktoken", "*.jinja")
-INDEXES = ("model_index.json", "config.json")  # of a pipeline, of a single model: fetched last, so that what was cut short has none
+INDEXES = (
+    "model_index.json",
+    "config.json",
+    "open_clip_config.json",
+)  # of a pipeline, of a single model: fetched last, so that what was cut short has none
+KEYS = ("path", "head", "tokenizer", "processor")  # of a part, that may be hub ids
 AGAIN = 60.0  # seconds before a hub that did not answer is asked again
 _libraries_alone = False  # whether it is `keep_libraries_offline` that said HF_HUB_OFFLINE
 _unanswered: dict[tuple[str | None, ...], tuple[float, str]] = {}
@@ -51,16 +56,35 @@ def parsed(path: Any) -> tuple[str, str | None] | None:
     return None if found is None or what_is(path) else (found[1], found[2])
 
 
-def parsed_file(path: Any) -> tuple[str, str | None, str | None] | None:
+def parsed_file(path: Any, pickles: bool = False) -> tuple[str, str | None, str | None] | None:
     """(owner/name, file in it or None, revision or None) of a hub id of one file; None for anything else. What lies here by that name is no hub id."""
     found = FILE_ID.fullmatch(path) if isinstance(path, str) else None
-    return None if found is None or what_is(path) else found.groups()
+    return None if found is None or what_is(path) or (Path(found[2] or "").suffix in PICKLES and not pickles) else found.groups()
 
 
-def pinned(path: Any) -> Any:
-    """A hub id with the commit that it stands for, owner/name@COMMIT; anything else as it is."""
-    named = parsed(path)
-    return path if named is None or COMMIT.fullmatch(named[1] or "") else f"{named[0]}@{model_folder(path).name}"
+def pinned(path: Any, what: str = "the model directory") -> Any:
+    """A hub id, also of a file, with the commit that it stands for, owner/name@COMMIT; anything else as it is."""
+    if (named := parsed_file(path, pickles=True)) is None or COMMIT.fullmatch(named[2] or ""):
+        return path
+    name, inside, revision = named
+    if inside is None:
+        return f"{name}@{model_folder(path, what).name}"
+    if found := file_here(path):
+        return f"{name}/{inside}@{commit_of(found)}"
+    import huggingface_hub
+
+    return f"{name}/{inside}@{_ask(path, what, lambda: huggingface_hub.HfApi().model_info(name, revision=revision).sha)}"
+
+
+def ids_of(node: Any) -> list[str]:
+    """Keys of a part's node that are hub ids."""
+    own = str(node.get("_target_")).startswith("rlstitch.")  # what another's class does with its keys is its own affair
+    return [key for key in KEYS[: None if own else 1] if parsed_file(node.get(key), pickles=True)]
+
+
+def commit_of(file: Path) -> str:
+    """Of a file in the cache."""
+    return next(folder for folder in file.parents if folder.parent.name == "snapshots").name
 
 
 def model_folder(path: str | Path, what: str = "the model directory") -> Path:
@@ -176,7 +200,9 @@ def _ask(path: Any, what: str, action: Callable[[], T], lacks: str = "", parts: 
 
 def _globs(parts: Iterable[str]) -> list[str]:
     """What to have `hf download` include: small files, and the weights of parts, or of whatever may be one."""
-    return [*SMALL, *([f"{part}/*.safetensors".lstrip("/") for part in parts] or ["*/*.safetensors", "model*.safetensors"])]
+    files, folders = _split(parts)
+    wanted = [*files, *(f"{part}/*.safetensors".lstrip("/") for part in folders)]
+    return [*SMALL, *(wanted or ["*/*.safetensors", "model*.safetensors"])]
 
 
 @contextmanager
@@ -189,18 +215,10 @@ def _alone(name: str) -> Iterator[None]:
         yield
 
 
-class _Silent(tqdm):
-    """The client draws several bars; ours is one, and readable in a log file."""
-
-    def __init__(self, *args: Any, **options: Any):
-        options.pop("name", None)
-        super().__init__(*args, **(options | {"disable": True}))
-
-
 def _download(name: str, revision: str | None, include: Iterable[str], exclude: Iterable[str] = ()) -> Path:
     import huggingface_hub
 
-    how = dict(allow_patterns=list(include), ignore_patterns=list(exclude) or None, tqdm_class=_Silent)
+    how = dict(allow_patterns=list(include), ignore_patterns=list(exclude) or None, tqdm_class=Silent)
     return Path(huggingface_hub.snapshot_download(name, revision=revision, **how))
 
 
@@ -240,26 +258,55 @@ def missing(path: Any, parts: Iterable[str], variant: str | None = None, what: s
     Of each part that is the one variant which `files.weight_files` would read if all were here. Raises UserError where the hub has none that is read, or does not answer.
     """
     if (named := parsed(path)) is None:
-        return {}
+        return _missing_file(path, what)
     folder = model_folder(path, what)
+    files, parts = _split(parts)
     lacking = [part for part in parts if not _has(folder / part, variant)]
     bare = [part for part in lacking if not _has(folder / part, variant, exactly=False)]
-    if not lacking or (offline() and not bare):
+    bare += (absent := [file for file in files if not (folder / file).is_file()])
+    if not (lacking or absent) or (offline() and not bare):
         return {}
     try:
-        lacks = "the weights of " + ", ".join(part or "the model" for part in lacking)
+        lacks = "the weights of " + ", ".join(part or "the model" for part in lacking) if lacking else ", ".join(absent)
         listing = _ask(path, what, lambda: _listing(named[0], folder.name), lacks, bare)
     except UserError:
         if bare:
             raise
         return {}  # another variant is here, and will do as it does in a folder
-    out = {}
+    out = {file: listing[file] for file in absent}
     for part in lacking:
         start = f"{part}/" if part else ""
         names = [n.removeprefix(start) for n in listing if n.startswith(start) and "/" not in n.removeprefix(start)]
         files = weight_files(folder / part, f"the {part or 'model'} of {named[0]}", variant, names)[1]
         out |= {f"{start}{f.name}": listing[f"{start}{f.name}"] for f in files if not f.is_file()}
     return out
+
+
+def _split(parts: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Single files, and folders, among what a part needs."""
+    parts = list(parts)
+    files = [part for part in parts if Path(part).suffix in (".safetensors", *PICKLES)]
+    return files, [part for part in parts if part not in files]
+
+
+def _missing_file(path: Any, what: str) -> dict[str, int]:
+    """`missing` of a hub id of one file."""
+    if (named := parsed_file(path, pickles=True)) is None or file_here(path):
+        return {}
+    listing = _ask(path, what, lambda: _listing(named[0], named[2]))
+    if named[1] not in listing:
+        weights = sorted(f for f in listing if Path(f).suffix in (".safetensors", *PICKLES))
+        raise UserError(f"{named[0]} has no file {named[1]}: it has {', '.join(weights[:5]) or 'no weights'}")
+    return {named[1]: listing[named[1]]}
+
+
+def names(path: Any, what: str = "the model directory") -> set[str]:
+    """Names of the files at the top of a folder, or of a hub id's repository: as the cache has it or, where that is without weights, as the hub tells."""
+    folder = model_folder(path, what)
+    here = {f.name for f in folder.iterdir() if f.is_file()}
+    if (named := parsed(path)) is None or offline() or _split(here)[0]:
+        return here
+    return here | {n for n in _ask(path, what, lambda: _listing(named[0], folder.name), "its weights") if "/" not in n}
 
 
 def _has(folder: Path, variant: str | None, exactly: bool = True) -> bool:
@@ -270,38 +317,40 @@ def _has(folder: Path, variant: str | None, exactly: bool = True) -> bool:
 
 
 def fetch(path: Any, parts: Iterable[str], variant: str | None = None, what: str = "the model directory") -> Path:
-    """`model_folder` of a model whose weights, of `parts`, are then there, too."""
+    """`model_folder` of a model whose weights, of `parts`, are then there, too; of a hub id of one file that file."""
     if (named := parsed(path)) is None:
-        return model_folder(path, what)
+        return file(path, what) if parsed_file(path, pickles=True) else model_folder(path, what)
     path, parts = pinned(path), list(parts)
     folder = model_folder(path, what)
     if wanted := missing(path, parts, variant, what):
         say(f"{named[0]}: {amount(wanted)} of weights are fetched into the hub cache")
-        with _shown(named[0], folder.parents[1] / "blobs", sum(wanted.values())), _alone(named[0]):
+        with shown(named[0], folder.parents[1] / "blobs", sum(wanted.values())), _alone(named[0]):
             if wanted := missing(path, parts, variant, what):  # by now another process may have been here
                 names = [glob.escape(n) for n in wanted]
                 _ask(path, what, lambda: _download(named[0], folder.name, names), ", ".join(wanted), parts)
     return folder
 
 
-def file(path: str, what: str, pick: Callable[[list[str], str], str], beside: Iterable[str] = ()) -> Path:
-    """The safetensors file that `parsed_file` names, or the one that `pick` takes of those at a repository's top (their names; what they are in); files named `beside` come
-    with it. Raises UserError where there is none, or none to be had now."""
+def file_here(path: str, pick: Callable[[list[str], str], str] = lambda names, path: "") -> Path | None:
+    """What `file` gives where the cache has it."""
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    name, inside, revision = parsed_file(path)
+    name, inside, revision = parsed_file(path, pickles=True)
+    patterns = [glob.escape(inside) if inside else "*.safetensors"]
+    try:
+        folder = Path(huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=patterns))
+    except LocalEntryNotFoundError:
+        return None
+    files = sorted(f.name for f in folder.glob("*.safetensors"))
+    found = folder / (inside or (pick(files, path) if files else ""))
+    return found if found.is_file() else None
 
-    def there() -> Path | None:
-        try:
-            folder = Path(
-                huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=["*.safetensors"])
-            )
-        except LocalEntryNotFoundError:
-            return None
-        files = sorted(f.name for f in folder.glob("*.safetensors"))
-        found = folder / (inside or (pick(files, path) if files else ""))
-        return found if found.is_file() else None
+
+def file(path: str, what: str, pick: Callable[[list[str], str], str] = lambda names, path: "", beside: Iterable[str] = ()) -> Path:
+    """The file that `parsed_file` names, or the one that `pick` takes of the safetensors at a repository's top (their names; what they are in); files named `beside` come
+    with it. Raises UserError where there is none, or none to be had now."""
+    name, inside, revision = parsed_file(path, pickles=True)
 
     def fetched() -> Path:
         listing = _listing(name, revision)
@@ -315,10 +364,10 @@ def file(path: str, what: str, pick: Callable[[list[str], str], str], beside: It
         )
         return _download(name, revision, [glob.escape(f) for f in (one, *(str(Path(one).with_name(b)) for b in beside))]) / one
 
-    if found := there():
+    if found := file_here(path, pick):
         return found
     with nullcontext() if offline() else _alone(name):
-        return there() or _ask(path, what, fetched)
+        return file_here(path, pick) or _ask(path, what, fetched)
 
 
 def dataset_file(path: str, what: str) -> Path:
@@ -342,49 +391,10 @@ def dataset_file(path: str, what: str) -> Path:
         return file if file.is_file() else None
 
     def fetched() -> Path:
-        file = Path(huggingface_hub.snapshot_download(name, tqdm_class=_Silent, **how)) / inside
+        file = Path(huggingface_hub.snapshot_download(name, tqdm_class=Silent, **how)) / inside
         if not file.is_file():
             raise UserError(f"{what} '{path}': the data set {name} has no file {inside}")
         return file
 
     with nullcontext() if offline() else _alone(f"datasets/{name}"):
         return there() or _ask(path, what, fetched)
-
-
-def amount(files: dict[str, int]) -> str:
-    """`5 files, 23.8 GB`."""
-    total = sum(files.values())
-    return f"{len(files)} file{'s' * (len(files) > 1)}, " + (f"{total / 1e9:.1f} GB" if total >= 1e9 else f"{total / 1e6:.1f} MB")
-
-
-@contextmanager
-def _shown(name: str, blobs: Path, total: int) -> Iterator[None]:
-    """A bar of how much has come, drawn by the rank that speaks, whichever of this machine it is that fetches."""
-    if not is_main():
-        yield
-        return
-
-    def size() -> int:
-        found = 0
-        for file in blobs.glob("*"):
-            with suppress(OSError):  # it has just got its final name
-                found += file.stat().st_size
-        return found // 10**6
-
-    start, bar, done = size(), progress(max(1, total // 10**6), name, "megabyte"), threading.Event()
-
-    def look() -> None:
-        seen = start
-        while not done.wait(1.0):
-            now = max(seen, size())
-            bar.update(now - seen)
-            seen = now
-
-    watcher = threading.Thread(target=look, daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        done.set()
-        watcher.join()
-        bar.close()

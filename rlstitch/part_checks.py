@@ -78,9 +78,9 @@ def model_faults(model: dict[str, Any]) -> list[str]:
 
 
 def reward_faults(where: str, node: Any) -> list[str]:
-    """Faults of a reward's node and of the files that a reward of ours reads; what another class does with its keys is its own affair."""
-    faults = cfg.check_part(where, node, kind="reward")
-    if isinstance(node, dict) and str(node.get("_target_")).startswith("rlstitch."):
+    """Faults of a reward's node and of the files that a reward of ours reads, where its class does not tell them itself; what another class does with its keys is its own affair."""
+    faults, cls = cfg.check_part(where, node, kind="reward"), class_of(node, "reward")
+    if isinstance(node, dict) and str(node.get("_target_")).startswith("rlstitch.") and not hasattr(cls, "faults"):
         for key in ("path", "head"):
             if isinstance(node.get(key), str):
                 attempt(faults, f"{where}.{key}", model_folder if key == "path" else require, node[key], "the reward's file")

@@ -15,6 +15,7 @@ from rlstitch.config import build as build_part
 from rlstitch.config import load_class
 from rlstitch.data import encode
 from rlstitch.distributed import Engine
+from rlstitch.downloads import amount
 from rlstitch.oracles import Stitched
 from rlstitch.prompts import PromptSet
 from rlstitch.stitch.model import OtherDenoiser, StitchedValueModel, build, misused, read_card
@@ -37,7 +38,7 @@ class Parts:
         """The denoiser and the rewards that a recipe's nodes name, on this process's device."""
         device = str(engine.device) if engine is not None else "cuda" if torch.cuda.is_available() else "cpu"
         if engine is not None:
-            _agree(engine, [hub.pinned(path) for node in (model, *rewards.values()) if hub.parsed(path := node.get("path"))])
+            _agree(engine, [hub.pinned(node[key]) for node in (model, *rewards.values()) for key in hub.ids_of(node)])
         made = lambda name: build_part(rewards[name], kind="reward", device=device)  # noqa: E731
         services = {name for name, node in rewards.items() if protocols.said(load_class(node["_target_"]), "device", "") == "service"}
         asked = {name: made(name) for name in services}  # whether they are there is known before weights load
@@ -99,23 +100,23 @@ def _agree(engine: Engine, ids: list[str]) -> None:
     engine.together(same)
 
 
-def from_hub(config: Any) -> list[tuple[str, dict[str, Any], list[str]]]:
-    """(key, node, the folders whose weights it loads) of a config's model and rewards whose path is a hub id, and whose class says what it needs of that."""
+def from_hub(config: Any) -> list[tuple[str, dict[str, Any], str, list[str]]]:
+    """(where, node, its key, what it loads of that) of every hub id of a config's model and rewards whose class says what it needs of its path."""
     said = vars(config)
     nodes = {key: said[key] for key in ("model", "reward", "start") if said.get(key)}
     nodes |= {f"rewards.{name}": node for name, node in said.get("rewards", {}).items()}
     out = []
     for key, node in nodes.items():
-        if hub.parsed(node.get("path")):
+        if ids := hub.ids_of(node):
             kind, options = "model" if key == "model" else "reward", {k: v for k, v in node.items() if k != "_target_"}
             needs = protocols.asked(kind, load_class(node["_target_"]), "needs", options)
-            out += [] if needs is None else [(key, node, list(needs))]
+            out += [] if needs is None else [(key, node, name, list(needs) if name == "path" else []) for name in ids]
     return out
 
 
 def pinned(node: Mapping[str, Any]) -> dict[str, Any]:
     """A node with the commit of its hub id, as a card keeps it."""
-    return {key: hub.pinned(value) if key == "path" else value for key, value in node.items()}
+    return dict(node) | {key: hub.pinned(node[key]) for key in hub.ids_of(node)}
 
 
 def at_hand(config: Any) -> bool:
@@ -127,18 +128,18 @@ def at_hand(config: Any) -> bool:
         lora.init = adapters.pinned(lora.init)
     if config.model.get("merge") and protocols.ours(config.model["_target_"]):
         config.model["merge"] = adapters.pinned(config.model["merge"])
-    for _, node, needs in from_hub(config):
-        node["path"] = hub.pinned(node["path"])
-        if not config.check and hub.missing(node["path"], needs, node.get("variant")):
-            hub.fetch(node["path"], needs, node.get("variant"))
+    for _, node, key, needs in from_hub(config):
+        node[key] = hub.pinned(node[key])
+        if not config.check and hub.missing(node[key], needs, node.get("variant")):
+            hub.fetch(node[key], needs, node.get("variant"), "the weights")
             came = True
     return came
 
 
 def to_fetch(config: Any) -> list[str]:
     """Of every hub id of a checked config, a line on what a run would fetch first."""
-    found = [(key, node["path"], hub.missing(node["path"], needs, node.get("variant"))) for key, node, needs in from_hub(config)]
-    return [f"{key} {path}: " + (f"{hub.amount(files)} would be fetched" if files else "in the hub cache") for key, path, files in found]
+    found = [(where, node[key], hub.missing(node[key], needs, node.get("variant"))) for where, node, key, needs in from_hub(config)]
+    return [f"{where} {path}: " + (f"{amount(files)} would be fetched" if files else "in the hub cache") for where, path, files in found]
 
 
 def values_used(node: Mapping[str, Any]) -> list[str]:

@@ -21,7 +21,8 @@ from rlstitch.stages import expand
 from rlstitch.stitch.model import read_card
 from rlstitch.types import UserError
 
-_MODEL = ("**/*.safetensors", "**/*.json", "**/*.txt")
+_MODEL = ("**/*.safetensors", "**/*.json", "**/*.txt", "**/open_clip_pytorch_model.bin")
+LARGE = 1 << 28  # bytes of a file up to which it is hashed whole
 
 
 KINDS = {
@@ -78,8 +79,8 @@ def keep_commits(config: RunConfig, name: str) -> None:
         if config.model.get("merge") and isinstance(saved.model, dict):
             config.model["merge"] = _kept(config.model["merge"], saved.model.get("merge"))
         for node, before in pairs:
-            if isinstance(node, dict) and isinstance(before, dict) and hub.parsed(node.get("path")):
-                node["path"] = before["path"] if str(before.get("path")).startswith(f"{node['path']}@") else node["path"]
+            for key in hub.ids_of(node) if isinstance(node, dict) and isinstance(before, dict) else ():
+                node[key] = before[key] if str(before.get(key)).startswith(f"{node[key]}@") else node[key]
 
 
 def _kept(loras: Any, before: Any) -> Any:
@@ -124,7 +125,7 @@ def hashes_of(nodes: Mapping[str, Any]) -> dict[str, str]:
     for where, node in nodes.items():
         for key, path in _paths(node, where):
             found = resolve(path)
-            whole = sha256 if found.is_file() else _listing if where == "data.images" else _weights
+            whole = _file if found.is_file() else _listing if where == "data.images" else _weights
             out[f"{key} = {path}"] = whole(found)
     return out
 
@@ -151,6 +152,10 @@ def _paths(node: Any, where: str) -> Iterator[tuple[str, str]]:
             yield from _paths(dict(enumerate(value)), f"{where}.{key}")
         elif isinstance(value, str) and (value.startswith("shapes:") or ("/" in value and os.path.exists(os.path.expanduser(value)))):
             yield f"{where}.{key}", value
+
+
+def _file(file: Path) -> str:
+    return sha256(file) if file.stat().st_size < LARGE else quick_fingerprint(file.parent, [file])
 
 
 def _weights(folder: Path) -> str:

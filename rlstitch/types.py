@@ -248,7 +248,7 @@ class Reward(Protocol):
 
     `batch.prompts` are the texts, `batch.facts` the whole rows of the prompt file. A picture that cannot be scored is NaN. One that needs more of a row than its
     prompt may say so before a run begins by `unreadable(rows) -> why`, or, where that depends on a recipe's options, `lacking(options, rows) -> why`, static methods; '' where it
-    can read them. `alone`: what a policy is known to learn from it where nothing else is trained on, e.g. "blank pictures"; a run is then warned.
+    can read them. `reads_prompt`: False where the prompt does not matter (rlstitch.contract). `alone`: what a policy is known to learn from it where nothing else is trained on, e.g. "blank pictures"; a run is then warned.
     `handling`: its keys that do not change a score (a service's address, a timeout), with which a run may be gone on with otherwise than it was begun.
     """
 
@@ -267,7 +267,8 @@ class Judge(Protocol):
 class StitchableReward(Reward, Protocol):
     """A transformer on patches that can be entered at block j (1-based; j = 1 takes what the patch embedding produces) and so be stitched; rewards.clip.ClipReward.
 
-    `width` of a token, `grid` patches a side, `head`: None where the score is a cosine with the prompt's embedding. Embeddings are [B, D]. One whose patches are not of
+    `width` of a token, `grid` patches a side, `head`: None where the score is a cosine with the prompt's embedding. Embeddings are [B, D]. A tower may have a [CLS]: it then
+    stands before the grid^2 patches from block 2 on, and a tail has it as `cls`, to learn where it begins. One whose patches are not of
     the whole picture has `view(height, width)`, the (top, left, bottom, right) that they are of, as shares of the sides.
     """
 
@@ -279,7 +280,7 @@ class StitchableReward(Reward, Protocol):
     head: Any
 
     def patches(self, images: Tensor) -> Tensor: ...  # [B, N, W], no [CLS], no positions
-    def inputs_of_block(self, images: Tensor, last: int) -> list[Tensor]: ...  # of blocks 1..last, [CLS] first from 2 on
+    def inputs_of_block(self, images: Tensor, last: int) -> list[Tensor]: ...  # of blocks 1..last, patches last
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]: ...  # embedding, output tokens
     def tail(self, j: int) -> Any: ...  # a trainable copy from block j on: (tokens, cls) -> (embedding, output tokens)
     def embed_texts(self, prompts: list[str]) -> Tensor: ...

@@ -1,13 +1,17 @@
-"""The strict way to load a model's weights: none is made up, none is left out."""
+"""The strict way to load a model's weights: none is made up, none is left out, and no code of a file's is run."""
 
 from __future__ import annotations
 
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from rlstitch.files import not_finite, opened, weight_files, worthless
+from rlstitch.files import PICKLES, not_finite, opened, read_tensors, weight_files, worthless
 from rlstitch.types import UserError
 
 COUNTS = ("num_batches_tracked",)  # of a batch norm, which are whole numbers
@@ -35,14 +39,21 @@ def load_strictly(cls: Any, folder: Path, what: str, *, variant: str | None = No
     Raises UserError that names the missing, unexpected and misshapen weights (buffers of positions apart), and those that are no numbers.
     """
     variant, _ = whole_files(folder, what, variant)
+    return _strictly(cls, folder, folder, what, variant=variant, use_safetensors=True, local_files_only=True, **options)
+
+
+def fill_strictly(cls: Any, config: Any, state: dict[str, Tensor], source: Path, what: str, **options: Any) -> Any:
+    """The same of a model of transformers by its configuration, from tensors that were read from `source`."""
+    return _strictly(cls, None, source, what, config=config, state_dict=state, **options)
+
+
+def _strictly(cls: Any, given: Path | None, folder: Path, what: str, **options: Any) -> Any:
     spare = ()
     if cls.__module__.startswith("transformers."):
         spare = SPARE
         options["ignore_mismatched_sizes"] = True  # they are told below, by name
     try:
-        model, told = cls.from_pretrained(
-            folder, variant=variant, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
-        )
+        model, told = cls.from_pretrained(given, output_loading_info=True, **options)
     except Exception as error:  # both libraries raise many kinds for a damaged file
         raise UserError(
             f"{what} of {folder} cannot be loaded: {str(error).strip().splitlines()[0][:300] or type(error).__name__}"
@@ -64,3 +75,37 @@ def load_strictly(cls: Any, folder: Path, what: str, *, variant: str | None = No
     if why := why or worthless({name: t for name, t in state.items() if name not in packed}):
         raise UserError(f"{what} of {folder} cannot be loaded: {why}. Download or convert it again")
     return model
+
+
+def read_checkpoint(path: Path, what: str, *, shapes: bool = False) -> dict[str, Tensor]:
+    """Tensors by name of a safetensors file, or of a pickle in which there is nothing but tensors and plain values: torch.load(weights_only=True) runs no code of it.
+
+    Those under `state_dict` where a trainer has put them there. shapes: on the meta device, without numbers. Raises UserError, in one line, for any other file.
+    """
+    if path.suffix not in PICKLES:
+        if not shapes:
+            return read_tensors(path)
+        with opened(path) as tensors:
+            return {name: torch.empty(tensors.get_slice(name).get_shape(), device="meta") for name in tensors.keys()}  # noqa: SIM118
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = torch.load(path, map_location="meta" if shapes else "cpu", weights_only=True)
+    except Exception as error:  # it raises many kinds for what is no such file
+        text = " ".join(str(error).split())
+        code = re.search(r"(?:unsupported GLOBAL|Unsupported global: GLOBAL) (\S+)", text)
+        why = (
+            f"it names {code[1]}, which would be run" if code
+            else "it is a TorchScript archive, which is a program" if "TorchScript" in text
+            else f"{type(error).__name__} {text[:100]}".strip()
+        )  # fmt: skip
+        raise UserError(
+            f"{what} {path} is a pickle that torch.load does not read with weights_only=True ({why}), and otherwise it could run code: take the model's file in safetensors, or download it again"
+        ) from error
+    if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
+        found = found["state_dict"]
+    if not isinstance(found, dict) or not found:
+        raise UserError(f"{what} {path} holds no tensors by name but {type(found).__name__}: take the file that the model was published in")
+    if odd := [str(name) for name, value in found.items() if not isinstance(value, Tensor) or not isinstance(name, str)]:
+        raise UserError(f"{what} {path} holds {len(odd)} entries that are no tensors, e.g. {odd[0][:80]}: take a file of weights alone")
+    return dict(found)

@@ -213,7 +213,7 @@ def _tests(tree: str, arguments: list[str], said: str, plugin: Sequence[Any]) ->
         del sys.modules[name]
     import pytest
 
-    plain = ["-x", "-q", "-o", "addopts=", "-m", "not slow and not gpu", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    plain = ["-x", "-q", "-o", "addopts=", "-m", "not slow and not gpu and not hub", "-p", "no:cacheprovider", "-p", "no:xdist"]
     code = int(pytest.main([*plain, *arguments], plugins=[plugin[0](*plugin[1:])] if plugin else []))
     sys.stdout.flush()
     os._exit(code)

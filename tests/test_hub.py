@@ -15,7 +15,7 @@ import pytest
 import torch
 from huggingface_hub import constants, errors
 
-from rlstitch import adapters, checks, describe, hub, part_checks, parts, steer
+from rlstitch import adapters, checks, describe, downloads, hub, part_checks, parts, steer
 from rlstitch import config as cfg
 from rlstitch.backbones import Diffusers, directory
 from rlstitch.files import STEMS, write_tensors
@@ -351,7 +351,7 @@ def test_one_process_fetches_and_the_others_wait(online, repo):
         waiting.start()
         assert not done.wait(0.5) and not online.asked
         online.snapshot_download(
-            MODEL, revision=FIRST, allow_patterns=["vae/*model.safetensors"], tqdm_class=hub._Silent
+            MODEL, revision=FIRST, allow_patterns=["vae/*model.safetensors"], tqdm_class=downloads.Silent
         )  # the other process
     waiting.join()
     assert done.is_set() and online.asked == ["vae/diffusion_pytorch_model.safetensors"]  # it was not fetched again

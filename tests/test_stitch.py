@@ -45,7 +45,7 @@ def stitched(backbone, reward, *, i=2, j=1, normalise=False, sigma_range=(0.0, 1
             j,
             pair.weight,
             pair.bias,
-            cls_state=result.cls[j].float(),
+            cls_state=result.cls[j],
             norm=2.0,
             normalise=normalise,
             sigma_range=sigma_range,

@@ -201,9 +201,9 @@ class GenEval:
 
     def score(self, images: Tensor, batch: Batch) -> Tensor:
         """[B] of 0 and 1, each picture by itself."""
-        return torch.tensor([float(not self.faults(image, row)) for image, row in zip(images, batch.facts)], device=images.device)
+        return torch.tensor([float(not self.unshown(image, row)) for image, row in zip(images, batch.facts)], device=images.device)
 
-    def faults(self, image: Tensor, row: dict[str, Any]) -> list[str]:
+    def unshown(self, image: Tensor, row: dict[str, Any]) -> list[str]:
         """What a picture [3, H, W] does not show of its row."""
         picture = to_image(image)
         names = list(dict.fromkeys(w["class"] for w in (*row.get("include", []), *row.get("exclude", []))))

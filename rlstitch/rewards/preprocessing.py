@@ -7,7 +7,7 @@ pass first where a picture is more than twice as tall as wide, or shrinks more i
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +32,7 @@ class Preprocessing:
     """Pictures [B, 3, H, W] in [0, 1] -> [B, 3, side, side]: resize, crop, scale, normalise, in this order.
 
     edge: ("shortest" | "longest", pixels, 0), ("exact", height, width) or None; crop: the middle (height, width), padded with black where the picture is smaller;
-    scale: of pixels in [0, 1].
+    scale: of pixels in [0, 1]; even: an odd margin is halved to an even number of pixels, as torchvision does and open_clip with it, and not always down.
     """
 
     side: int
@@ -42,6 +42,7 @@ class Preprocessing:
     scale: float = 1.0
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
+    even: bool = False
 
     def target(self, height: int, width: int) -> tuple[int, int]:
         """The size that pictures are brought to. CLIP cuts the long side to an integer; HPSv2 rounds the short one."""
@@ -60,8 +61,12 @@ class Preprocessing:
         h, w = self.target(height, width)
         if self.crop is None:
             return 0.0, 0.0, 1.0, 1.0
-        (top, left), (ch, cw) = ((h - self.crop[0]) // 2, (w - self.crop[1]) // 2), self.crop
+        (ch, cw), top, left = self.crop, self._before(h - self.crop[0]), self._before(w - self.crop[1])
         return top / h, left / w, (top + ch) / h, (left + cw) / w
+
+    def _before(self, margin: int) -> int:
+        """What is cut off before the middle, of all that is."""
+        return round(margin / 2) if self.even and margin > 0 else margin // 2
 
     def __call__(self, images: Tensor) -> Tensor:
         """Raises UserError where pictures of this shape do not come out as the tower takes them."""
@@ -88,7 +93,7 @@ class Preprocessing:
             above, before = half(max(0, height - h) / 2), half(max(0, width - w) / 2)
             images = F.pad(images, (before, max(0, width - w) - before, above, max(0, height - h) - above))
             h, w = images.shape[-2:]
-        top, left = (h - height) // 2, (w - width) // 2
+        top, left = self._before(h - height), self._before(w - width)
         return images[..., top : top + height, left : left + width]
 
 
@@ -108,6 +113,30 @@ def read(folder: Path, side: int, resize: str = "auto") -> Preprocessing:
         return _of_settings(said, side, resize)
     except UserError as error:
         raise UserError(f"the reward's preprocessing {path} {error}") from error
+
+
+def of_open_clip(said: dict[str, Any], side: int, resize: str, usual: str) -> Preprocessing:
+    """The same by the `preprocess_cfg` of an open_clip_config.json, with open_clip's own where it leaves something out; usual: how other sizes are brought to the
+    tower's where neither it nor `resize` tells."""
+    modes = {"shortest": "shortest_crop", "squash": "squash", "longest": "longest_pad"}
+    mode, filters = said.get("resize_mode"), {"bicubic": 3, "bilinear": 2, "random": 3}
+    filter_name = said.get("interpolation") or "bicubic"
+    try:
+        for key, value, known in (("resize_mode", mode or "shortest", modes), ("interpolation", filter_name, filters)):
+            if value not in known:
+                raise UserError(f"has {key} {value!r}, which is none of {', '.join(known)}")
+        if said.get("fill_color"):
+            raise UserError(f"has fill_color {said['fill_color']!r}, and only black is put around pictures here")
+        word = resize if resize != "auto" else modes.get(mode, usual)
+        told = {"resample": filters[filter_name], "image_mean": said.get("mean"), "image_std": said.get("std")}
+        return replace(_of_settings(told, side, word), even=True)
+    except UserError as error:
+        raise UserError(f"the reward's preprocessing open_clip_config.json {error}") from error
+
+
+def told(folder: Path) -> bool:
+    """Whether a folder says how pictures are prepared."""
+    return any((folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
 
 
 def settings(folder: Path) -> tuple[Path, dict[str, Any]]:

@@ -106,17 +106,18 @@ class StitchedValueModel(nn.Module):
         weight: Tensor,
         bias: Tensor,
         *,
-        cls_state: Tensor,
+        cls_state: Tensor | None,
         norm: float,
         normalise: bool,
         sigma_range: tuple[float, float],
         card: dict[str, Any],
         share: bool = True,
     ) -> StitchedValueModel:
-        """Put a stitch together from the closed-form map; the tail is a trainable copy of the reward's."""
+        """Put a stitch together from the closed-form map; the tail is a trainable copy of the reward's, whose [CLS], if it has one, begins as `cls_state` where it is
+        entered late."""
         stitch = StitchLayer(weight.float(), bias.float(), reward.grid, view_of(reward, backbone.size)).to(weight.device)
         tail = reward.tail(reward_block)
-        if reward_block > 1:
+        if reward_block > 1 and cls_state is not None:
             tail.cls.data.copy_(cls_state)
         return cls(
             backbone.make_prefix(blocks, share=share),

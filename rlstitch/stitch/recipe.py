@@ -190,7 +190,7 @@ def assemble(
         pair.j,
         pair.weight,
         pair.bias,
-        cls_state=result.cls[pair.j].float(),
+        cls_state=result.cls[pair.j],
         norm=norm,
         normalise=recipe.normalise,
         sigma_range=(recipe.sigma_low, recipe.sigma_high),

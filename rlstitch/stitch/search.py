@@ -31,11 +31,11 @@ class Pair:
 
 @dataclass
 class SearchResult:
-    """`table` of all pairs (i, j, loss, normalised loss, weight, bias), `best` by the normalised loss; `cls` [j] mean [CLS] state entering block j."""
+    """`table` of all pairs (i, j, loss, normalised loss, weight, bias), `best` by the normalised loss; `cls` [j] mean [CLS] state entering block j, None where none does (j = 1, and towers without)."""
 
     table: list[Pair]
     num_blocks: int
-    cls: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    cls: dict[int, Tensor | None] = field(default_factory=dict, repr=False)
 
     @property
     def best(self) -> Pair:
@@ -54,8 +54,8 @@ class SearchResult:
 @torch.no_grad()
 def features(
     backbone: Any, reward: Any, images: Tensor, max_reward_block: int, generator: torch.Generator, text: Conditioning | None = None
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """One batch's denoiser features after every block and reward inputs of every early block, float64 [B N', W] on the reward's grid, and [CLS] states."""
+) -> tuple[list[Tensor], list[Tensor], list[Tensor | None]]:
+    """One batch's denoiser features after every block and reward inputs of every early block, float64 [B N', W] on the reward's grid, and [CLS] states where there are."""
     z0 = backbone.encode(images.to(backbone.device))
     sigma = torch.rand(len(z0), generator=generator).to(z0.device)
     noise = torch.randn(z0.shape, generator=generator).to(z0.device)
@@ -66,9 +66,9 @@ def features(
         lambda state: denoiser.append(resample(state.grid.double(), reward.grid, view).flatten(2).transpose(1, 2).flatten(0, 1)),
         **({} if text is None else {"text": text}),
     )
-    inputs = reward.inputs_of_block(images.to(backbone.device), max_reward_block)
-    targets = [(x if j == 1 else x[:, 1:]).double().flatten(0, 1) for j, x in enumerate(inputs, 1)]
-    return denoiser, targets, [x[:, 0].double() for x in inputs]
+    inputs, patches = reward.inputs_of_block(images.to(backbone.device), max_reward_block), reward.grid**2
+    targets = [x[:, -patches:].double().flatten(0, 1) for x in inputs]
+    return denoiser, targets, [x[:, 0].double() if x.shape[1] > patches else None for x in inputs]
 
 
 def solve(gram: Tensor, cross: Tensor, ridge: float = 0.0) -> Tensor:
@@ -130,14 +130,15 @@ def search(
                 "ff": [torch.zeros(len(o), len(o), dtype=o.dtype, device=o.device) for o in offsets[0]],
                 "fg": [[torch.zeros(len(a), len(b), dtype=a.dtype, device=a.device) for b in offsets[1]] for a in offsets[0]],
                 "gg": [torch.zeros_like(o) for o in offsets[1]],
-                "cls": [torch.zeros_like(s[0]) for s in states],
+                "cls": [None if s is None else torch.zeros_like(s[0]) for s in states],
             }
         count += len(targets[0])
         targets = [g - o for g, o in zip(targets, offsets[1])]
         for j, (g, s) in enumerate(zip(targets, states)):
             sums["g"][j] += g.sum(0)
             sums["gg"][j] += g.square().sum(0)
-            sums["cls"][j] += s.sum(0)
+            if s is not None:
+                sums["cls"][j] += s.sum(0)
         every = torch.cat(targets, 1)
         widths = [g.shape[1] for g in targets]
         for i, f in enumerate(denoiser):
@@ -158,4 +159,4 @@ def search(
             loss = float(variance - 2 * (w * cross).sum() + (w * (gram @ w)).sum()) / count
             bias = g_mean + offsets[1][j] - w.T @ (f_mean + offsets[0][i])
             table.append(Pair(i + 1, j + 1, loss, loss / (float(variance) / count), w.T.contiguous(), bias))
-    return SearchResult(table, backbone.num_blocks, {j + 1: s / len(images) for j, s in enumerate(sums["cls"])})
+    return SearchResult(table, backbone.num_blocks, {j: None if s is None else s / len(images) for j, s in enumerate(sums["cls"], 1)})

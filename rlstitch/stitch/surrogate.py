@@ -119,20 +119,14 @@ class Student(torch.nn.Module):
     def forward(self, images: Tensor, ids: Tensor) -> Tensor:
         """Predicted scores [B] of pictures [B, 3, H, W] in [0, 1] under tokenised prompts [B, L]."""
         image = F.normalize(self.reward[0].encode(images)[0], dim=-1)
-        text = F.normalize(self.clip.text_projection(self.clip.text_model(input_ids=ids).pooler_output), dim=-1)
+        text = F.normalize(self.reward[0].read_text(ids), dim=-1)
         return self.line[0] * (image * text).sum(-1) + self.line[1]
 
 
 def fit(student: Student, images: Tensor, prompts: list[str], truth: Tensor, config: SurrogateConfig) -> float:
     """Least squares on the black box's scores; returns the mean loss of the last tenth of the steps."""
     reward, generator = student.reward[0], torch.Generator().manual_seed(config.seed)
-    ids = reward.tokenizer(
-        prompts,
-        padding="max_length",
-        truncation=True,
-        max_length=student.clip.config.text_config.max_position_embeddings,
-        return_tensors="pt",
-    ).input_ids
+    ids = reward.tokens(prompts)
     optimiser, losses = torch.optim.AdamW(student.parameters(), lr=config.lr, weight_decay=0.02), []
     seen = torch.isfinite(truth).nonzero()[:, 0]
     student.train()
