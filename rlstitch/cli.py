@@ -92,7 +92,7 @@ def keep_freed_memory() -> None:
 def help_page(script: str, about: str) -> str:
     """What a launcher does, how it is told what to do, and the recipes that are its own."""
     own = recipes_of(script)
-    key = "recipe=NAME"
+    key = "reward=NAME" if script == "check_reward.py" else "recipe=NAME"
     lines = [about.strip(), ""]
     if script != "pretrain_shapes.py":
         lines += [
@@ -116,6 +116,7 @@ SCHEMAS = {  # of each launcher: the module and name of its recipe's schema
     "evaluate_value.py": ("rlstitch.stitch.compare", "CompareConfig"),
     "surrogate.py": ("rlstitch.stitch.surrogate", "SurrogateConfig"),
     "serve_reward.py": ("rlstitch.serving", "ServeConfig"),
+    "check_reward.py": ("rlstitch.reward_check", "CheckConfig"),
     "pretrain_shapes.py": ("rlstitch.shapes.pretrain.run", "PretrainConfig"),
 }
 

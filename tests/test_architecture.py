@@ -12,7 +12,7 @@ PACKAGE = ROOT / "rlstitch"
 FLOORS = {
     "types": 0, "ranges": 0, "strict_yaml": 0, "figures": 0, "paths": 0.1,
     "schema": 0.2, "memory": 0.3, "telling": 0.4, "asking": 0.5, "filling": 0.5, "protocols": 0.6, "holding": 0.65,
-    "files": 0.7, "hub": 0.75, "fingerprints": 0.8, "adapters": 0.8, "config": 1, "distributed": 1, "interrupt": 1,
+    "files": 0.7, "downloads": 0.7, "hub": 0.75, "fingerprints": 0.8, "adapters": 0.8, "config": 1, "distributed": 1, "interrupt": 1,
     "zero": 0.5, "watch": 0.5, "compiled": 0.5, "lock": 1, "tracker": 1.5, "resume": 5,
     "schedule": 1, "scheduler": 2, "weights": 2,
     "stops": 2, "losses": 2, "advantages": 2, "prompts": 2, "cache": 2, "metrics": 2, "backbones": 3, "rewards": 3, "shapes": 2,
@@ -20,7 +20,7 @@ FLOORS = {
     "oracles": 4, "parts": 4.5, "checkpoint": 4, "report": 4,
     "stitch.search": 5, "stitch.distill": 5, "stitch.baselines": 6, "stitch.measure": 6, "stitch.refresh": 6, "stitch.generate": 6, "stitch.compare": 7, "stitch.surrogate": 7, "algorithms": 5, "steering": 5, "evaluate": 5, "evaluation": 8, "comparison": 8.5, "results": 2, "drift": 4, "steer": 7, "scoring": 5,
     "stitch.recipe": 7, "checks": 6, "part_checks": 5.5,
-    "keys": 2, "describe": 8, "endings": 6, "trainer": 7, "stages": 4, "guard": 5, "serving": 7,
+    "contract": 2, "reward_check": 7, "keys": 2, "describe": 8, "endings": 6, "trainer": 7, "stages": 4, "guard": 5, "serving": 7,
     "cli": 9,
 }  # fmt: skip
 

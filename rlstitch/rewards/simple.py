@@ -17,6 +17,7 @@ class Darkness:
     """1 - mean brightness, in [0, 1] whatever the prompt: 1 is black. Alone it makes every picture black, so it pulls against rewards that read the picture."""
 
     differentiable = True
+    reads_prompt = False
     alone = "black pictures"
 
     def score(self, images: Tensor, batch: Batch) -> Tensor:
@@ -28,6 +29,7 @@ class JpegSize:
 
     differentiable = False
     device = torch.device("cpu")
+    reads_prompt = False
     alone = "blank pictures (or noise, with larger: true)"
 
     def __init__(self, *, larger: bool = False):
@@ -47,6 +49,7 @@ class Sharpness:
     noise; 0 for an even one. Differentiable."""
 
     differentiable = True
+    reads_prompt = False
     alone = "noise"
 
     @exact
