@@ -14,12 +14,15 @@ from launch import serve_reward as launcher
 from rlstitch import serving
 from rlstitch.asking import PartError, ask
 from rlstitch.config import compose
+from rlstitch.contract import broken, contract
 from rlstitch.data import read_prompts
 from rlstitch.parts import Parts
 from rlstitch.rewards import server, service
 from rlstitch.rewards.http import HttpReward
 from rlstitch.scoring import NoScore
+from rlstitch.shapes.prompts import Prompt, scenes_for
 from rlstitch.shapes.reward import DetectorReward
+from rlstitch.shapes.scenes import render
 from rlstitch.types import Batch, UserError
 from tests.services import running
 from tests.services import serving as scripted
@@ -65,7 +68,16 @@ def test_a_reward_scores_through_http_as_it_does_here(generator):
         assert (
             math.isnan(found[1]) and (reward.service.asked, reward.service.failed) == (8, 1) and "no score of a picture" in reward.failure
         )
-    with running(server.server_of(DetectorReward(), "detector", port=0)) as url:
+    with running(server.server_of(DetectorReward(soft=True), "detector", port=0)) as url:
+        assert not broken(
+            clauses := contract(
+                "far",
+                HttpReward(url),
+                render(scenes_for([Prompt.from_json(row) for row in batch.facts[:3]], seed=0), 64),
+                batch.prompts[:3],
+                batch.facts[:3],
+            )
+        ), clauses
         with pytest.raises(
             PartError, match="reward 'far': http://127.*status 422: "
         ):  # refused by the reward itself, before anything was scored
@@ -89,7 +101,7 @@ def drip(handler):
         time.sleep(0.05)
 
 
-def broken(handler):
+def cut_off(handler):
     handler.send_response(200)
     handler.send_header("Content-Length", "1000")
     handler.end_headers()
@@ -117,7 +129,7 @@ ODD = {  # what a service says of two pictures: why they have no score, and how 
     "status 500: a web page": ((500, b"<html>oops</html>", {}), 3),
     "status 429": ((429, {"detail": "slow down"}, {"Retry-After": "0.01"}), 3),
     "no answer within 0.3 s": (drip, 3),
-    "broke off in the middle": (broken, 3),
+    "broke off in the middle": (cut_off, 3),
     "Remote end closed": (lambda handler: handler.close_connection, 3),
     "redirects to another host": ((307, b"", {"Location": "http://localhost:1/score"}), 1),
     "redirects to another host, which pictures are not sent to: https": ((308, b"", {"Location": "https://127.0.0.1/score"}), 1),
@@ -140,7 +152,7 @@ def test_whatever_a_service_answers_wrongly_is_no_score_and_told(capsys):
         for answer in (
             (307, b"", {"Location": "/there/score?x=1"}),
             (503, b"", {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}),
-            broken,
+            cut_off,
             scores(1.0, None),
         ):
             asked.reply, asked.requests = (lambda path, body, turn: answer if turn == 1 else scores(1.0, 2.0)), []  # amiss once

@@ -10,15 +10,16 @@ from PIL import Image, ImageDraw, ImageFont
 from rlstitch import describe
 from rlstitch.checks import checked
 from rlstitch.config import compose
+from rlstitch.contract import broken, contract
 from rlstitch.data import read_prompts
 from rlstitch.part_checks import judge_faults, reward_faults
 from rlstitch.rewards import ocr
 from rlstitch.types import Batch, UserError
 
 
-def drawn(text, size=(192, 96)):
+def drawn(text, size=(160, 160)):
     image = Image.new("RGB", size, (250, 245, 230))
-    ImageDraw.Draw(image).text((16, 24), text, fill=(20, 20, 60), font=ImageFont.load_default(32))
+    ImageDraw.Draw(image).text((8, 60), text, fill=(20, 20, 60), font=ImageFont.load_default(32))
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
@@ -47,6 +48,8 @@ def test_text_that_is_drawn_is_read_and_scored(capfd):
     closed = (1 + max(0.0, 1 - reward.distance("openlate", "closed") / 6)) / 2  # a text beside one that is there
     expected[4] = closed
     torch.testing.assert_close(found, expected, equal_nan=True)
+    clauses = contract("ocr", reward, images[-2:], ['a sign "Open"', 'a "wall"'])
+    assert not broken(clauses), clauses
     assert torch.equal(images, before) and reward.failure == "the prompt has no text between quotes" and capfd.readouterr() == ("", "")
 
 

@@ -12,12 +12,15 @@ from PIL import Image
 from benchmarks import judge_over_http
 from rlstitch.asking import PartError, ask
 from rlstitch.config import RECIPES, build, compose
+from rlstitch.contract import broken, contract
 from rlstitch.part_checks import reward_faults, unread
 from rlstitch.prompts import PromptSet, read_prompts
 from rlstitch.protocols import load_class
 from rlstitch.rewards import service, vlm
 from rlstitch.rewards.vlm import VlmJudge
+from rlstitch.shapes.prompts import Prompt, scenes_for
 from rlstitch.shapes.reward import DetectorReward
+from rlstitch.shapes.scenes import render
 from rlstitch.types import Batch, UserError
 from tests.services import running, serving
 from tests.test_walk import VALUES
@@ -236,14 +239,17 @@ def test_no_value_of_any_key_of_a_shipped_reward_ends_in_anything_but_its_name(n
             assert all(argument in fault or fault.startswith("'judges' names 'r', which ") for fault in faults), (argument, value, faults)
 
 
-def test_the_detector_behind_http_is_the_detector(generator):
+def test_the_detector_behind_http_is_the_detector_and_keeps_the_contract():
     """As benchmarks/judge_over_http.py has it: the share of a prompt's requirements, through the protocol and back."""
-    rows = read_prompts("shapes:held_out.jsonl").rows[:4]
-    images = torch.rand(4, 3, 64, 64, generator=generator).mul(255).round() / 255
-    images[2:] = 1.0
-    batch = Batch([row["prompt"] for row in rows], torch.arange(4), torch.arange(4), rows)
+    rows = read_prompts("shapes:held_out.jsonl").rows[:3]
+    images, prompts = (
+        render(scenes_for([Prompt.from_json(row) for row in rows], seed=0), 64).mul(255).round() / 255,
+        [row["prompt"] for row in rows],
+    )
     judge = judge_over_http.Judge()
     with running(judge.server) as url:
-        found = build(judge_over_http.node(f"{url}/v1"), kind="reward").score(images, batch)
-    torch.testing.assert_close(found, DetectorReward(soft=True).score(images, batch), atol=1e-6, rtol=0)
-    assert judge.calls == 4
+        reader = build(judge_over_http.node(f"{url}/v1"), kind="reward")
+        assert not broken(clauses := contract("judge", reader, images, prompts, rows)), clauses
+        judge.calls, batch = 0, Batch(prompts, torch.arange(3), torch.arange(3), rows)
+        torch.testing.assert_close(reader.score(images, batch), DetectorReward(soft=True).score(images, batch), atol=1e-6, rtol=0)
+    assert judge.calls == 3

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from rlstitch.ranges import LARGE, Count, Text
+from rlstitch.ranges import Count, Text
 from rlstitch.rewards import service
 from rlstitch.rewards.service import AtOnce, Retries, Seconds, Service, Unanswered, Unread
 from rlstitch.types import Batch, UserError
@@ -53,8 +53,8 @@ class VlmJudge:
         *,
         answer: Literal["number", "yes", "yes_text"] = "number",
         pattern: Text | list[Text] | None = None,
-        low: float = -LARGE,
-        high: float = LARGE,
+        low: float | None = None,
+        high: float | None = None,
         questions: str = "",
         mean: Literal["arithmetic", "geometric"] = "arithmetic",
         max_tokens: Count | None = None,
@@ -64,7 +64,8 @@ class VlmJudge:
         retries: Retries = 5,
         concurrency: AtOnce = 16,
     ):
-        self.question, self.answer, self.questions, self.mean, self.low, self.high = question, answer, questions, mean, low, high
+        self.question, self.answer, self.questions, self.mean = question, answer, questions, mean
+        self.low, self.high = -math.inf if low is None else low, math.inf if high is None else high
         self.patterns = [re.compile(one) for one in ([pattern] if isinstance(pattern, str) else pattern or [])]
         asked = {"logprobs": True, "top_logprobs": TOP} if answer == "yes" else {}
         fields = (
@@ -91,8 +92,8 @@ class VlmJudge:
             out.append(("pattern", "is for answer: number alone"))
         if isinstance(pattern, list) and not pattern:
             out.append(("pattern", "must hold an expression, or be left out"))
-        if options.get("low", -LARGE) > options.get("high", LARGE):
-            out.append(("low", f"is above high: {options['low']:g} > {options['high']:g}"))
+        if None not in (low := options.get("low"), high := options.get("high")) and low > high:
+            out.append(("low", f"is above high: {low:g} > {high:g}"))
         try:
             json.dumps(options.get("options"), allow_nan=False)
         except (TypeError, ValueError) as error:
@@ -183,7 +184,9 @@ class VlmJudge:
         try:
             value = float(str(said).replace("−", "-").strip().rstrip("."))
         except ValueError:
-            raise Unread(f"{short(str(said))} is no number") from None
+            value = math.nan
+        if not math.isfinite(value):
+            raise Unread(f"{short(str(said))} is no number")
         if not self.low <= value <= self.high:
             raise Unread(f"the answer {short(text)} is {value:g}, outside {self.low:g}..{self.high:g}")
         return value
