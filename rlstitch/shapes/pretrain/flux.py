@@ -26,10 +26,13 @@ from rlstitch.shapes import tokenizer as shapes_tokenizer
 from rlstitch.shapes.pretrain.common import autocast, batches, device, fit, ranks, run_in_float32, write_card
 from rlstitch.shapes.pretrain.generator import EMPTY_PROMPT_RATE, encode_latents
 from rlstitch.shapes.pretrain.pool import make_pool
-from rlstitch.types import Backbone
+from rlstitch.shapes.prompts import draw_prompt, full_captions
+from rlstitch.shapes.scenes import sample_scenes
+from rlstitch.types import Backbone, Conditioning
 
 DOUBLE, SINGLE, HEADS, HEAD_DIM, AXES = 2, 4, 3, 40, (8, 16, 16)
 TEXT_WIDTH, POOLED_WIDTH = 96, 32
+HINT = 3  # the block behind which the student's image stream is taught by the teacher's
 GUIDANCE = (1.0, 5.0)  # what the student is told is drawn from between these
 # 64 tokens are shifted by 3, as the teacher's pictures are; 16 by 1.5
 SCHEDULER = dict(
@@ -129,42 +132,102 @@ def stored(teacher: Backbone, tokenizer, work: Path, *, seed: int, count: int) -
     return Store(**read_tensors(file))
 
 
-@torch.no_grad()
-def words_of(teacher: Backbone, tokenizer, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The teacher's states of every word [P, L, 128] of the P prompts that there are, brought to variance 1, and which of them each row of ids [N, L] is."""
-    known, index = ids.unique(dim=0, return_inverse=True)
-    states = teacher.encode_prompts([tokenizer.decode(row, skip_special_tokens=True) for row in known]).tokens.float()
-    return ((states - states.mean((0, 1))) / states.std((0, 1)).clamp_min(1e-3)).half(), index
+@dataclass
+class Words:
+    """What the teacher makes of P prompts, on the CPU in half precision: its conditioning, and `states` [P, L, 128] and `pooled` [P, 128] of it, brought to variance 1."""
+
+    ids: Tensor
+    text: Conditioning
+    states: Tensor
+    pooled: Tensor
 
 
-def velocity(model: nn.ModuleDict, z: Tensor, sigma: Tensor, ids: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """As FluxPipeline has it: tokens are patches of 2 x 2, text stands at the origin. And the tokens' states."""
+def words_of(teacher: Backbone, tokenizer, ids: Tensor) -> Words:
+    with torch.no_grad():
+        text = Conditioning.cat([
+            teacher.encode_prompts([tokenizer.decode(row, skip_special_tokens=True) for row in ids[part]]).map(lambda t: t.half().cpu())
+            for part in batches(len(ids), 512)
+        ])  # fmt: skip
+
+    def even(x: Tensor, over: tuple[int, ...]) -> Tensor:
+        return ((x.float() - x.float().mean(over)) / x.float().std(over).clamp_min(1e-3)).half()
+
+    return Words(ids, text, even(text.tokens, (0, 1)), even(text.pooled, (0,)))
+
+
+def said(model: nn.ModuleDict, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The student's token states [B, L, 96] and pooled vector [B, 32]."""
+    return model["text_encoder_2"](ids)[0], model["text_encoder"](ids).pooler_output
+
+
+def text_error(model: nn.ModuleDict, found: tuple[Tensor, Tensor], words: Words, index: Tensor) -> Tensor:
+    """How badly two linear probes read the teacher's states and pooled vector from the student's."""
+    wanted = (words.states, words.pooled)
+    probes = (model["states_probe"], model["pooled_probe"])
+    return sum((probe(x.float()) - y[index].to(device()).float()).square().mean() for probe, x, y in zip(probes, found, wanted))
+
+
+def learn_words(
+    model: nn.ModuleDict, teacher: Backbone, tokenizer, work: Path, *, seed: int, steps: int, minutes: float, batch: int = 256
+) -> None:
+    """Teach the student's text encoders what the teacher's say, on prompts alone: some minutes here spare the denoiser an hour of learning words from pictures."""
+    rank, world = ranks()
+    rng = random.Random(seed + rank)
+    texts = [draw_prompt(rng).text for _ in range(20_000)]
+    texts += [p.text for p in full_captions(sample_scenes(10_000, torch.Generator().manual_seed(seed + rank)), rng)]
+    ids = tokenizer(["", *sorted(set(texts))], padding="max_length", truncation=True, return_tensors="pt").input_ids
+    words = words_of(teacher, tokenizer, ids)
+    names = ("text_encoder", "text_encoder_2", "states_probe", "pooled_probe")
+
+    def loss_of(step: int, generator: torch.Generator):
+        index = torch.randint(len(ids), (batch // world,), generator=generator)
+        with autocast():
+            found = said(model, ids[index].to(device()))
+        error = text_error(model, found, words, index)
+        return error, {"text": error.detach()}
+
+    part = nn.ModuleDict({name: model[name] for name in names})
+    fit("shapes-flux-words", part, loss_of, steps=steps, lr=2e-3, seed=seed, work=work, minutes=minutes, weight_decay=0.01, log_every=100)
+
+
+def velocity(model: nn.ModuleDict, z: Tensor, sigma: Tensor, text: tuple[Tensor, Tensor], w: Tensor) -> Tensor:
+    """As FluxPipeline has it: tokens are patches of 2 x 2, text stands at the origin. text: the token states and the pooled vector."""
     h, width = z.shape[-2] // 2, z.shape[-1] // 2
     places = torch.cartesian_prod(torch.arange(1), torch.arange(h), torch.arange(width)).to(z)
     with autocast():
-        words, pooled = model["text_encoder_2"](ids)[0], model["text_encoder"](ids).pooler_output
         out = model["transformer"](
-            hidden_states=F.pixel_unshuffle(z, 2).flatten(2).transpose(1, 2), encoder_hidden_states=words, pooled_projections=pooled,
-            timestep=sigma, guidance=w, img_ids=places, txt_ids=places.new_zeros(words.shape[1], 3), return_dict=False,
+            hidden_states=F.pixel_unshuffle(z, 2).flatten(2).transpose(1, 2), encoder_hidden_states=text[0], pooled_projections=text[1],
+            timestep=sigma, guidance=w, img_ids=places, txt_ids=places.new_zeros(text[0].shape[1], 3), return_dict=False,
         )[0]  # fmt: skip
-    return F.pixel_shuffle(out.float().transpose(1, 2).unflatten(2, (h, width)), 2), words
+    return F.pixel_shuffle(out.float().transpose(1, 2).unflatten(2, (h, width)), 2)
 
 
 def objective(
-    model: nn.ModuleDict, store: Store, words: tuple[Tensor, Tensor], *, batch: int
+    model: nn.ModuleDict, teacher: Backbone, store: Store, words: Words, which: Tensor, *, batch: int
 ) -> Callable[[int, torch.Generator], tuple[Tensor, dict[str, Tensor]]]:
-    """The distillation loss of a step, for `fit`: mean squared error to the teacher's guided velocity, and of the tokens' states, by a linear probe, to the teacher's, which
-    tells T5 early what the words mean."""
+    """The distillation loss of a step, for `fit`: mean squared error to the teacher's guided velocity; by a linear probe, of the image stream behind block 3 to the teacher's
+    there, which tells the student early what stands where (arXiv:2410.06940 does so with another teacher); and of the texts. which [N]: the row of `words` of each latent."""
 
     def loss_of(step: int, generator: torch.Generator):
         index = torch.randint(len(store.z), (batch,), generator=generator)
         w = guidances(batch, generator)
         z, v, v_null = (x[index].float().to(device()) for x in (store.z, store.v, store.v_null))
-        ids, sigma, w = store.ids[index].to(device()), store.sigma[index].to(device()), w.to(device())
-        found, said = velocity(model, z, sigma, ids, w)
+        row, sigma, w = which[index], store.sigma[index].to(device()), w.to(device())
+        with torch.no_grad(), autocast():
+            there = teacher.prefix(z, sigma, words.text[row].map(lambda t: t.float().to(device())), HINT).grid.float()
+            there = ((there - there.mean((0, 2, 3), True)) / there.std((0, 2, 3), keepdim=True)).flatten(2).transpose(1, 2)
+        seen: list[Tensor] = []
+        hook = (
+            model["transformer"].single_transformer_blocks[HINT - DOUBLE - 1].register_forward_hook(lambda _, __, out: seen.append(out[1]))
+        )
+        with autocast():
+            text = said(model, words.ids[row].to(device()))
+        found = velocity(model, z, sigma, text, w)
+        hook.remove()
         error = (found - torch.lerp(v_null, v, w.view(-1, 1, 1, 1))).square().mean()
-        text = (model["probe"](said.float()) - words[0][words[1][index]].to(device()).float()).square().mean()
-        return error + 0.1 * text, {"loss": error.detach(), "text": text.detach()}
+        hint = (model["hint_probe"](seen[0].float()) - there).square().mean()
+        words_error = text_error(model, text, words, row)
+        return error + 0.2 * hint + 0.1 * words_error, {"loss": error.detach(), "hint": hint.detach(), "text": words_error.detach()}
 
     return loss_of
 
@@ -180,6 +243,8 @@ def train(
     lr: float = 1.5e-3,
     batch: int = 64,
     prompts: int = 15_000,
+    words_steps: int = 6_000,
+    words_minutes: float = 8,
 ) -> None:
     """Distil `out`/shapes; writes `out`/shapes-flux, whose autoencoder is the teacher's own folder. init: a pipeline whose weights it goes on from."""
     torch.manual_seed(seed)
@@ -193,9 +258,18 @@ def train(
         part.load_state_dict(
             type(part).from_pretrained(require(init, "the pipeline to go on from") / name, dtype=torch.float32).state_dict()
         )
-    model = nn.ModuleDict(parts | {"probe": nn.Linear(TEXT_WIDTH, teacher.null.tokens.shape[-1])}).to(device())
+    states, pooled = teacher.null.tokens.shape[-1], teacher.null.pooled.shape[-1]
+    probes = {
+        "states_probe": nn.Linear(TEXT_WIDTH, states),
+        "pooled_probe": nn.Linear(POOLED_WIDTH, pooled),
+        "hint_probe": nn.Linear(HEADS * HEAD_DIM, teacher.transformer.inner_dim),
+    }
+    model = nn.ModuleDict(parts | probes).to(device())
+    learn_words(model, teacher, tokenizer, work, seed=seed, steps=words_steps, minutes=words_minutes)
     store = stored(teacher, tokenizer, work, seed=seed, count=prompts)
-    loss_of = objective(model, store, words_of(teacher, tokenizer, store.ids), batch=batch // world)
+    known, which = store.ids.unique(dim=0, return_inverse=True)
+    loss_of = objective(model, teacher, store, words_of(teacher, tokenizer, known), which, batch=batch // world)
+    model.train()
     facts = fit("shapes-flux", model, loss_of, steps=steps, lr=lr, seed=seed, work=work, minutes=minutes, weight_decay=0.01, log_every=100)
     if rank:
         return
