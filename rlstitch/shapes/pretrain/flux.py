@@ -214,7 +214,7 @@ def objective(
         z, v, v_null = (x[index].float().to(device()) for x in (store.z, store.v, store.v_null))
         row, sigma, w = which[index], store.sigma[index].to(device()), w.to(device())
         with torch.no_grad(), autocast():
-            there = teacher.prefix(z, sigma, words.text[row].map(lambda t: t.float().to(device())), HINT).grid.float()
+            there = teacher.prefix(z, sigma, HINT, words.text[row].map(lambda t: t.float().to(device()))).grid.float()
             there = ((there - there.mean((0, 2, 3), True)) / there.std((0, 2, 3), keepdim=True)).flatten(2).transpose(1, 2)
         seen: list[Tensor] = []
         hook = (
