@@ -246,7 +246,7 @@ def train(
     words_steps: int = 6_000,
     words_minutes: float = 8,
 ) -> None:
-    """Distil `out`/shapes; writes `out`/shapes-flux, whose autoencoder is the teacher's own folder. init: a pipeline whose weights it goes on from."""
+    """Distil `out`/shapes; writes `out`/shapes-flux, whose autoencoder is the teacher's own folder. init: a pipeline whose denoiser it goes on from; words are learnt anew."""
     torch.manual_seed(seed)
     rank, world = ranks()
     folder = out / "shapes-flux"
@@ -254,10 +254,9 @@ def train(
     teacher = build(told, device=device().type)
     tokenizer = shapes_tokenizer.build(folder / "tokenizer")
     parts = {"transformer": build_transformer(), **text_encoders(tokenizer)}
-    for name, part in parts.items() if init else ():
-        part.load_state_dict(
-            type(part).from_pretrained(require(init, "the pipeline to go on from") / name, dtype=torch.float32).state_dict()
-        )
+    if init:
+        begun = require(init, "the pipeline to go on from") / "transformer"
+        parts["transformer"].load_state_dict(FluxTransformer2DModel.from_pretrained(begun, dtype=torch.float32).state_dict())
     states, pooled = teacher.null.tokens.shape[-1], teacher.null.pooled.shape[-1]
     probes = {
         "states_probe": nn.Linear(TEXT_WIDTH, states),

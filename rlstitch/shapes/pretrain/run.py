@@ -24,7 +24,7 @@ BUDGET = {
     "clip": dict(steps=4_000, minutes=18),
     "shapes": dict(steps=20_000, minutes=85),
     "shapes-large": dict(steps=6_000, minutes=45),
-    "shapes-flux": dict(steps=40_000, minutes=95),
+    "shapes-flux": dict(steps=40_000, minutes=85),
     "hps": dict(steps=1_500, minutes=9),
     "aesthetic": dict(steps=3_000, minutes=None),
     "preference_b": dict(steps=2_500, minutes=10),
