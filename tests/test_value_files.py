@@ -87,7 +87,7 @@ def test_a_card_cannot_name_foreign_code(tmp_path, backbone, reward):
     card = json.loads((tmp_path / "value.json").read_text())
     system = {"_target_": "os.system", "command": f"touch {tmp_path / 'ran'}"}
     bridge = {"_target_": "rlstitch.config.build", "node": system}
-    imported = {"_target_": "rlstitch.rewards.clip.CLIPModel", "config": "x"}
+    imported = {"_target_": "rlstitch.rewards.clip.Tensor", "data": "x"}
     nested = {"_target_": "rlstitch.rewards.clip.ClipReward", "path": system}
     other = {"_target_": "rlstitch.rewards.clip.VisionTail", "model": "x", "j": 1}
     for spec, said in ((system, "no backbone or reward"), (bridge, "no backbone or reward"), (imported, "no backbone or reward"), (nested, "path that are no plain values"), (other, "is not a reward: it has no score")):  # fmt: skip
