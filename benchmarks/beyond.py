@@ -87,7 +87,14 @@ def weighted(weight: Callable[[Tensor], Tensor]) -> Callable[..., tuple[Tensor, 
     """`distillation_loss` of every row alone, weighted by its noise level."""
 
     def objective(
-        model: StitchedValueModel, z: Tensor, sigma: Tensor, target: Tensor, target_tokens: Tensor, config: DistillConfig, text: Any = None
+        model: StitchedValueModel,
+        z: Tensor,
+        sigma: Tensor,
+        target: Tensor,
+        target_tokens: Tensor,
+        config: DistillConfig,
+        text: Any = None,
+        prompts: Any = None,
     ):
         with torch.no_grad():
             grid = model.activations(z, sigma, text).grid

@@ -295,6 +295,7 @@ RULES: dict[str, dict[str, Callable[..., Any]]] = {
         "encode": _embedded,
         "tail": lambda reward, given, j: _of(torch.nn.Module, given, "a module (tokens, cls) -> (embedding, tokens)"),
         "embed_texts": lambda reward, given, prompts: _tensor(given, len(prompts), None),
+        "score_tokens": lambda reward, given, tokens, batch: _tensor(given, len(tokens)),
         "score_embedding": lambda reward, given, embedding, batch: _tensor(given, len(embedding)),
         "head_of": lambda reward, given, embedding: _tensor(given, len(embedding)),
         "fingerprint": lambda reward, given: _of(str, given, "text"),

@@ -270,6 +270,9 @@ class StitchableReward(Reward, Protocol):
     `width` of a token, `grid` patches a side, `head`: None where the score is a cosine with the prompt's embedding. Embeddings are [B, D]. A tower may have a [CLS]: it then
     stands before the grid^2 patches from block 2 on, and a tail has it as `cls`, to learn where it begins. One whose patches are not of
     the whole picture has `view(height, width)`, the (top, left, bottom, right) that they are of, as shares of the sides.
+
+    One that reads its score from all output tokens and the prompt together, by cross-attention (rewards.imagereward.ImageReward), has `score_tokens(tokens, batch)` -> [B] in place
+    of `score_embedding`, `embed_texts`, `head` and `head_of`; its tail's tokens are those that are read.
     """
 
     num_blocks: int

@@ -1,17 +1,28 @@
 """ImageReward against its architecture written out over the published file's own names, on random weights of a small cut of it."""
 
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 from transformers import BertTokenizer
 
+from rlstitch import config as cfg
+from rlstitch.checks import checked
 from rlstitch.contract import broken, contract
 from rlstitch.files import write_tensors
 from rlstitch.rewards.imagereward import ImageReward
 from rlstitch.rewards.preprocessing import OPENAI
-from rlstitch.types import Batch, UserError
+from rlstitch.stitch import compare, measure
+from rlstitch.stitch import recipe as stitch
+from rlstitch.stitch.distill import DistillConfig, distillation_loss, targets_of
+from rlstitch.stitch.model import StitchedValueModel
+from rlstitch.trainer import Trainer
+from rlstitch.types import Batch, Latent, UserError
+from tests.test_stitch_job import given
 
 WIDTH, HEADS, DEPTH, PATCH, SIDE, TEXT, LAYERS, WORDS = 128, 2, 2, 16, 32, 64, 2, 12
 PROMPTS = ["a red cat", "a cat and a dog on the moon", "moon " * 40]
@@ -141,3 +152,83 @@ def test_it_keeps_the_contract(files):
     reward = ImageReward(str(files / "ImageReward.safetensors"), tokenizer=str(files / "bert"))
     images = torch.rand(3, 3, 48, 40, generator=torch.Generator().manual_seed(2))
     assert not broken(contract("imagereward", reward, images, PROMPTS))
+
+
+def test_the_score_is_read_from_any_tails_tokens(files):
+    """Entered at any block, the tower gives the tokens of a whole forward, from which the score of the picture is read."""
+    reward = ImageReward(str(files / "ImageReward.safetensors"), tokenizer=str(files / "bert"))
+    images, batch = torch.rand(3, 3, 48, 40, generator=torch.Generator().manual_seed(2)), Batch(PROMPTS, torch.arange(3), torch.arange(3))
+    with torch.no_grad():
+        whole = reward.vision(reward.preprocessing(images)).last_hidden_state
+        score = reward.score(images, batch)
+        for j, inputs in enumerate(reward.inputs_of_block(images, DEPTH), 1):
+            tail, known = reward.tail(j), 3 if j == 1 else 1
+            if j > 1:
+                tail.cls.copy_(inputs[0, 0])  # one vector for all pictures, so that it is right for the first alone
+            tokens = tail(inputs[:known, -(reward.grid**2) :])[1]
+            torch.testing.assert_close(tokens, whole[:known], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(reward.score_tokens(tokens, batch[:known]), score[:known], atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="cannot be entered at block 9"):
+        reward.tail(9)
+
+
+def test_a_value_of_it_is_stitched_trained_on_and_measured(files, sd3_dir, tmp_path):
+    """By the jobs: the recipe of any reward, another name in it. The value is differentiable in the latent, and the distillation sees the score under the pictures' prompts."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for k in range(12):
+        Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(folder / f"{k:02d}.png")
+        (folder / f"{k:02d}.txt").write_text(PROMPTS[k % 2])
+    node = {
+        "_target_": "rlstitch.rewards.imagereward.ImageReward",
+        "path": str(files / "ImageReward.safetensors"),
+        "tokenizer": str(files / "bert"),
+    }
+    options = dict(reward=node, distill={"steps": 12, "batch_size": 8, "autocast": False, "lr": 1e-3, "warmup": 1})
+    recipe = stitch.checked(given(folder, sd3_dir, "", **options), "tiny")
+    model = stitch.run(recipe)
+    assert all(set(row) == {"correlation"} for row in model.card["quality"].values()) and "clean_recall_at_1" not in model.card
+    loaded = StitchedValueModel.from_pretrained(folder / "values" / "tiny")
+    z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
+    batch, sigma = measure.batch_of(PROMPTS[:2]), torch.tensor([0.3, 0.8])
+    torch.testing.assert_close(
+        loaded.value(Latent(z, sigma), batch), model.value(Latent(z, sigma), batch), atol=2e-2, rtol=2e-2
+    )  # kept in half
+    slope = torch.autograd.grad(loaded.value(Latent(z, sigma), batch).sum(), z)[0]
+    with torch.no_grad():
+        way, h = slope / slope.norm(), 1e-2
+        ahead, behind = (loaded.value(Latent(z + s * h * way, sigma), batch).sum() for s in (1, -1))
+    assert float((ahead - behind) / (2 * h)) == pytest.approx(float(slope.norm()), rel=0.02)
+    told, own = loaded.value(Latent(z, sigma), batch), loaded.value(Latent(z, sigma), measure.batch_of(PROMPTS[1::-1]))
+    assert not torch.allclose(told, own)  # it reads the prompt
+
+    reward, images = loaded.reward, torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    unit, tokens, _ = targets_of(reward, images)
+    _, parts = distillation_loss(loaded, z.detach(), sigma, unit, tokens.float(), DistillConfig(), prompts=PROMPTS[:2])
+    by_hand = (told - reward.score(images, batch)).square().mean()
+    torch.testing.assert_close(parts["score"], by_hand.detach(), atol=1e-3, rtol=1e-3)
+    assert "score" not in distillation_loss(loaded, z.detach(), sigma, unit, tokens.float(), DistillConfig())[1]
+
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[:2]))
+    oracle = {"_target_": "rlstitch.oracles.Stitched", "weights": {"mine": 1.0}}
+    changed = {
+        "model": recipe.model, "rewards": {"mine": node}, "values": {"mine": str(folder / "values" / "tiny")}, "oracle": oracle, "updates": 1,
+        "data": {"prompts": str(tmp_path / "prompts.txt")}, "batch": {"prompts_per_update": 4}, "evaluation": {"prompts": str(tmp_path / "prompts.txt"), "rewards": ["mine"], "num_steps": 2},
+        "sampler": {"num_steps": 2}, "stop": {"_target_": "rlstitch.stops.Fixed", "after": 1}, "out": str(tmp_path / "runs"), "refresh": {"fraction": 1.0, "pairs": 4, "buffer": 4, "agreement": 1.0, "steps": 1},
+        "logging": {"wandb": "off", "progress": False},
+    }  # fmt: skip
+    Trainer(checked(cfg.merge(cfg.compose("draft_stitch"), changed), "draft_stitch")).train()
+    lines = (tmp_path / "runs" / "draft_stitch" / "metrics.jsonl").read_text().splitlines()
+    assert [row["drift"]["refreshed"] for row in map(json.loads, lines) if "drift" in row] == [1.0]
+    measured = {
+        "model": recipe.model, "rewards": {"mine": node}, "compare": {"mine": {"StitchVM": str(folder / "values" / "tiny")}}, "out": str(tmp_path), "name": "measured",
+        "held_out": recipe.held_out, "pairs": {"mine": {"_target_": "tests.test_measure.tiny_pairs", "n": 6}}, "sigmas": [0.5], "timing_batch": 2, "timing_repeats": 1,
+        "calibration": {"prompts": str(tmp_path / "prompts.txt"), "count": 2, "rollouts": 1, "extra": 1, "num_steps": 2},
+    }  # fmt: skip
+    rows = compare.run(compare.checked(measured, "measured"))["rewards"]["mine"]["rows"]
+    assert (
+        set(rows["StitchVM"]["0.5"])
+        == set(rows["Tweedie (null text)"]["0.5"])
+        == {"pair_accuracy", "mean_error", "slope", "correlation", "rmse"}
+    )

@@ -69,7 +69,7 @@ def test_baselines_learn_and_are_saved_and_loaded(backbone, reward, kind, tmp_pa
 
     def error():
         latent = measure.noised(latents, 0.1)
-        return float((measure.stitched("", model).embed(latent, measure.batch_of([])) - targets).square().sum(-1).mean().detach())
+        return float((measure.stitched("", model).output(latent, measure.batch_of([])) - targets).square().sum(-1).mean().detach())
 
     before = error()
     distill(model, latents, targets, tokens, config)

@@ -1,10 +1,11 @@
 """ImageReward (arXiv:2304.05977): a BLIP whose text encoder reads prompt and picture together by cross-attention, and an MLP on its first token.
 
-The weights are the published file's (ImageReward.pt), or the same tensors in safetensors; the modules are those of transformers.
+A value model of it is stitched into its image tower; the score is read from the tail's tokens as it is from those of a picture. The weights are the published file's (ImageReward.pt), or the same tensors in safetensors; the modules are those of transformers.
 """
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,36 @@ VISION = (  # from the published names to those of transformers, in order
 UNUSED = re.compile(r"blip\.(vision_proj|text_proj)\.(weight|bias)|blip\.text_encoder\.embeddings\.position_ids")  # of BLIP's pretraining
 
 
+class BlipTail(nn.Module):
+    """BLIP's image tower from block j on (1-based): tokens [B, N, W] -> ([CLS] [B, W], all output tokens [B, N + 1, W] with [CLS] first), both after the last norm.
+
+    j = 1 takes what the patch embedding produces, prepends [CLS] and adds positions. For j >= 2 the tokens carry their positions already; [CLS] starts from `cls`, a
+    learnable vector.
+    """
+
+    def __init__(self, vision: BlipVisionModel, j: int):
+        super().__init__()
+        if not 1 <= j <= len(vision.encoder.layers):
+            raise ValueError(f"a tower of {len(vision.encoder.layers)} blocks cannot be entered at block {j}")
+        self.j, own = j, vision.embeddings.class_embedding
+        self.cls = nn.Parameter(own.detach()[0, 0].clone() if j == 1 else torch.zeros_like(own[0, 0]))
+        if j == 1:
+            self.positions = vision.embeddings.position_embedding
+        self.layers, self.after = nn.ModuleList(vision.encoder.layers[j - 1 :]), vision.post_layernorm
+
+    def enter(self, tokens: Tensor) -> Tensor:
+        """What the first of its blocks takes [B, N + 1, W]."""
+        x = torch.cat([self.cls.expand(len(tokens), 1, -1), tokens], 1)
+        return x + self.positions if self.j == 1 else x
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.enter(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        x = self.after(x)
+        return x[:, 0], x
+
+
 class ImageReward:
     """(r - mean) / std of the published model, about -2 to 2. path: its file (.pt or .safetensors), here or at the hub, owner/name/FILE; tokenizer: of bert-base-uncased.
 
@@ -66,6 +97,8 @@ class ImageReward:
         self.vision, self.text = (m.to(self.device, self.dtype).requires_grad_(False).eval() for m in parts[:2])
         self.mlp = parts[2].to(self.device).requires_grad_(False).eval()  # small, and in float32
         side = self.vision.config.image_size
+        self.num_blocks, self.width = len(self.vision.encoder.layers), self.vision.config.hidden_size
+        self.grid, self._whole = side // self.vision.config.patch_size, BlipTail(self.vision, 1).requires_grad_(False).eval()
         word = "shortest_crop" if resize == "auto" else resize
         self.preprocessing = stated(word, side, mean=tuple(OPENAI[0]), std=tuple(OPENAI[1]))
 
@@ -76,13 +109,13 @@ class ImageReward:
 
     def score(self, images: Tensor, batch: Batch) -> Tensor:
         """[B] on the pictures' device, wherever the reward itself is."""
-        pixels = self.preprocessing(images.to(self.device)).to(self.dtype)
-        return self.score_tokens(self.vision(pixels).last_hidden_state, batch.prompts).to(images.device)
+        return self.score_tokens(self.encode(images.to(self.device))[1], batch).to(images.device)
 
     @exact
-    def score_tokens(self, tokens: Tensor, prompts: list[str]) -> Tensor:
-        """From all of the image tower's output tokens [B, N, W], [CLS] first, and the prompts to the score [B]; also inside autocast in float32."""
-        told = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=WINDOW, return_tensors="pt").to(self.device)
+    def score_tokens(self, tokens: Tensor, batch: Batch) -> Tensor:
+        """From all of the image tower's output tokens [B, N, W], [CLS] first, and the prompts to the score [B]; also inside autocast in the reward's own precision."""
+        tokens = tokens.to(self.device)
+        told = self.tokenizer(batch.prompts, padding="max_length", truncation=True, max_length=WINDOW, return_tensors="pt").to(self.device)
         seen = torch.ones(tokens.shape[:2], dtype=torch.long, device=self.device)
         read = self.text(
             input_ids=told.input_ids,
@@ -91,6 +124,34 @@ class ImageReward:
             encoder_attention_mask=seen,
         )
         return (self.mlp(read.last_hidden_state[:, 0].float())[:, 0] - self.mean) / self.std
+
+    # ---------------------------------------------------------------------------------------- stitching
+
+    def view(self, height: int, width: int) -> tuple[float, float, float, float]:
+        return self.preprocessing.view(height, width)
+
+    def patches(self, images: Tensor) -> Tensor:
+        """What the patch embedding produces [B, N, W]: images after preprocessing, no [CLS], no positions."""
+        weight = self.vision.embeddings.patch_embedding
+        return weight(self.preprocessing(images.to(self.device)).to(weight.weight.dtype)).flatten(2).transpose(1, 2)
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """([CLS] [B, W], all output tokens [B, N + 1, W]), after the last norm."""
+        cls, tokens = self._whole(self.patches(images))
+        return cls.float(), tokens.float()
+
+    def inputs_of_block(self, images: Tensor, last: int) -> list[Tensor]:
+        """Inputs of blocks 1..last, one forward for all; j = 1 is what the patch embedding produces, j >= 2 starts with [CLS]."""
+        tokens = self.patches(images)
+        out, x = [tokens], self._whole.enter(tokens)
+        for layer in self._whole.layers[: last - 1]:
+            x = layer(x)
+            out.append(x)
+        return out
+
+    def tail(self, j: int) -> BlipTail:
+        """A trainable float32 copy of the tower from block j on."""
+        return copy.deepcopy(BlipTail(self.vision, j)).float().requires_grad_(True)
 
     @staticmethod
     def cut_prompts(options: dict[str, Any], prompts: list[str]) -> list[tuple[str, int, int]]:

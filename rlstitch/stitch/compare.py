@@ -27,7 +27,7 @@ from rlstitch.paths import ready
 from rlstitch.ranges import AutoShift, GridSteps, Name, NotEmpty, Range, Text, Threads
 from rlstitch.report import line_plot
 from rlstitch.stitch import measure
-from rlstitch.stitch.distill import latents_of, targets_of
+from rlstitch.stitch.distill import latents_of, outputs_of
 from rlstitch.stitch.measure import Reference, Subject
 from rlstitch.stitch.model import StitchedValueModel, read_card
 from rlstitch.types import Latent
@@ -157,28 +157,27 @@ class Comparison:
         config, reward, references = self.config, self.rewards[name], self.references
         subjects = self.subjects(name, reward) + (extra(reward) if extra else [])
         rows: dict[str, dict[str, dict[str, float]]] = {s.name: {} for s in subjects}
-        targets, clean = targets_of(reward, self.held)[0], {}
-        reads_text = reward.head is None
-        if reads_text:
-            texts = reward.embed_texts(self.captions)
-            clean |= {"recall_at_1": measure.recall(targets, texts), "recall_at_1_text_to_image": measure.recall(texts, targets)}
+        clean, by_text = {}, measure.embeds_text(reward)
+        if by_text:
+            found, texts = outputs_of(reward, self.held), reward.embed_texts(self.captions)
+            clean |= {"recall_at_1": measure.recall(found, texts), "recall_at_1_text_to_image": measure.recall(texts, found)}
         pairs = build_measured(f"pairs.{name}", config.pairs[name], "pairs") if name in config.pairs else None
         graded = build_measured(f"graded.{name}", config.graded[name], "graded") if name in config.graded else None
         if pairs:
             both, pair_prompts, first_wins = pairs
             sides = tuple(latents_of(self.backbone, side) for side in both)
-            pair_text, batch = self.backbone.encode_prompts(pair_prompts), measure.batch_of(pair_prompts)
-            a, b = (reward.score_embedding(targets_of(reward, side)[0], batch) for side in both)
+            pair_text = self.backbone.encode_prompts(pair_prompts)
+            a, b = (measure.scored(reward, outputs_of(reward, side), pair_prompts) for side in both)
             clean["pair_accuracy"] = float(((a > b).cpu() == first_wins).float().mean())
         if graded:
             (looks,), look_prompts, truth = graded
             graded_latents, graded_text = latents_of(self.backbone, looks), self.backbone.encode_prompts(look_prompts)
-            found = reward.score_embedding(targets_of(reward, looks)[0], measure.batch_of(look_prompts))
+            found = measure.scored(reward, outputs_of(reward, looks), look_prompts)
             clean["srcc"] = measure.srcc(found.cpu(), truth)
         c = config.calibration
         for subject in subjects:
             say(f"{name}: {subject.name}")
-            if reads_text and subject.embed is not None:
+            if by_text and subject.output is not None:
                 _merge(rows[subject.name], measure.retrieval(subject, reward, self.latents, self.captions, self.text, config.sigmas))
             if pairs:
                 _merge(rows[subject.name], measure.pair_accuracy(subject, sides, pair_prompts, first_wins, pair_text, config.sigmas))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from rlstitch import schedule
 from rlstitch.distributed import autocast
 from rlstitch.ranges import Count, CountOrNone, Decay, NotNegative, Positive, Range, Rate, Seed, Share
-from rlstitch.stitch.model import StitchedValueModel
-from rlstitch.types import Conditioning, UserError
+from rlstitch.stitch.model import StitchedValueModel, reads_tokens
+from rlstitch.types import Batch, Conditioning, UserError
 
 
 @dataclass
@@ -23,7 +23,7 @@ class DistillConfig:
     """The paper's settings are lr 1e-5, stitch_lr_factor 5, batch_size 128, warmup 100, logit-normal(0, 1), weights 1.
 
     sigma is drawn logit-normal(mean, std), except for a share `uniform_share` drawn uniformly; both are kept inside sigma_range.
-    micro_batch: rows that are run at once, their gradients added up to the batch's (0: all). token_weight is lambda_tok; score_weight lambda_sc, used where the reward has a head; loss: squared error or Smooth-L1.
+    micro_batch: rows that are run at once, their gradients added up to the batch's (0: all). token_weight is lambda_tok; score_weight lambda_sc, used where the reward has a head or reads tokens; loss: squared error or Smooth-L1.
     """
 
     steps: Count = 1500
@@ -66,12 +66,13 @@ def distillation_loss(
     target_tokens: Tensor,
     config: DistillConfig,
     text: Conditioning | None = None,
+    prompts: list[str] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Eq. (8): embedding error (summed over channels) + lambda_tok token error (mean over tokens and channels) + lambda_sc head error.
+    """Eq. (8): embedding error (summed over channels) + lambda_tok token error (mean over tokens and channels) + lambda_sc score error.
 
     target [B, D] is the frozen reward's unit embedding of the clean picture, target_tokens [B, N + 1, W] its output tokens. With an un-normalised student
     the minimiser of the first term is E[target | z]: V is then the value function itself, not only its ranking. text: of the pictures' prompts, for a value model
-    that is run under it.
+    that is run under it. The last term is the head's; of a reward that reads its score from tokens and prompt, it is the score's under the pictures' own `prompts`, where they have any.
     """
     with torch.no_grad():
         grid = model.activations(z, sigma, text).grid
@@ -81,10 +82,33 @@ def distillation_loss(
         "tokens": _error(tokens, target_tokens, config.loss).mean(),
     }
     loss = parts["embedding"] + config.token_weight * parts["tokens"]
-    if model.reward.head is not None:
-        parts["head"] = _error(model.reward.head_of(embedding), model.reward.head_of(target), config.loss).mean()
-        loss = loss + config.score_weight * parts["head"]
+    reward, scores = model.reward, None
+    if reads_tokens(reward):
+        if prompts is not None:
+            batch = batch_of(prompts)
+            with torch.no_grad():
+                known = reward.score_tokens(target_tokens, batch)
+            scores = reward.score_tokens(tokens, batch), known
+    elif reward.head is not None:
+        scores = reward.head_of(embedding), reward.head_of(target)
+    if scores is not None:
+        parts["score"] = _error(*scores, config.loss).mean()
+        loss = loss + config.score_weight * parts["score"]
     return loss, {k: v.detach() for k, v in parts.items()}
+
+
+def batch_of(prompts: Sequence[str], text: Any = None) -> Batch:
+    """Prompts without facts, each a group of its own."""
+    index = torch.arange(len(prompts))
+    return Batch(list(prompts), index, index, [{}] * len(prompts), text)
+
+
+@torch.no_grad()
+def outputs_of(reward: Any, images: Tensor, batch_size: int = 64) -> Tensor:
+    """What the frozen reward reads its score of clean pictures from: unit embeddings [N, D], or output tokens [N, T, W] in float32."""
+    if not reads_tokens(reward):
+        return targets_of(reward, images, batch_size, most_bytes=0)[0]
+    return torch.cat([reward.encode(_pixels(part).to(reward.device))[1] for part in images.split(batch_size)])
 
 
 @torch.no_grad()
@@ -135,12 +159,14 @@ def distill(
     config: DistillConfig,
     *,
     text_of: Callable[[Tensor], Conditioning] | None = None,
+    prompts_of: Callable[[Tensor], list[str]] | None = None,
     progress: Callable[[int, dict[str, float]], None] | None = None,
     objective: Callable[..., tuple[Tensor, dict[str, Tensor]]] = distillation_loss,
 ) -> float:
     """Train stitch and tail in place on N clean latents with their targets; returns the seconds it took. `progress(step, metrics)` is called every step.
 
-    target_tokens: tokens [N, T, W], or what gives those of rows [B]. text_of: gives the prompts' text of rows [B], for a value model that is run under it. objective: the loss to descend, with the signature of `distillation_loss`.
+    target_tokens: tokens [N, T, W], or what gives those of rows [B]. text_of: gives the prompts' text of rows [B], for a value model that is run under it. prompts_of: the prompts of rows [B], for a reward
+    that reads tokens and prompt together. objective: the loss to descend, with the signature of `distillation_loss`.
     """
     generator = torch.Generator().manual_seed(config.seed)
     stitch, tail = list(model.stitch.parameters()), [p for p in model.tail.parameters() if p.requires_grad]
@@ -164,9 +190,10 @@ def distill(
             picked, share = index[rows], len(rows) / config.batch_size
             tokens = target_tokens(picked) if callable(target_tokens) else target_tokens[picked]
             text = text_of(picked) if text_of is not None else None
+            prompts = prompts_of(picked) if prompts_of is not None else None
             with autocast(latents.device.type, "auto" if config.autocast else "fp32"):
                 loss, parts = objective(
-                    model, z[rows], sigma[rows], targets[picked].to(z.device), tokens.float().to(z.device), config, text
+                    model, z[rows], sigma[rows], targets[picked].to(z.device), tokens.float().to(z.device), config, text, prompts
                 )
             (loss * share).backward()
             for key, value in {"loss": loss.detach(), **parts}.items():

@@ -14,7 +14,8 @@ from rlstitch import sampling, schedule, scheduler
 from rlstitch.distributed import autocast
 from rlstitch.figures import correlation, exact
 from rlstitch.oracles import MonteCarlo, bound, slices
-from rlstitch.stitch.model import StitchedValueModel
+from rlstitch.stitch.distill import batch_of
+from rlstitch.stitch.model import StitchedValueModel, reads_tokens, score_output
 from rlstitch.types import Batch, Latent
 
 SIGMAS = (0.1, 0.25, 0.5, 0.75, 0.9)
@@ -22,34 +23,43 @@ SIGMAS = (0.1, 0.25, 0.5, 0.75, 0.9)
 
 @dataclass
 class Subject:
-    """What is measured: `value(latent, batch)` -> [B], and where it makes one, `embed(latent, batch)` -> image embedding [B, D] of the reward's space."""
+    """What is measured: `value(latent, batch)` -> [B], and where it makes one, `output(latent, batch)` -> what its reward reads the score from: an image embedding [B, D]
+    of the reward's space, or output tokens [B, N, W]."""
 
     name: str
     value: Callable[[Latent, Batch], Tensor]
-    embed: Callable[[Latent, Batch], Tensor] | None = None
+    output: Callable[[Latent, Batch], Tensor] | None = None
 
 
 def stitched(name: str, model: StitchedValueModel) -> Subject:
-    def embed(latent: Latent, batch: Batch) -> Tensor:
-        return model.embed(model.activations(latent.z, latent.sigma, batch.text).grid)[0]
+    def output(latent: Latent, batch: Batch) -> Tensor:
+        return model.output(model.activations(latent.z, latent.sigma, batch.text))
 
-    return Subject(name, model.value, embed)
+    return Subject(name, model.value, output)
 
 
 def tweedie(name: str, backbone: Any, reward: Any, *, prompt: bool) -> Subject:
     """r(D(z - sigma v)) with v under the batch's own prompt, or under the null text."""
 
-    def embed(latent: Latent, batch: Batch) -> Tensor:
+    def output(latent: Latent, batch: Batch) -> Tensor:
         text = batch.text if prompt else backbone.null.expand(len(latent.z))
         v = backbone.velocity(latent.z, latent.sigma, text)
-        return F.normalize(reward.encode(backbone.decode(schedule.posterior_mean(latent.z, v, latent.sigma)))[0], dim=-1)
+        embedding, tokens = reward.encode(backbone.decode(schedule.posterior_mean(latent.z, v, latent.sigma)))
+        return tokens if reads_tokens(reward) else F.normalize(embedding, dim=-1)
 
-    return Subject(name, lambda latent, batch: reward.score_embedding(embed(latent, batch), batch), embed)
+    return Subject(name, lambda latent, batch: score_output(reward, output(latent, batch), batch), output)
 
 
-def batch_of(prompts: Sequence[str], text: Any = None) -> Batch:
-    index = torch.arange(len(prompts))
-    return Batch(list(prompts), index, index, [{}] * len(prompts), text)
+def embeds_text(reward: Any) -> bool:
+    """Whether a score is a cosine with the prompt's embedding, so that pictures and prompts can be retrieved by each other."""
+    return not reads_tokens(reward) and reward.head is None
+
+
+@torch.no_grad()
+def scored(reward: Any, outputs: Tensor, prompts: Sequence[str], size: int = 64) -> Tensor:
+    """[N] from what the scores of N pictures are read from, under these prompts."""
+    batch = batch_of(prompts)
+    return torch.cat([score_output(reward, outputs[p], batch[p]) for p in slices(len(outputs), size)])
 
 
 def in_parts(ask: Callable[[Latent, Batch], Tensor], latent: Latent, batch: Batch, size: int = 64) -> Tensor:
@@ -108,7 +118,7 @@ def retrieval(
     """Recall@1 both ways by sigma over N latents with pairwise distinct captions."""
     texts, out = reward.embed_texts(prompts), {}
     for level in sigmas:
-        image = in_parts(subject.embed, noised(latents, level), batch_of(prompts, text))
+        image = in_parts(subject.output, noised(latents, level), batch_of(prompts, text))
         out[f"{level:g}"] = {"recall_at_1": recall(image, texts), "recall_at_1_text_to_image": recall(texts, image)}
     return out
 

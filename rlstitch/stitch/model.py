@@ -46,6 +46,16 @@ class OtherDenoiser(UserError):
     """The value model was stitched from another denoiser than the one given."""
 
 
+def reads_tokens(reward: Any) -> bool:
+    """Whether a reward reads its score from its tower's output tokens and the prompt together (by cross-attention), not from one embedding of the picture."""
+    return hasattr(reward, "score_tokens")
+
+
+def score_output(reward: Any, output: Tensor, batch: Batch) -> Tensor:
+    """[B] from what a reward's score is read from: output tokens [B, N, W], or an embedding [B, D] of unit norm where it is of a clean picture."""
+    return reward.score_tokens(output, batch) if reads_tokens(reward) else reward.score_embedding(output, batch)
+
+
 def _fits_half(x: Tensor) -> bool:
     """Whether no number is beyond float16, as hidden states of a large text encoder may be."""
     return not x.numel() or bool(x.abs().max() <= torch.finfo(torch.float16).max)
@@ -70,7 +80,7 @@ class StitchedValueModel(nn.Module):
 
     The card's `text: prompt` runs the prefix under the prompts' own text instead, for denoisers that have no unconditional branch to share it with.
     `prefix` is frozen and without LoRA; `stitch` and `tail` are what distillation trains; `reward` is the frozen pixel reward, whose text tower
-    or head turns the embedding into a score. `normalise`: the student embedding is brought to unit norm, as the paper has it (ranks, but its
+    or head turns the embedding into a score, or whose text encoder reads the tail's tokens by cross-attention. `normalise`: the student embedding is brought to unit norm, as the paper has it (ranks, but its
     magnitude is not E[r | z]); otherwise it is the raw projection over `norm`, and V is E[r | z] at the minimiser of the distillation.
     """
 
@@ -156,6 +166,10 @@ class StitchedValueModel(nn.Module):
         embedding = embedding.float()
         return (F.normalize(embedding, dim=-1) if self.normalise else embedding / self.norm), tokens.float()
 
+    def output(self, activations: Any) -> Tensor:
+        """What the reward's score is read from: an embedding [B, D], or the tail's tokens [B, N, W]."""
+        return self.embed(activations.grid)[reads_tokens(self.reward)]
+
     def check_range(self, sigma: Tensor) -> None:
         low, high = self.sigma_range
         if bool((sigma < low - 1e-6).any()) or bool((sigma > high + 1e-6).any()):
@@ -170,7 +184,7 @@ class StitchedValueModel(nn.Module):
 
     def value_from(self, activations: Any, batch: Batch) -> Tensor:
         """V from activations that were computed already, e.g. by guidance's unconditional branch at the same (z, sigma)."""
-        return self.reward.score_embedding(self.embed(activations.grid)[0], batch)
+        return score_output(self.reward, self.output(activations), batch)
 
     # ------------------------------------------------------------------------------------------------ files
 

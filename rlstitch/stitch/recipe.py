@@ -24,7 +24,7 @@ from rlstitch.prompts import PromptSet, read_prompts
 from rlstitch.ranges import Count, CountOrNone, Name, NotNegative, Range, Seed, Share, Text, Threads
 from rlstitch.stitch import measure
 from rlstitch.stitch.baselines import noisy_clip, vae_stitch
-from rlstitch.stitch.distill import DistillConfig, distill, latents_of, targets_of
+from rlstitch.stitch.distill import DistillConfig, distill, latents_of, outputs_of, targets_of
 from rlstitch.stitch.generate import GenerateConfig, generate, pictures_of
 from rlstitch.stitch.generate import faults as generate_faults
 from rlstitch.stitch.model import StitchedValueModel
@@ -123,32 +123,31 @@ def choose(result: SearchResult, recipe: StitchRecipe):
 
 @torch.no_grad()
 def quality(
-    model: StitchedValueModel, latents: Tensor, prompts: list[str], targets: Tensor, text_of: TextOf | None = None
+    model: StitchedValueModel, latents: Tensor, prompts: list[str], clean_outputs: Tensor, text_of: TextOf | None = None
 ) -> dict[str, dict[str, float]]:
-    """By sigma: Recall@1 both ways over the N prompts (where the reward reads text), and the correlation of V with the clean reward over matched and mismatched prompts.
+    """By sigma: Recall@1 both ways over the N prompts (where the reward embeds text), and the correlation of V with the clean reward over matched and mismatched prompts.
 
-    text_of: of rows, for a value model that is run under the prompts' text. It then knows a picture's prompt whatever the picture shows, and its recall says little.
+    clean_outputs: of the clean pictures, by `distill.outputs_of`. text_of: of rows, for a value model that is run under the prompts' text. It then knows a picture's prompt whatever the picture shows, and its recall says little.
     """
     subject, reward, out = measure.stitched("", model), model.reward, {}
-    clean = scores_under(reward, [targets] * TURNS, prompts)
+    clean = scores_under(reward, [clean_outputs] * TURNS, prompts)
     for level in measure.SIGMAS:
-        noised, embeddings = measure.noised(latents, level), []
+        noised, outputs = measure.noised(latents, level), []
         for k in range(TURNS if text_of else 1):
             text = text_of((torch.arange(len(prompts)) + k) % len(prompts)) if text_of else None
-            embeddings.append(measure.in_parts(subject.embed, noised, measure.batch_of(prompts, text)))
-        embedding = embeddings[0]
-        row = {"correlation": measure.correlation(scores_under(reward, embeddings if text_of else embeddings * TURNS, prompts), clean)}
-        if reward.head is None:
+            outputs.append(measure.in_parts(subject.output, noised, measure.batch_of(prompts, text)))
+        row = {"correlation": measure.correlation(scores_under(reward, outputs if text_of else outputs * TURNS, prompts), clean)}
+        if measure.embeds_text(reward):
             texts = reward.embed_texts(prompts)
-            row |= {"recall_at_1": measure.recall(embedding, texts), "recall_at_1_text_to_image": measure.recall(texts, embedding)}
+            row |= {"recall_at_1": measure.recall(outputs[0], texts), "recall_at_1_text_to_image": measure.recall(texts, outputs[0])}
         out[f"{level:g}"] = {k: round(v, 4) for k, v in row.items()}
     return out
 
 
-def scores_under(reward: Any, embeddings: Sequence[Tensor], prompts: list[str]) -> Tensor:
-    """Scores of N pictures under their own prompt, by their first embeddings, and under that of the next row, by their second, and so on, so that matches and
-    mismatches both count: [N len(embeddings)]."""
-    return torch.cat([reward.score_embedding(e, measure.batch_of(prompts[k:] + prompts[:k])) for k, e in enumerate(embeddings)])
+def scores_under(reward: Any, outputs: Sequence[Tensor], prompts: list[str]) -> Tensor:
+    """Scores of N pictures under their own prompt, by the first `outputs`, and under that of the next row, by the second, and so on, so that matches and
+    mismatches both count: [N len(outputs)]."""
+    return torch.cat([measure.scored(reward, output, prompts[k:] + prompts[:k]) for k, output in enumerate(outputs)])
 
 
 def assemble(
@@ -259,18 +258,19 @@ def run(recipe: StitchRecipe) -> StitchedValueModel:
         if step % 20 == 0:
             bar.set_postfix_str(", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
 
-    seconds = distill(model, latents, targets, tokens, recipe.distill, text_of=text_of, progress=progress)
+    prompts_of = (lambda rows: [captions[k] for k in rows.tolist()]) if any(captions) else None
+    seconds = distill(model, latents, targets, tokens, recipe.distill, text_of=text_of, prompts_of=prompts_of, progress=progress)
     bar.close()
     with torch.no_grad():
-        held_latents, held_targets = latents_of(backbone, held), targets_of(reward, held)[0]
+        held_latents, held_outputs = latents_of(backbone, held), outputs_of(reward, held)
     model.card |= {
-        "quality": quality(model, held_latents, prompts, held_targets, held_text_of),
+        "quality": quality(model, held_latents, prompts, held_outputs, held_text_of),
         "distill_seconds": round(seconds, 1),
         "device_hours": round((time.perf_counter() - started + kept) / 3600, 5),
         "hardware": cfg.hardware(),
     }
-    if reward.head is None:
-        model.card["clean_recall_at_1"] = round(measure.recall(held_targets, reward.embed_texts(prompts)), 4)
+    if measure.embeds_text(reward):
+        model.card["clean_recall_at_1"] = round(measure.recall(held_outputs, reward.embed_texts(prompts)), 4)
     model.save_pretrained(folder)
     rows = [[sigma, *(f"{v:.3f}" for v in figures.values())] for sigma, figures in model.card["quality"].items()]
     hours = f"{model.card['device_hours']:.3g}"

@@ -133,17 +133,23 @@ class Refresher:
             DistillConfig(**model.card.get("distill", {})), steps=self.config.steps, lr=self.config.lr, batch_size=min(self.config.batch_size, len(latents)), warmup=1, decay=False,
             uniform_share=0.3, seed=self.count,
         )  # fmt: skip
-        distill(model.thaw(), latents, targets, tokens, config, text_of=self.text_of if model.prompted else None)
+        text_of = self.text_of if model.prompted else None
+        distill(model.thaw(), latents, targets, tokens, config, text_of=text_of, prompts_of=self.prompts_of if self.prompts else None)
         if self.engine.world > 1:
             for p in (*model.stitch.parameters(), *model.tail.parameters()):
                 dist.broadcast(p.data, 0)
         model.freeze()
         self.pairs[name] = self.pairs[name][:0]  # what was measured is about the model as it was
 
+    def places_of(self, rows: Tensor) -> list[tuple[PromptSet, int]]:
+        """The prompts that the kept latents [B] were made for: sets, and places in them."""
+        return [(self.prompts[place // SET], place % SET) for place in self.places[rows].tolist()]
+
     def text_of(self, rows: Tensor) -> Conditioning:
-        """Text of the prompts that the kept latents [B] were made for."""
-        places = [divmod(place, SET) for place in self.places[rows].tolist()]
-        return Conditioning.cat([self.prompts[k].batch([place], torch.zeros(1)).text for k, place in places])
+        return Conditioning.cat([known.batch([place], torch.zeros(1)).text for known, place in self.places_of(rows)])
+
+    def prompts_of(self, rows: Tensor) -> list[str]:
+        return [known.prompts[place] for known, place in self.places_of(rows)]
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
