@@ -40,7 +40,7 @@ INDEXES = (
     "config.json",
     "open_clip_config.json",
 )  # of a pipeline, of a single model: fetched last, so that what was cut short has none
-KEYS = ("path", "head", "tokenizer", "processor")  # of a part, that may be hub ids
+KEYS = ("path", "head", "tokenizer", "processor", "base", "clip")  # of a part, that may be hub ids
 AGAIN = 60.0  # seconds before a hub that did not answer is asked again
 _libraries_alone = False  # whether it is `keep_libraries_offline` that said HF_HUB_OFFLINE
 _unanswered: dict[tuple[str | None, ...], tuple[float, str]] = {}

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from rlstitch import config as cfg
-from rlstitch import protocols
+from rlstitch import hub, protocols
 from rlstitch.files import require
 from rlstitch.fingerprints import same_vae
 from rlstitch.hub import model_folder
@@ -83,8 +83,16 @@ def reward_faults(where: str, node: Any) -> list[str]:
     if isinstance(node, dict) and str(node.get("_target_")).startswith("rlstitch.") and not hasattr(cls, "faults"):
         for key in ("path", "head"):
             if isinstance(node.get(key), str):
-                attempt(faults, f"{where}.{key}", model_folder if key == "path" else require, node[key], "the reward's file")
+                attempt(faults, f"{where}.{key}", _to_be_had, node[key], key == "path")
     return faults or cfg.own_faults(where, node, "reward")
+
+
+def _to_be_had(path: str, folder: bool) -> None:
+    """Raises UserError where what a reward reads is neither here nor, by a hub id of one file or, with `folder`, of a model, at the hub."""
+    if hub.parsed_file(path, pickles=True) and not (folder and hub.parsed(path)):
+        hub.missing(path, [], None, "the reward's file")
+    else:
+        (model_folder if folder else require)(path, "the reward's file")
 
 
 def judge_faults(where: str, names: list[str], rewards: dict[str, Any], prompts: PromptSet | None) -> list[str]:

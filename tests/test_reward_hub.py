@@ -1,16 +1,13 @@
 """Rewards by hub id: what is fetched of a repository in open_clip's layout, of one file, of a head and a tokenizer elsewhere, and what is kept of where they came from."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
-from PIL import Image
 
 from rlstitch import config as cfg
 from rlstitch import hub, parts
@@ -19,6 +16,8 @@ from rlstitch.rewards.clip import ClipReward
 from rlstitch.types import Batch, UserError
 from tests.test_clip_family import TARGET, write_open_clip
 from tests.test_hub import FIRST, online  # noqa: F401
+from tests.test_imagereward import files as blip  # noqa: F401
+from tests.test_qwen import files as qwen  # noqa: F401
 
 
 def test_of_a_repository_in_open_clips_layout_one_file_is_fetched(online, tmp_path):  # noqa: F811
@@ -105,6 +104,30 @@ def test_a_file_a_head_and_a_tokenizer_by_hub_id(online, clip_dir, tmp_path, mon
     assert Path(hub.fetch(pinned["path"], [])).is_file()
 
 
+def test_models_of_other_kinds_are_taken_by_their_file_at_the_hub(online, blip, qwen, tmp_path, monkeypatch):  # noqa: F811
+    words, weights = shutil.copytree(blip / "bert", tmp_path / "words"), tmp_path / "weights"
+    (words / "config.json").write_text("{}")
+    weights.mkdir()
+    shutil.copy(blip / "ImageReward.pt", weights)
+    shutil.copy(qwen[0] / "new.safetensors", weights / "HPSv3.safetensors")
+    for name, folder in {
+        "zai-org/ImageReward": weights, "google-bert/bert-base-uncased": words, "MizzenAI/HPSv3": weights, "Qwen/Qwen2-VL-7B-Instruct": qwen[0]
+    }.items():  # fmt: skip
+        online.put(name, folder)
+    monkeypatch.chdir(tmp_path)
+    rewards = {name: dict(RECIPES[name][name]) for name in ("imagereward", "hpsv3")}
+    (fault,) = [f for name, node in rewards.items() for f in reward_faults(name, node)]
+    assert "'hpsv3.instruction': the instruction 'hpsv3_instruction.txt' is not there" in fault
+    (tmp_path / "hpsv3_instruction.txt").write_text("rate {prompt} <|Reward|>")
+    assert not [f for name, node in rewards.items() for f in reward_faults(name, node)]
+    assert not [n for n in online.asked if n.endswith((".pt", ".safetensors"))]
+    assert parts.at_hand(SimpleNamespace(model={}, rewards=rewards, check=False))
+    assert rewards["hpsv3"]["base"] == f"Qwen/Qwen2-VL-7B-Instruct@{FIRST}" and rewards["imagereward"]["path"].endswith(f".pt@{FIRST}")
+    batch = Batch(["a red cat"], torch.zeros(1), torch.zeros(1))
+    for node in rewards.values():
+        assert torch.isfinite(cfg.build(node, kind="reward").score(torch.rand(1, 3, 40, 40), batch)).all()
+
+
 RECIPES = {p.stem: cfg.compose(f"reward/{p.stem}")["rewards"] for p in (cfg.RECIPES / "reward").glob("*.yaml")}
 FAMILY = {
     f"{stem}.{name}": node
@@ -122,28 +145,3 @@ def test_every_recipe_of_the_family_lacks_nothing_but_files():
         faults = reward_faults(where, node)
         assert faults and all("is not in the hub cache" in f or "is not there" in f for f in faults), faults
         assert not cfg.check_part(where, node, kind="reward") and hub.ids_of(node)
-
-
-LAION = {"_target_": TARGET, "path": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"}
-GOLDEN = {  # DiffSynth-Studio's card of its image metrics: two pictures of one prompt, what each reward makes of them, and within which share we are to meet it
-    "pickscore": (FAMILY["pickscore.pickscore"], (22.958, 23.321), 0.005),
-    "hps": (FAMILY["hpsv2.hpsv2"] | {"scale": "logit"}, (30.169, 30.528), 0.01),
-    "clip": (LAION | {"scale": 100.0}, (40.271, 39.065), 0.01),
-    "aesthetic": (FAMILY["aesthetic_v2.aesthetic"], (5.096, 5.848), 0.01),
-}
-
-
-@pytest.mark.hub
-@pytest.mark.parametrize("name", GOLDEN)
-def test_published_scores_are_met(name):
-    """Runs where the cache has the model, and the folder RLSTITCH_GOLDEN the card's two pictures, in their order."""
-    if not (folder := os.environ.get("RLSTITCH_GOLDEN")):
-        pytest.skip("RLSTITCH_GOLDEN names no folder with the card's two pictures")
-    node, expected, share = GOLDEN[name]
-    if faults := reward_faults(name, node):
-        pytest.skip(faults[0])
-    reward = cfg.build(node | {"dtype": "float32"}, kind="reward")
-    for file, wanted in zip(sorted(Path(folder).iterdir()), expected):
-        picture = torch.tensor(np.array(Image.open(file).convert("RGB"))).permute(2, 0, 1)[None].float() / 255
-        found = reward.score(picture, Batch(["A cat is sitting on a stone."], torch.zeros(1), torch.zeros(1)))
-        assert float(found) == pytest.approx(wanted, rel=share)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from rlstitch.weights import fill_strictly, read_checkpoint
 
 WHAT = "the reward's weights"
 BASE = "Qwen/Qwen2-VL-7B-Instruct"
+TOKEN = "<|Reward|>"
 ASPECT = 200  # beyond which the model's own code refuses a picture
 PICTURE = "<|image_pad|>"  # stands for one patch of the language model's
 
@@ -47,7 +49,7 @@ class QwenPreference:
         *,
         instruction: Text,
         base: Text = BASE,
-        token: Text = "<|Reward|>",
+        token: Text = TOKEN,
         output: CountOrNone = 0,
         pixels: Count = 256 * 28 * 28,
         device: DeviceName = "cpu",
@@ -76,6 +78,22 @@ class QwenPreference:
         self.model = model.to(self.device, self.dtype).requires_grad_(False).eval()
         self.head = self.head.to(self.device).requires_grad_(False).eval()  # in float32, as it was trained
         self.patch, self.merge = model.config.vision_config.patch_size, model.config.vision_config.spatial_merge_size
+
+    @staticmethod
+    def faults(options: dict[str, Any]) -> list[tuple[str, str]]:
+        """(key, why) of what keeps a recipe's reward from loading, by its small files alone."""
+        looks: dict[str, Callable[[], Any]] = {
+            "path": lambda: hub.missing(options["path"], [], None, WHAT) or hub.model_folder(options["path"], WHAT),
+            "base": lambda: hub.model_folder(options.get("base", BASE), "the reward's base model"),
+            "instruction": lambda: asked(options["instruction"], options.get("token", TOKEN)),
+        }
+        out = []
+        for key, look in looks.items():
+            try:
+                look()
+            except (UserError, OSError) as error:
+                out.append((key, str(error)))
+        return out
 
     @staticmethod
     def needs(options: dict[str, Any]) -> list[str]:
