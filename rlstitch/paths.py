@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import re
 import stat
 import tempfile
 from contextlib import suppress
@@ -21,6 +23,19 @@ def home(path: str | Path) -> Path:
     except (OSError, ValueError, RuntimeError) as error:  # too long, NUL, links in a circle, no such user
         raise UserError(f"{str(path)[:80]!r} cannot be looked for ({getattr(error, 'strerror', None) or error})") from error
     return found
+
+
+def matching(pattern: str, what: str = "file") -> list[str]:
+    """The files and folders at a path or a pattern, in the order of their names: *, ? and [...] as in a shell, {00..12} as WebDataset has it. Raises UserError where there are
+    none, or one of a range is not there."""
+    if what_is(home(pattern)):
+        return [str(home(pattern))]
+    if found := re.search(r"\{(\d+)\.\.(\d+)\}", pattern):
+        numbers = range(int(found[1]), int(found[2]) + 1)
+        return [f for k in numbers for f in matching(f"{pattern[: found.start()]}{k:0{len(found[1])}}{pattern[found.end() :]}", what)]
+    if not (files := sorted(glob.glob(str(home(pattern))))):
+        raise UserError(f"no {what} at '{pattern}': name one, or a pattern such as folder/*.tar or folder/{{00000..00099}}.tar")
+    return files
 
 
 def what_is(path: str | Path) -> str:

@@ -5,21 +5,24 @@ Like `pictures`, all give uint8 [N, 3, H, W] and N prompts; recipes name them un
 
 from __future__ import annotations
 
-import glob
 import json
+import lzma
 import random
 import tarfile
+import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlstitch.paths import home
-from rlstitch.pictures import SUFFIXES, Source, read_pictures
+from rlstitch.paths import matching
+from rlstitch.pictures import SUFFIXES, Source, bytes_of, read_pictures
 from rlstitch.prompts import COLUMNS, file_of, read_table, read_text
 from rlstitch.ranges import CountOrNone, Seed, Side, Text
+from rlstitch.telling import say
 from rlstitch.types import UserError
 
 Row = tuple[Source, str, str]  # a picture, what it is called, its prompt
@@ -28,30 +31,49 @@ Row = tuple[Source, str, str]  # a picture, what it is called, its prompt
 def images_from_shards(
     path: Text, size: Side, *, width: Side | None = None, column: str = "", skip_unreadable: bool = False, n: CountOrNone = 0
 ) -> tuple[Tensor, list[str]]:
-    """The first n (0: all) pictures of WebDataset shards: `path` is a .tar or a pattern such as shards/*.tar, members KEY.jpg beside KEY.txt, or KEY.json with prompt, text or
-    caption (or `column`). Shards are read as they are, in the order of their names; nothing is unpacked to disk. size and width as in `images_from_folder`."""
-    shards = sorted(glob.glob(str(home(path))))
-    if not shards:
-        raise UserError(f"no shard at '{path}': give a .tar file or a pattern such as shards/*.tar")
+    """The first n (0: all) pictures of WebDataset shards: `path` is a .tar or a pattern such as shards/*.tar or shards/{00000..00099}.tar, members KEY.jpg beside KEY.txt, or
+    KEY.json with prompt, text or caption (or `column`). Shards are read as they are, in the order of their names; nothing is unpacked to disk. size and width as in
+    `images_from_folder`."""
     found: list[Row] = []
+    keys: dict[str, None] = {}  # of KEY.json
+    shards = _files(path, "shard")
     for shard in shards:
-        for key, picture, prompt in _members(Path(shard), column):
-            if n and len(found) == n:
+        for key, picture, prompt in _members(shard, column, keys) if not n or len(found) < n else ():
+            found.append((picture, f"{shard.name}:{key}", prompt))
+            if len(found) == n:
                 break
-            found.append((picture, f"{Path(shard).name}:{key}", prompt))
     if not found:
         raise UserError(f"no picture in {len(shards)} shards at '{path}': members KEY{', KEY'.join(SUFFIXES)} are read")
-    return _read(found, size, width, path, skip_unreadable)
+    if column and column.lower() not in {key.lower() for key in keys}:
+        raise UserError(
+            f"no KEY.json in {path} has '{column}'" + (f"; they have {', '.join(list(keys)[:12])}" if keys else ": there is none")
+        )
+    return _read(
+        found,
+        size,
+        width,
+        path,
+        skip_unreadable,
+        f"KEY.json has {', '.join(list(keys)[:12])}" if keys else "there is no KEY.txt or KEY.json",
+    )
 
 
-def _read(found: list[Row], size: int, width: int | None, where: str, skip_unreadable: bool) -> tuple[Tensor, list[str]]:
+def _files(path: str, what: str) -> list[Path]:
+    """Of a path, a pattern, or a file at the hub."""
+    return [file_of(path, f"the {what}")] if path.startswith("hub:") else [Path(file) for file in matching(path, what)]
+
+
+def _read(found: list[Row], size: int, width: int | None, where: str, skip_unreadable: bool, seen: str = "") -> tuple[Tensor, list[str]]:
+    """Pictures and prompts of rows; how many have none is said, and what was `seen` in place of them."""
     good = read_pictures({source: name for source, name, _ in found}, (width or size, size), where, skip_unreadable)
     kept = [(good[source], prompt) for source, _, prompt in found if source in good]
+    if bare := sum(not prompt for _, prompt in kept):
+        say(f"{bare} of {len(kept)} pictures of {where} have no prompt" + f" ({seen})" * bool(seen))
     return torch.stack([picture for picture, _ in kept]), [prompt for _, prompt in kept]
 
 
-def _members(shard: Path, column: str) -> Iterator[tuple[str, bytes, str]]:
-    """(key, picture, prompt or '') of a shard's samples, whose members stand together."""
+def _members(shard: Path, column: str, keys: dict[str, None]) -> Iterator[tuple[str, bytes, str]]:
+    """(key, picture, prompt or '') of a shard's samples, whose members stand together; into `keys` go those of their .json."""
     try:
         with tarfile.open(shard, "r:*") as archive:
             sample: dict[str, bytes] = {}
@@ -63,25 +85,42 @@ def _members(shard: Path, column: str) -> Iterator[tuple[str, bytes, str]]:
                 if not member.isfile() or not stem:
                     continue
                 if key != now:
-                    yield from _sample(shard, now, sample, column)
+                    yield from _sample(shard, now, sample, column, keys)
                     now, sample = key, {}
                 if f".{suffix.lower()}" in (*SUFFIXES, ".txt", ".json"):
                     sample[f".{suffix.lower()}"] = archive.extractfile(member).read()
-            yield from _sample(shard, now, sample, column)
-    except (tarfile.TarError, EOFError, OSError) as error:
+            yield from _sample(shard, now, sample, column, keys)
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         raise UserError(f"{shard} cannot be read as a .tar ({error}): fetch it again") from error
 
 
-def _sample(shard: Path, key: str, sample: dict[str, bytes], column: str) -> Iterator[tuple[str, bytes, str]]:
+def _sample(shard: Path, key: str, sample: dict[str, bytes], column: str, keys: dict[str, None]) -> Iterator[tuple[str, bytes, str]]:
     picture = next((sample[s] for s in SUFFIXES if s in sample), None)
     if picture is None:
         return
     try:
         told = json.loads(sample[".json"]) if ".json" in sample else {}
-        prompt = next((told[c] for c in ([column] if column else COLUMNS) if isinstance(told, dict) and isinstance(told.get(c), str)), None)
-        yield key, picture, (prompt or sample.get(".txt", b"").decode()).strip()
+        row = {str(k).lower(): v for k, v in told.items()} if isinstance(told, dict) else {}
+        keys.update(dict.fromkeys(told if isinstance(told, dict) else ()))
+        prompt = next(filter(None, (first_text(row.get(c.lower())) for c in ([column] if column else COLUMNS))), "")
+        yield key, picture, prompt or ("" if column else sample.get(".txt", b"").decode("utf-8-sig").strip())
     except ValueError as error:
         raise UserError(f"{shard}, {key}: its prompt cannot be read ({error})") from error
+
+
+def first_text(value: Any) -> str:
+    """The text of a cell; of several captions the first."""
+    found = captions_of(value)
+    return found[0] if found else ""
+
+
+def captions_of(value: Any) -> list[str]:
+    """The captions of a cell: a text, a list of texts, also written as JSON, or of objects with `raw`."""
+    if isinstance(value, str) and value.lstrip()[:1] == "[":
+        with suppress(ValueError, RecursionError):
+            value = json.loads(value)
+    listed = [v.get("raw") if isinstance(v, dict) else v for v in (value if isinstance(value, list) else [value])]
+    return [text.strip() for text in listed if isinstance(text, str) and text.strip()]
 
 
 def images_from_parquet(
@@ -89,13 +128,14 @@ def images_from_parquet(
 ) -> tuple[Tensor, list[str]]:
     """The first n (0: all) pictures that parquet files hold as bytes, or as a data set of the hub holds them ({bytes, path}), in their one column of pictures, with the
     prompts beside them. `path`: a file, a pattern, or hub:datasets/owner/name/FILE. size and width as in `images_from_folder`."""
-    files = [path] if path.startswith("hub:") else sorted(glob.glob(str(home(path))))
-    if not files:
-        raise UserError(f"no file at '{path}'")
     found: list[Row] = []
-    for file in files:
+    columns: dict[str, None] = {}
+    for file in [path] if path.startswith("hub:") else matching(path):
+        if n and len(found) >= n:
+            break
         table = read_table(file, "the file of pictures", pictures=True)
-        holds = [c for c in table.columns if any(_bytes(row.get(c)) for row in table.rows[:8])]
+        columns.update(dict.fromkeys(table.columns))
+        holds = [c for c in table.columns if any(bytes_of(row.get(c)) for row in table.rows[:8])]
         if len(holds) != 1:
             raise UserError(
                 f"{file} has {len(holds)} columns that hold pictures' bytes{': ' + ', '.join(holds) if holds else ''}; it has {', '.join(table.columns[:12])}: one is read"
@@ -104,33 +144,47 @@ def images_from_parquet(
         if column and not said:
             table.prompt_column(column)
         for place, row in zip(table.places, table.rows):
-            if (not n or len(found) < n) and (picture := _bytes(row.get(holds[0]))):
-                prompt = row.get(said[0]) if said else ""
-                prompt = prompt[0] if isinstance(prompt, list) and prompt else prompt  # several captions: the first
-                found.append((picture, f"{Path(file).name}, {place}", prompt.strip() if isinstance(prompt, str) else ""))
-    return _read(found, size, width, path, skip_unreadable)
-
-
-def _bytes(value: Any) -> bytes | None:
-    value = value.get("bytes") if isinstance(value, dict) else value
-    return value if isinstance(value, bytes) and value else None
+            if (not n or len(found) < n) and (picture := bytes_of(row.get(holds[0]))):
+                found.append((picture, f"{Path(file).name}, {place}", first_text(row.get(said[0])) if said else ""))
+    return _read(found, size, width, path, skip_unreadable, f"its columns are {', '.join(list(columns)[:12])}")
 
 
 def images_with_captions(
-    path: Text, images: Text, size: Side, *, width: Side | None = None, split: str = "", skip_unreadable: bool = False, n: CountOrNone = 0
+    path: Text,
+    images: Text,
+    size: Side,
+    *,
+    width: Side | None = None,
+    split: str = "",
+    column: str = "",
+    skip_unreadable: bool = False,
+    n: CountOrNone = 0,
 ) -> tuple[Tensor, list[str]]:
     """The first n (0: all) pictures of a file of captions, each with its first one, from the folder `images`: COCO's captions_*.json, Karpathy's dataset_coco.json or
-    dataset_flickr30k.json (whose `split` test is the 5k or 1k of Recall@1), or any table with `file_name` and caption. size and width as in `images_from_folder`."""
+    dataset_flickr30k.json (whose `split` test is the 5k or 1k of Recall@1), or any table with `file_name` or `filename` and captions (prompt, text, caption, raw, or
+    `column`). size and width as in `images_from_folder`."""
+    rows = [(source, name, captions[0]) for source, name, captions in _captioned(path, images, split, column, n)]
+    return _read(rows, size, width, images, skip_unreadable)
+
+
+def _captioned(path: str, images: str, split: str, column: str, n: int) -> list[tuple[Path, str, list[str]]]:
+    """The first n pictures of a file of captions, what they are called, and all captions of each."""
     table, folder = read_table(path, "the file of captions"), file_of(images, "the folder of pictures")
-    rows = [row for row in table.rows if not split or row.get("split") == split]
+    rows = [(place, row) for place, row in zip(table.places, table.rows) if not split or row.get(table.find("split") or "") == split]
     if not rows:
-        has = ", ".join(sorted({str(row.get("split")) for row in table.rows}))
+        has = ", ".join(sorted({str(row.get(table.find("split") or "")) for row in table.rows}))
         raise UserError(f"{path} has no picture of split '{split}'; it has {has}" if table.rows else f"{path} names no picture")
-    column, named = table.prompt_column(), table.find("file_name")
+    found = [c for c in map(table.find, [column] if column else ["captions", *COLUMNS, "raw"]) if c is not None]
+    told, named = found[0] if found else table.prompt_column(column), table.find("file_name") or table.find("filename")
     if named is None:
         raise UserError(f"{path} has no column file_name; it has {', '.join(table.columns[:12])}")
-    files = [(_inside(folder, row[named], path), row[column].strip()) for row in rows[: n or None]]
-    return _read([(file, file.name, prompt) for file, prompt in files], size, width, images, skip_unreadable)
+    out = []
+    for place, row in rows[: n or None]:
+        if not (captions := captions_of(row[told])):
+            raise UserError(f"{path}, {place}: needs a caption under '{told}', not {str(row[told])[:40]!r}")
+        file = _inside(folder, row[named], path)
+        out.append((file, file.name, captions))
+    return out
 
 
 def _inside(folder: Path, name: Any, path: str) -> Path:

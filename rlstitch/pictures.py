@@ -5,6 +5,7 @@ All give uint8 [N, 3, H, W] (pairs [N, 2, 3, H, W], the better first) and the N 
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping
@@ -18,8 +19,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from rlstitch.files import require
-from rlstitch.paths import what_is
-from rlstitch.prompts import COLUMNS, Table, no_text, read_table, read_text
+from rlstitch.paths import matching, what_is
+from rlstitch.prompts import COLUMNS, Table, file_of, no_text, read_table, read_text
 from rlstitch.ranges import CountOrNone, Side, Text
 from rlstitch.telling import say
 from rlstitch.types import UserError
@@ -62,9 +63,9 @@ def images_from_folder(
 def pairs_from_file(
     path: Text, size: Side, *, width: Side | None = None, column: str = "", skip_unreadable: bool = False, n: CountOrNone = 0
 ) -> tuple[Tensor, list[str]]:
-    """Preference pairs, one a row of a file that `prompts.read_table` reads: the prompt and, as paths from where the file lies, `chosen` and `rejected`; or as HPDv2
-    (`image_path`, `human_preference` or `rank`) and Pick-a-Pic (`jpg_0`, `jpg_1`, `label_0`) have it, rows without a preference left out. size and width as in
-    `images_from_folder`; n: the first so many pairs, 0 for all."""
+    """Preference pairs, one a row of a file that `prompts.read_table` reads (a pattern: of several): the prompt and, as paths from where the file lies, `chosen` and
+    `rejected`; or as HPDv2 (`image_path` or `file_path`, `human_preference` or `rank`; the pictures of train.json may lie in train/) and Pick-a-Pic (`jpg_0`, `jpg_1`,
+    `label_0`) have it, rows without a preference left out. size and width as in `images_from_folder`; n: the first so many pairs, 0 for all."""
     better, worse, prompts, _ = _pairs(path, size, width, column, skip_unreadable, n)
     return torch.stack([better, worse], 1), prompts
 
@@ -81,50 +82,76 @@ def judged_pairs(
 
 def _pairs(path: str, size: int, width: int | None, column: str, skip_unreadable: bool, n: int) -> tuple[Tensor, Tensor, list[str], Tensor]:
     """Better pictures, worse ones, prompts, and whether the better one comes first."""
-    table = read_table(path, "the file of pairs", pictures=True)
-    if not table.rows:
+    pairs: list[tuple[str, str, Source, Source, bool]] = []  # what a pair is called, its prompt, and the two
+    rows = 0
+    for file in [path] if path.startswith("hub:") else matching(path):
+        if n and len(pairs) >= n:
+            break
+        table = read_table(file, "the file of pairs", pictures=True)
+        prompts = table.texts(table.prompt_column(column)) if table.rows else []
+        folder, rows = file_of(file, "the file of pairs").parent, rows + len(table.rows)
+        for k, row in enumerate(table.rows):
+            pairs += [(f"{table.path}, {table.places[k]}", prompts[k], *pair) for pair in _preferred(table, k, row, folder)]
+    if not rows:
         raise UserError(f"{path} holds no pair")
-    prompts = table.texts(table.prompt_column(column))
-    folder = require(path, "the file of pairs").parent
-    pairs: list[tuple[int, Source, Source, bool]] = [
-        (k, better, worse, first) for k, row in enumerate(table.rows) for better, worse, first in _preferred(table, k, row, folder)
-    ][: n or None]
-    if same := [table.places[k] for k, better, worse, _ in pairs if better == worse]:
-        raise UserError(f"{path}, {_some(same)}: chosen and rejected are one picture, of which nothing is learned: take the row out")
-    names = {source: source if isinstance(source, Path) else f"{table.places[k]}" for k, *two, _ in pairs for source in two}
+    pairs = pairs[: n or None]
+    if same := [place for place, _, better, worse, _ in pairs if better == worse]:
+        raise UserError(f"{_some(same)}: chosen and rejected are one picture, of which nothing is learned: take the row out")
+    names = {source: source if isinstance(source, Path) else place for place, _, *two, _ in pairs for source in two}
     good = read_pictures(names, (width or size, size), str(path), skip_unreadable)
-    kept = [pair for pair in pairs if pair[1] in good and pair[2] in good]
+    kept = [pair for pair in pairs if pair[2] in good and pair[3] in good]
     if not kept:
         raise UserError(f"{path}: no pair has two pictures that can be read" if pairs else f"{path}: no row prefers one of its pictures")
-    sides = [torch.stack([good[pair[side]] for pair in kept]) for side in (1, 2)]
-    return *sides, [prompts[k] for k, *_ in kept], torch.tensor([first for *_, first in kept])
+    sides = [torch.stack([good[pair[side]] for pair in kept]) for side in (2, 3)]
+    return *sides, [prompt for _, prompt, *_ in kept], torch.tensor([first for *_, first in kept])
 
 
 def _preferred(table: Table, k: int, row: dict[str, Any], folder: Path) -> list[tuple[Source, Source, bool]]:
     """(better, worse, whether the better one comes first) of a row; none where it prefers neither."""
-    place = f"{table.path}, {table.places[k]}"
+    place, own = f"{table.path}, {table.places[k]}", folder / Path(table.path).stem
+
+    def at(*names: str) -> Any:
+        return next((row[c] for c in map(table.find, names) if c is not None and row.get(c) is not None), None)
+
+    def picture(name: Any) -> Path:
+        file = folder / str(name).strip()
+        return own / str(name).strip() if not what_is(file) and what_is(own / str(name).strip()) else file
+
     if table.find("jpg_0"):
-        label, two = row.get("label_0"), (row.get("jpg_0"), row.get("jpg_1"))
-        if not all(isinstance(side, bytes) for side in two) or not isinstance(label, int | float):
+        label, two = at("label_0"), [bytes_of(at(name)) for name in ("jpg_0", "jpg_1")]
+        if at("has_label") is False or label == 0.5 or (label is None and table.find("label_0")):
+            return []
+        if not all(two) or not _number(label):
             raise UserError(f"{place}: needs two pictures' bytes under jpg_0 and jpg_1 and a number under label_0")
-        return [] if label == 0.5 else [(*(two if label > 0.5 else two[::-1]), label > 0.5)]
-    if table.find("image_path"):
-        files, order = row.get("image_path"), row.get("human_preference") or row.get("rank")
-        if not isinstance(files, list) or not isinstance(order, list) or len(files) != len(order) or len(files) < 2:
+        return [(*(two if label > 0.5 else two[::-1]), label > 0.5)]
+    if table.find("image_path") or table.find("file_path"):
+        files, liked, rank = at("image_path", "file_path"), at("human_preference"), at("rank")
+        order = liked or rank
+        if not isinstance(files, list) or not isinstance(order, list) or not len(files) == len(order) >= 2 or not all(map(_number, order)):
             raise UserError(
                 f"{place}: needs a list under image_path and one as long under human_preference (1 for the better) or rank (1 is the best)"
             )
-        merit = [-v for v in order] if row.get("human_preference") is None else order
+        merit, files = order if liked else [-v for v in order], [picture(f) for f in files]
         return [
-            (folder / files[i], folder / files[j], True) if merit[i] > merit[j] else (folder / files[j], folder / files[i], False)
+            (files[i], files[j], True) if merit[i] > merit[j] else (files[j], files[i], False)
             for i in range(len(files)) for j in range(i + 1, len(files)) if merit[i] != merit[j]
         ]  # fmt: skip
-    better, worse = ((found := table.find(name)) and row.get(found) for name in ("chosen", "rejected"))
+    better, worse = at("chosen"), at("rejected")
     if faults := [f"'{name}'" for name, value in (("chosen", better), ("rejected", worse)) if no_text(value)]:
         raise UserError(
-            f"{place}: needs a path under {' and '.join(faults)}, or the columns of HPDv2 (image_path, human_preference) or Pick-a-Pic (jpg_0, jpg_1, label_0)"
+            f"{place}: needs a path under {' and '.join(faults)}, or the columns of HPDv2 (image_path, human_preference) or Pick-a-Pic (jpg_0, jpg_1, label_0); it has {', '.join(row)[:200]}"
         )
-    return [(folder / better.strip(), folder / worse.strip(), k % 2 == 0)]
+    return [(picture(better), picture(worse), k % 2 == 0)]
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def bytes_of(value: Any) -> bytes | None:
+    """A picture's bytes in a cell: as they are, or as a data set of the hub holds them, {bytes, path}."""
+    value = value.get("bytes") if isinstance(value, dict) else value
+    return value if isinstance(value, bytes) and value else None
 
 
 def _some(names: Iterable[str], shown: int = 8) -> str:

@@ -22,8 +22,9 @@ from rlstitch.files import require, sha256
 from rlstitch.paths import what_is
 from rlstitch.types import Batch, Conditioning, UserError
 
-MAX_FILE_BYTES = 64 << 20
+MAX_FILE_BYTES = 512 << 20  # Karpathy's dataset_coco.json has 138 MiB, HPDv2's train.json more
 COLUMNS = ("prompt", "text", "caption", "prompts")  # where prompts are looked for, the first one that is there
+STYLES = {"anime", "concept-art", "paintings", "photo"}  # of HPDv2's benchmark
 BOM = "\ufeff"
 # What a file begins with that is no text in UTF-8, or not the text that was meant.
 SIGNS = (
@@ -287,6 +288,8 @@ def _json_array(text: str, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     if isinstance(value, dict) and isinstance(value.get("images"), list) and (rows := _captioned(value, path)):
         yield from rows
         return
+    if isinstance(value, dict) and value and value.keys() <= STYLES and all(isinstance(v, list) for v in value.values()):
+        value = [_row(item, f"{path}, {style}") | {"style": style} for style, listed in value.items() for item in listed]
     if isinstance(value, dict):
         lists = [k for k, v in value.items() if isinstance(v, list)]
         if len(lists) != 1:

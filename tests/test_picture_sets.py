@@ -1,49 +1,18 @@
 """Published sets in the formats they come in: prompts, pictures, pairs and grades, each read as its own paper's files have it."""
 
-import io
 import json
-import tarfile
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from rlstitch import hub, picture_sets, pictures
 from rlstitch.prompts import fingerprint, read_prompts
 from rlstitch.types import UserError
-
-
-def png(shade, side=8):
-    out = io.BytesIO()
-    Image.fromarray(np.full((side, side, 3), shade, np.uint8)).save(out, format="PNG")
-    return out.getvalue()
+from tests.sets import AVA, COCO, KARPATHY, PAIRS, lay_out, parquet, png, tar, write
 
 
 def shades(images):
     return images.float().mean((-3, -2, -1)).round().int().tolist()
-
-
-def write(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content) if isinstance(content, bytes) else path.write_text(
-        content if isinstance(content, str) else json.dumps(content)
-    )
-    return str(path)
-
-
-KARPATHY = {
-    "dataset": "flickr30k",
-    "images": [
-        {"filename": "1.png", "split": "test", "imgid": 0, "sentences": [{"raw": "A cat. "}, {"raw": "Two cats."}]},
-        {"filename": "2.png", "split": "train", "imgid": 1, "sentences": [{"raw": "A dog."}]},
-    ],
-}
-COCO = {
-    "info": {}, "licenses": [],
-    "images": [{"id": 7, "file_name": "1.png"}, {"id": 9, "file_name": "2.png"}, {"id": 11, "file_name": "3.png"}],
-    "annotations": [{"image_id": 9, "id": 1, "caption": "A dog."}, {"image_id": 7, "id": 2, "caption": "A cat."}, {"image_id": 7, "id": 3, "caption": "Two cats."}],
-}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -53,6 +22,7 @@ COCO = {
         ("PartiPrompts.tsv", "Prompt\tCategory\tChallenge\tNote\nbond\tAbstract\tBasic\t\n", ["bond"], {"Challenge": "Basic"}),
         ("evaluation_metadata.jsonl", '{"tag": "two_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"}\n', ["a photo of a bench"], {"tag": "two_object"}),
         ("anime.json", ["a girl", "a boy"], ["a girl", "a boy"], {}),
+        ("all.json", {"anime": ["a girl"], "concept-art": ["a ship"]}, ["a girl", "a ship"], {"style": "anime"}),
         ("color_val.txt", "a green bench and a blue bowl\n", ["a green bench and a blue bowl"], {}),
         ("geneval2_data.jsonl", '{"prompt": "six cows", "atom_count": 2, "vqa_list": [["How many cows?", "six"]], "skills": ["count"]}\n', ["six cows"], {"vqa_list": [["How many cows?", "six"]]}),
         ("captions_val2014.json", COCO, ["A cat.", "A dog."], {"captions": ["A cat.", "Two cats."], "file_name": "1.png"}),
@@ -90,6 +60,12 @@ def test_pictures_of_caption_files(tmp_path):
     assert prompts == ["A cat."]
     with pytest.raises(UserError, match="no picture of split 'val'; it has test, train"):
         picture_sets.images_with_captions(str(tmp_path / "karpathy.json"), str(tmp_path / "val2014"), 4, split="val")
+    table = 'raw,sentids,split,filename\n"[""A cat."", ""Two cats.""]",1,Test,1.png\n"[""A dog.""]",2,train,2.png\n'  # the hub's flickr_annotations_30k.csv
+    path = write(tmp_path / "flickr.csv", table.replace("Test", "test"))
+    assert picture_sets.images_with_captions(path, str(tmp_path / "val2014"), 4)[1] == ["A cat.", "A dog."]
+    assert picture_sets.images_with_captions(path, str(tmp_path / "val2014"), 4, split="test", column="RAW")[1] == ["A cat."]
+    with pytest.raises(UserError, match="line 2: needs a caption under 'raw', not ''"):
+        picture_sets.images_with_captions(write(tmp_path / "bare.csv", "raw,filename\n,1.png\n"), str(tmp_path / "val2014"), 4)
     out = json.loads(json.dumps(KARPATHY).replace("1.png", "../../1.png"))
     with pytest.raises(UserError, match="lies outside"):
         picture_sets.images_with_captions(write(tmp_path / "out.json", out), str(tmp_path / "val2014"), 4)
@@ -99,15 +75,7 @@ def test_pictures_of_caption_files(tmp_path):
         )
 
 
-def tar(path, members):
-    with tarfile.open(path, "w") as archive:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-
-
-def test_pictures_of_shards(tmp_path):
+def test_pictures_of_shards(tmp_path, capsys):
     tar(tmp_path / "b-1.tar", [("x/3.png", png(120)), ("x/3.json", b'{"caption": "three", "id": 3}')])
     tar(
         tmp_path / "b-0.tar",
@@ -123,19 +91,22 @@ def test_pictures_of_shards(tmp_path):
     tar(tmp_path / "d.tar", [("1.png", png(40)), ("1.json", b"{")])
     with pytest.raises(UserError, match="d.tar, 1: its prompt cannot be read"):
         picture_sets.images_from_shards(str(tmp_path / "d.tar"), 4)
+    told = [("1.png", png(40)), ("1.json", b'{"Caption": ["one", "uno"]}'), ("2.png", png(80)), ("2.txt", b"\xef\xbb\xbftwo")]
+    tar(tmp_path / "00.tar", told), tar(tmp_path / "01.tar", [("3.png", png(120))])
+    assert picture_sets.images_from_shards(str(tmp_path / "{00..01}.tar"), 4)[1] == ["one", "two", ""]
+    assert "1 of 3 pictures" in capsys.readouterr().out
+    for pattern, options, message in (
+        ("{00..02}.tar", {}, "no shard at '.*02.tar'"),
+        ("00.tar", {"column": "text"}, "no KEY.json in .* has 'text'; they have Caption"),
+    ):
+        with pytest.raises(UserError, match=message):
+            picture_sets.images_from_shards(str(tmp_path / pattern), 4, **options)
     with pytest.raises(UserError, match="no shard at"):
         picture_sets.images_from_shards(str(tmp_path / "e.tar"), 4)
 
 
-def parquet(path, rows):
-    pa = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
-    parquet.write_table(pa.Table.from_pylist(rows), path)
-    return str(path)
-
-
 def test_pictures_of_parquet_files(tmp_path):
+    pytest.importorskip("pyarrow")
     rows = [
         {"image": {"bytes": png(40), "path": "a.png"}, "caption": ["one", "uno"], "k": 1},
         {"image": {"bytes": png(80), "path": None}, "caption": ["two"], "k": 2},
@@ -149,19 +120,25 @@ def test_pictures_of_parquet_files(tmp_path):
 
 
 def test_pairs_of_pick_a_pic_and_hpd(tmp_path):
-    rows = [
-        {"caption": "one", "jpg_0": png(10), "jpg_1": png(20), "label_0": 1.0},
-        {"caption": "two", "jpg_0": png(30), "jpg_1": png(40), "label_0": 0.0},
-        {"caption": "tie", "jpg_0": png(50), "jpg_1": png(60), "label_0": 0.5},
-    ]
-    path = parquet(tmp_path / "pick.parquet", rows)
+    pytest.importorskip("pyarrow")
+    path = parquet(tmp_path / "pick.parquet", PAIRS)
     images, prompts = pictures.pairs_from_file(path, 4)
     assert shades(images[:, 0]) == [10, 40] and shades(images[:, 1]) == [20, 30] and prompts == ["one", "two"]
     first, second, prompts, wins = pictures.judged_pairs(path, 4)
     assert shades(first) == [10, 30] and shades(second) == [20, 40] and wins.tolist() == [True, False]
 
+    again = [{"caption": "x", "jpg_0": {"bytes": png(70), "path": "a"}, "jpg_1": {"bytes": png(80), "path": "b"}, "label_0": 0.0}]
+    parquet(tmp_path / "pick2.parquet", again)  # as a data set of the hub holds pictures
+    assert shades(pictures.pairs_from_file(str(tmp_path / "pick*.parquet"), 4)[0][:, 0]) == [10, 40, 80]
+    with pytest.raises(UserError, match="pick3.parquet, row 1: needs two pictures' bytes under jpg_0 and jpg_1 and a number"):
+        pictures.pairs_from_file(parquet(tmp_path / "pick3.parquet", [again[0] | {"label_0": float("nan")}]), 4)
+
     for k in (1, 2, 3):
-        write(tmp_path / f"{k}.png", png(40 * k))
+        write(tmp_path / f"{k}.png", png(40 * k)), write(tmp_path / "in" / f"{k + 3}.png", png(40 * k))
+    inside = [{"Prompt": "p", "File_Path": ["4.png", "5.png"], "human_preference": [], "rank": [1, 2]}]
+    assert shades(pictures.pairs_from_file(write(tmp_path / "in.json", inside), 4)[0][0]) == [40, 80]
+    with pytest.raises(UserError, match="needs a path under 'chosen' and 'rejected', or .*; it has prompt, win, lose"):
+        pictures.pairs_from_file(write(tmp_path / "other.json", [{"prompt": "p", "win": "1.png", "lose": "2.png"}]), 4)
     train = [{"prompt": "p", "image_path": ["1.png", "2.png"], "human_preference": [0, 1]}]
     images, _ = pictures.pairs_from_file(write(tmp_path / "train.json", train), 4)
     assert shades(images[0]) == [80, 40]
@@ -181,11 +158,20 @@ def test_pairs_of_pick_a_pic_and_hpd(tmp_path):
 def test_grades_of_ava(tmp_path):
     for name in ("11", "12"):
         write(tmp_path / "images" / f"{name}.jpg", png(int(name)))
-    lines = "1 11 0 0 0 0 0 0 0 0 0 4 1 2 3\n2 12 1 0 0 0 0 0 0 0 0 1 0 0 3\n3 13 1 1 1 1 1 1 1 1 1 1 0 0 3\n"
-    images, prompts, grades = picture_sets.graded_by_ava(write(tmp_path / "AVA.txt", lines), str(tmp_path / "images"), 4)
+    images, prompts, grades = picture_sets.graded_by_ava(write(tmp_path / "AVA.txt", AVA), str(tmp_path / "images"), 4)
     assert dict(zip(shades(images), grades.tolist())) == {11: 10.0, 12: 5.5} and prompts == ["", ""] and grades.dtype == torch.float32
     with pytest.raises(UserError, match="line 1: needs a number, an id and ten counts"):
         picture_sets.graded_by_ava(write(tmp_path / "odd.txt", "1 11 2\n"), str(tmp_path / "images"), 4)
+
+
+def test_every_kind_of_set_may_be_a_file_at_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "dataset_file", lambda path, what: tmp_path / path.split("/", 3)[3])
+    lay_out(tmp_path)
+    there = "hub:datasets/someone/sets/"
+    assert shades(pictures.pairs_from_file(there + "HPDv2/train.json", 4)[0][0]) == [80, 40]
+    assert picture_sets.images_from_shards(there + "shards/00000.tar", 4)[1] == ["one"]
+    assert picture_sets.images_with_captions(there + "dataset_flickr30k.json", str(tmp_path / "flickr30k"), 4)[1] == ["A cat.", "A dog."]
+    assert len(picture_sets.graded_by_ava(there + "AVA.txt", str(tmp_path / "ava"), 4)[1]) == 2
 
 
 def test_a_file_of_a_data_set_at_the_hub(tmp_path, monkeypatch):

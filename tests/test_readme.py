@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from rlstitch import checks, evaluation, serving, steer
+from rlstitch import config as cfg
 from rlstitch.backbones.sd3 import SD3Backbone
 from rlstitch.cli import recipe_and_overrides
 from rlstitch.policy import Policy
+from rlstitch.prompts import read_prompts
 from rlstitch.stitch import compare, recipe, surrogate
+from tests.sets import lay_out
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
@@ -55,13 +58,34 @@ CHECKED = {
 COMMANDS = [line.split(" #")[0] for block in blocks("bash") for line in block.splitlines() if "launch/" in line and "--help" not in line]
 
 
+PICTURES = ("images", "held_out", "pairs", "graded")  # keys under which a command names a set of pictures
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sets")
+    lay_out(folder)
+    (folder / "prompts.txt").write_text("a red circle\n")
+    return folder
+
+
 @pytest.mark.parametrize("line", COMMANDS)
-def test_commands_name_what_there_is(line, tmp_path, monkeypatch):
+def test_commands_name_what_there_is(line, sets, monkeypatch):
     script, *arguments = shlex.split(line[line.index("launch/") :])
     assert (ROOT / script).is_file()
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "prompts.txt").write_text("a red circle\n")
-    if (check := CHECKED.get(Path(script).name)) is not None and not any(a.startswith("run=") for a in arguments):
-        laid = {"laid": evaluation.laid} if script.endswith("evaluate.py") else {}
-        name, given = recipe_and_overrides(arguments, Path(script).stem, **laid)
-        check(given, name)
+    monkeypatch.chdir(sets)
+    if ".parquet" in line.split(" #")[0]:
+        pytest.importorskip("pyarrow")
+    if (check := CHECKED.get(Path(script).name)) is None or any(a.startswith("run=") for a in arguments):
+        return
+    laid = {"laid": evaluation.laid} if script.endswith("evaluate.py") else {}
+    name, given = recipe_and_overrides(arguments, Path(script).stem, **laid)
+    config = check(given, name)
+    if script.endswith("evaluate.py"):
+        assert read_prompts(config.prompts).prompts
+    for key in (a.split("=")[0] for a in arguments):  # pictures are read when a job begins: here, too
+        where = key.removeprefix("data.").split(".")
+        if where[0] in PICTURES:
+            node = {"data.images": lambda: config.data.images}.get(key, lambda: getattr(config, where[0]))()
+            made = cfg.build(node[where[1]] if len(where) > 1 else node)
+            assert len(made[0]) and made[0].dtype == torch.uint8 and made[0].shape[-2:] == (64, 64)
