@@ -82,16 +82,19 @@ def sigmas(num_steps: int, shift: float | Shift = 1.0, spacing: Literal["diffuse
     if not law.factor > 0:
         raise ValueError(f"shift must be positive, not {law.factor}")
     spacing = law.spacing if spacing == "auto" else spacing
-    if spacing == "plain":
-        grid = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)[:-1]
+    if spacing == "plain":  # in float32 from here on, as diffusers has it: networks take 1000 sigma, where a last bit tells
+        grid = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)[:-1].float()
     elif spacing == "diffusers":
-        lowest = shift_sigma(torch.tensor(1 / 1000, dtype=torch.float64), 1.0 if law.dynamic else law.factor)
+        lowest = shift_sigma(torch.tensor(1 / 1000), 1.0 if law.dynamic else law.factor)
         grid = torch.linspace(1, float(lowest), num_steps, dtype=torch.float64)
     else:
         raise ValueError(f"spacing must be 'diffusers', 'plain' or 'auto', not {spacing!r}")
-    grid = shift_sigma(grid, law.at(num_steps))
+    factor = law.at(num_steps)
+    # the numerator is a tensor: torch takes a number times the reciprocal, which is a bit off
+    grid = grid.new_tensor(factor) / (factor + (1 / grid - 1)) if law.dynamic else shift_sigma(grid, factor)
+    grid[0] = 1  # which float32 may miss by a bit
     if law.terminal is not None and num_steps > 1:  # a single level is 1 and stays there
-        grid = 1 - (1 - grid) * (1 - law.terminal) / (1 - grid[-1])
+        grid = 1 - (1 - grid) / ((1 - grid[-1]) / (1 - law.terminal))
     return torch.cat([grid, grid.new_zeros(1)]).float()
 
 

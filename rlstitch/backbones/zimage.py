@@ -33,7 +33,7 @@ def latent(transformer: dict[str, Any], vae: dict[str, Any]) -> tuple[int, int, 
 def inputs(model: Any, z: Tensor, sigma: Tensor, text: Conditioning, embedded: float | None) -> dict[str, Any]:
     return {
         "x": list(z.unsqueeze(2).unbind()),
-        "t": 1 - sigma.float(),
+        "t": (1000 - 1000 * sigma.float()) / 1000,  # rounded as its pipeline does
         "cap_feats": [row["tokens"] for row in text.rows()],
         "return_dict": False,
     }
