@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator
@@ -210,7 +211,9 @@ def _files(folder: Path, what: str, variant: str | None, there: set[str]) -> lis
 
 
 def _variant_of(name: str) -> str | None:
-    """`fp16` of model.fp16.safetensors and of model.safetensors.index.fp16.json."""
+    """`fp16` of model.fp16.safetensors and of model.safetensors.index.fp16.json; a shard is of none."""
+    if re.search(r"-\d{5}-of-\d{5}\.", name):
+        return None
     for stem in STEMS:
         for start, end in ((f"{stem}.", ".safetensors"), (f"{stem}.safetensors.index.", ".json")):
             if name.startswith(start) and name.endswith(end) and len(name) > len(start) + len(end):

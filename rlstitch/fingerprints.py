@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,100 @@ def quick_fingerprint(folder: Path, files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def weights_fingerprint(model: str | Path, part: str) -> str:
-    """Hash of the weight files of one part of a pipeline directory. UserError where it has none in safetensors."""
+PICKLED = "open_clip_pytorch_model.bin"  # the one kind of pickle that a model may lie in, see weights.read_checkpoint
+LARGE = 1 << 28  # bytes of a folder's tensors up to which they are hashed whole
+ENDS = 1 << 16  # bytes of the beginning and of the end of each tensor that are read of larger ones
+TELLS = ("_class_name",)  # of the keys of a configuration that begin with _, those that are more than where it came from
+ORIGINS = (
+    "name_or_path",
+    "is_local",
+    "local_files_only",
+    "transformers_version",
+    "torch_dtype",
+    "dtype",
+)  # and the others; precisions the tensors tell
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """What names a model in a folder, whatever files its tensors lie in and whoever wrote them: its tensors, see `tensors_fingerprint`, and its configurations and other
+    small files as they are read. Linked folders are followed."""
+    digest = hashlib.sha256()
+    for inner in sorted(_folders(folder)):
+        tensors, words, pickled = list(inner.glob("*.safetensors")), [*inner.glob("*.json"), *inner.glob("*.txt")], inner / PICKLED
+        if not (tensors or words or pickled.is_file()):
+            continue
+        digest.update(f"{inner.relative_to(folder)}:{tensors_fingerprint(tensors)}:{words_fingerprint(words)}".encode())
+        digest.update(quick_fingerprint(folder, [pickled] * pickled.is_file()).encode())
+    return digest.hexdigest()
+
+
+def _folders(folder: Path) -> Iterator[Path]:
+    seen: set[str] = set()
+    for place, inner, _ in os.walk(folder, followlinks=True):
+        here = os.path.realpath(place)
+        if here in seen:  # a link to a folder above it
+            inner.clear()
+            continue
+        seen.add(here)
+        inner[:] = [name for name in inner if not name.startswith(".")]
+        yield Path(place)
+
+
+def words_fingerprint(files: Iterable[Path]) -> str:
+    """Of small files by their names: what a configuration says, without who wrote it; the others as they are. Indexes of shards are none of them."""
+    digest = hashlib.sha256()
+    for file in sorted(f for f in files if ".safetensors.index." not in f.name):
+        content = file.read_bytes()
+        try:
+            told = json.dumps(_said(json.loads(content)), sort_keys=True).encode() if file.suffix == ".json" else content
+        except (ValueError, RecursionError):  # whoever reads it tells what is wrong with it
+            told = content
+        digest.update(f"{file.name}:{len(told)}:".encode() + told)
+    return digest.hexdigest()
+
+
+def _said(node: Any) -> Any:
+    if isinstance(node, list):
+        return [_said(value) for value in node]
+    if not isinstance(node, dict):
+        return node
+    return {k: _said(v) for k, v in node.items() if k in TELLS or not (k.startswith("_") or k in ORIGINS)}
+
+
+def tensors_fingerprint(files: Iterable[Path]) -> str:
+    """Of the tensors in safetensors files, whatever file each lies in: names, precisions, shapes, and all numbers, or, beyond LARGE, the first and the last of each."""
+    return _raw_hash(tuple(_stamp(f) for f in sorted(files)))
+
+
+@lru_cache
+def _raw_hash(stamps: tuple[tuple[Path, int, int], ...]) -> str:
+    tensors = []
+    for file, *_ in stamps:
+        with opened(file), file.open("rb") as content:  # opened: the header is sound
+            length = int.from_bytes(content.read(8), "little")
+            header = json.loads(content.read(length))
+        tensors += [
+            (name, told["dtype"], str(told["shape"]), str(file), *(8 + length + at for at in told["data_offsets"]))
+            for name, told in header.items()
+            if name != "__metadata__"
+        ]
+    whole, digest = sum(end - start for *_, start, end in tensors) <= LARGE, hashlib.sha256()
+    for name, dtype, shape, file, start, end in sorted(tensors):
+        digest.update(f"{name}:{dtype}:{shape}".encode())
+        with open(file, "rb") as content:
+            for begin, stop in [(start, end)] if whole or end - start <= 2 * ENDS else [(start, start + ENDS), (end - ENDS, end)]:
+                content.seek(begin)
+                digest.update(content.read(stop - begin))
+    return digest.hexdigest()
+
+
+def weights_fingerprint(model: str | Path, part: str, variant: str | None = None) -> str:
+    """Hash of the tensors of one part of a pipeline directory. UserError where it has none in safetensors."""
+    return tensors_fingerprint(weight_files(model_folder(model) / part, f"the {part}", variant)[1])
+
+
+def files_fingerprint(model: str | Path, part: str) -> str:
+    """Hash of the weight files of one part of a pipeline directory, as old cards have it."""
     return _files_hash(_stamps(model_folder(model) / part, f"the {part}"))
 
 
@@ -77,12 +170,16 @@ def vae_names(model: str | Path) -> dict[str, str]:
 def same_vae(card: dict[str, Any], model: str | Path) -> bool:
     """Whether a model's autoencoder is the one that a card was written for; cards of old hash its files."""
     wanted = {card["vae_sha256"], card.get("vae_half_sha256")}
-    return bool(wanted & set(vae_fingerprints(model))) or weights_fingerprint(model, "vae") in wanted
+    return bool(wanted & set(vae_fingerprints(model))) or files_fingerprint(model, "vae") in wanted
 
 
 def _stamps(folder: Path, what: str) -> tuple[tuple[Path, int, int], ...]:
     """(file, size, time) of a part's weights: what its hashes are remembered by."""
-    return tuple((f, f.stat().st_size, f.stat().st_mtime_ns) for f in weight_files(folder, what)[1])
+    return tuple(map(_stamp, weight_files(folder, what)[1]))
+
+
+def _stamp(file: Path) -> tuple[Path, int, int]:
+    return file, file.stat().st_size, file.stat().st_mtime_ns
 
 
 @lru_cache

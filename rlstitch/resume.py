@@ -13,7 +13,7 @@ from typing import Any
 from rlstitch import adapters, checkpoint, hub, lock, protocols
 from rlstitch import config as cfg
 from rlstitch.files import resolve, sha256
-from rlstitch.fingerprints import quick_fingerprint
+from rlstitch.fingerprints import folder_fingerprint, quick_fingerprint
 from rlstitch.paths import home, what_is
 from rlstitch.prompts import fingerprint as prompts_fingerprint
 from rlstitch.schema import RunConfig
@@ -23,6 +23,7 @@ from rlstitch.types import UserError
 
 _MODEL = ("**/*.safetensors", "**/*.json", "**/*.txt", "**/open_clip_pytorch_model.bin")
 LARGE = 1 << 28  # bytes of a file up to which it is hashed whole
+TENSORS = "tensors:"  # what the hash of a model folder begins with
 
 
 KINDS = {
@@ -104,7 +105,7 @@ def gone_on(source: Path | None, step: int, updates: int) -> str:
 
 def hashes(config: RunConfig) -> dict[str, str]:
     """`key = path` of every file and folder that the maths reads -> hash: prompt files and heads whole, value models by their weights, LoRA whole, model folders by
-    size, first and last MiB of their files, pictures by name and size."""
+    their tensors, pictures by name and size."""
     parts = expand(config)
     trained = {name for part in parts for name in part.oracle.get("weights", {})}
     out = {f"data.prompts = {p.data.prompts}": prompts_fingerprint(p.data.prompts) for p in parts if not config.data.images}
@@ -131,8 +132,14 @@ def hashes_of(nodes: Mapping[str, Any]) -> dict[str, str]:
 
 
 def changed_files(saved: dict[str, str], now: dict[str, str]) -> list[str]:
-    """Which of the files that both read are others; a path that is another one is the recipe's affair."""
-    return [f"{key} holds something else" for key, told in saved.items() if now.get(key, told) != told]
+    """Which of the files that both read are others; a path that is another one is the recipe's affair. Of a model folder an older checkpoint hashed the files."""
+
+    def same(key: str, told: str) -> bool:
+        is_now = now.get(key, told)
+        old = is_now.startswith(TENSORS) and not told.startswith(TENSORS)
+        return (_files(resolve(key.partition(" = ")[2])) if old else is_now) == told
+
+    return [f"{key} holds something else" for key, told in saved.items() if not same(key, told)]
 
 
 def started_elsewhere(folder: Path, config: RunConfig) -> list[str]:
@@ -159,6 +166,10 @@ def _file(file: Path) -> str:
 
 
 def _weights(folder: Path) -> str:
+    return f"{TENSORS}{folder_fingerprint(folder)}"
+
+
+def _files(folder: Path) -> str:
     return quick_fingerprint(folder, (file for pattern in _MODEL for file in sorted(folder.glob(pattern))))
 
 

@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPTextModelWithProjection, T5EncoderModel
 
-from rlstitch import files, fingerprints
+from rlstitch import files, fingerprints, resume
 from rlstitch.backbones.sd3 import SD3Backbone
 from rlstitch.part_checks import model_faults, reward_faults
 from rlstitch.rewards.clip import ClipReward
@@ -103,7 +103,7 @@ def test_every_layout_that_diffusers_writes_loads(t5_dir, copied, tmp_path):
     pipeline.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     assert len(list((tmp_path / "shards" / "transformer").glob("*.safetensors"))) > 2
     torch.testing.assert_close(velocity(tmp_path / "shards", encode=True), velocity(t5_dir, encode=True))
-    pipeline.to(torch.float16).save_pretrained(tmp_path / "half", variant="fp16")
+    pipeline.to(torch.float16).save_pretrained(tmp_path / "half", variant="fp16", max_shard_size="20KB")
     assert not (tmp_path / "half" / "vae" / "diffusion_pytorch_model.safetensors").exists()
     velocity(tmp_path / "half", encode=True)
     half = velocity(tmp_path / "half")
@@ -129,7 +129,7 @@ def test_an_autoencoder_is_known_by_its_tensors(t5_dir, copied, tmp_path):
         assert fingerprints.same_vae(card, tmp_path / name) and fingerprints.same_vae(fingerprints.vae_names(tmp_path / name), t5_dir)
     AutoencoderKL.from_pretrained(t5_dir / "vae").half().save_pretrained(copied / "vae", variant="fp16")
     assert fingerprints.same_vae(card, copied)
-    old = {"vae_sha256": fingerprints.weights_fingerprint(t5_dir, "vae")}  # cards hashed the file once
+    old = {"vae_sha256": fingerprints.files_fingerprint(t5_dir, "vae")}  # cards hashed the file once
     assert fingerprints.same_vae(old, copied) and not fingerprints.same_vae(old, tmp_path / "shards")
     with torch.no_grad():
         vae.decoder.conv_out.bias[0] += 0.1
@@ -138,6 +138,47 @@ def test_an_autoencoder_is_known_by_its_tensors(t5_dir, copied, tmp_path):
     config = tmp_path / "anew" / "vae" / "config.json"
     config.write_text(config.read_text().replace('"scaling_factor": 1.3', '"scaling_factor": 0.9'))
     assert not fingerprints.same_vae(card, tmp_path / "tuned") and not fingerprints.same_vae(card, tmp_path / "anew")
+
+
+def identity(folder):
+    """What checkpoints, caches of text and of generated pictures know a model by."""
+    (hashed,) = resume.hashes_of({"model": {"path": str(folder)}}).values()
+    return (
+        hashed,
+        SD3Backbone(str(folder), max_sequence_length=4).text_fingerprint(),
+        fingerprints.weights_fingerprint(folder, "transformer"),
+    )
+
+
+def test_a_model_is_known_by_its_tensors_and_configurations(t5_dir, copied, tmp_path, monkeypatch):
+    """In shards, saved anew with another's metadata, in linked folders, also where only the ends of tensors are read; a number or a setting makes it another."""
+    from diffusers import StableDiffusion3Pipeline
+
+    StableDiffusion3Pipeline.from_pretrained(t5_dir).save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    for part in ("model_index.json", "transformer/config.json", "text_encoder/config.json"):
+        edited(tmp_path / "shards" / part, _diffusers_version="0.1", _name_or_path="elsewhere", transformers_version="0.1", dtype="drop")
+    for file in copied.rglob("*.safetensors"):
+        save_file(load_file(file), file, metadata={"format": "pt", "author": "somebody"})
+    (tmp_path / "linked").mkdir()
+    for part in t5_dir.iterdir():
+        (tmp_path / "linked" / part.name).symlink_to(part)
+    for most in (fingerprints.LARGE, 0):
+        monkeypatch.setattr(fingerprints, "LARGE", most)
+        monkeypatch.setattr(fingerprints, "ENDS", 16)
+        fingerprints._raw_hash.cache_clear()
+        one = identity(t5_dir)
+        assert all(identity(folder) == one for folder in (tmp_path / "shards", copied, tmp_path / "linked"))
+    old = {f"model.path = {t5_dir}": resume._files(t5_dir)}  # an older checkpoint's
+    now = resume.hashes_of({"model": {"path": str(t5_dir)}})
+    assert not resume.changed_files(old, now) and resume.changed_files(dict.fromkeys(old, "another"), now)
+    rewritten(
+        copied / "text_encoder" / "model.safetensors",
+        lambda t: t.update({k: v + 1 for k, v in t.items() if k.endswith("final_layer_norm.bias")}),
+    )
+    edited(tmp_path / "shards" / "scheduler" / "scheduler_config.json", shift=2.0)
+    rewritten(next((tmp_path / "shards" / "transformer").glob("*-00002-*")), lambda t: t.update({k: v + 1 for k, v in t.items()}))
+    for folder, same in ((copied, [False, False, True]), (tmp_path / "shards", [False, True, False])):
+        assert [a == b for a, b in zip(identity(folder), one)] == same
 
 
 def test_weights_are_hashed_once(copied, monkeypatch):

@@ -17,8 +17,7 @@ from transformers import AutoTokenizer
 from rlstitch.backbones import directory
 from rlstitch.backbones.shared import Architecture, architecture
 from rlstitch.cache import is_kept, keep, kept
-from rlstitch.files import weight_files
-from rlstitch.fingerprints import quick_fingerprint
+from rlstitch.fingerprints import weights_fingerprint, words_fingerprint
 from rlstitch.hub import SMALL, model_folder
 from rlstitch.telling import progress
 from rlstitch.types import Conditioning, UserError
@@ -48,12 +47,13 @@ class Texts:
 
     def fingerprint(self) -> str:
         """Of everything that a prompt's text depends on, and of nothing that lies beside that."""
-        parts = [self.path / name for name in sorted(directory.encoders(self.arch, self.path) - set(self.without))]
-        weights = [file for part in parts for file in weight_files(part, f"the {part.name}", self.variant)[1]]
-        words = sorted(f for pattern in SMALL for f in self.path.glob(f"tokenizer*/{pattern}"))
-        prints = quick_fingerprint(self.path, [*weights, *(part / "config.json" for part in parts), *words])
+        parts = sorted(directory.encoders(self.arch, self.path) - set(self.without))
+        prints = [
+            weights_fingerprint(self.path, name, self.variant) + words_fingerprint([self.path / name / "config.json"]) for name in parts
+        ]
+        prints += [words_fingerprint(f for kind in SMALL for f in folder.glob(kind)) for folder in sorted(self.path.glob("tokenizer*"))]
         left_out = "".join(f":{name}" for name in sorted(self.without))
-        return hashlib.sha256(f"{prints}:{self.length}:{self.dtype}{left_out}".encode()).hexdigest()[:20]
+        return hashlib.sha256(f"{parts}:{prints}:{self.length}:{self.dtype}{left_out}".encode()).hexdigest()[:20]
 
     def encode(self, prompts: Sequence[str], *, batch_size: int = 64) -> Conditioning:
         """Text of N prompts, from the cache where it is there. The encoders are loaded once for all that are missing and freed again; guidance's other branch, which
