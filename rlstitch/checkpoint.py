@@ -49,7 +49,7 @@ def told(folder: Path) -> dict[str, Any]:
     if not file.exists():
         raise UserError(f"{folder} is no complete checkpoint (it has no {DONE})")
     found = read_json(file, "the checkpoint's record", "go on from another with resume=PATH, or start over with resume=never", **_KEYS)
-    if found.pop(_SEAL, None) not in (None, _seal(found)):
+    if found.pop(_SEAL, None) != _seal(found):
         raise UserError(f"{file} is not as it was saved")
     return found
 

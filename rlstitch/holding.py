@@ -240,6 +240,15 @@ def _too_long(backbone: Any, given: Any, prompts: Any) -> Any:
     return given
 
 
+def _cut(backbone: Any, given: Any, given_z: Any, *more: Any, **options: Any) -> Any:
+    """What stitching asks of a denoiser that stopped after some blocks (backbones.core.Cut)."""
+    if lacking := [name for name in ("block", "grid", "detach", "rows") if not hasattr(given, name)]:
+        raise Unfit(f"{told(given)}, a cut without {' and '.join(lacking)} (see rlstitch.backbones.core.Cut)")
+    rows = len(given_z) if isinstance(given_z, Tensor) else None
+    _tensor(given.grid, rows, getattr(backbone, "width", None), None, None, where="a cut whose grid is ")
+    return given
+
+
 def _encoded(backbone: Any, given: Any, images: Tensor) -> Tensor:
     return _tensor(given, len(images), *backbone.latent_shape)
 
@@ -286,6 +295,9 @@ RULES: dict[str, dict[str, Callable[..., Any]]] = {
         "bind": _bound,
         "encode_prompts": _text,
         "too_long": _too_long,
+        "prefix": _cut,
+        "extend": _cut,
+        "resume": lambda backbone, given, state: _tensor(given, None, *backbone.latent_shape),
         "encode": _encoded,
         "decode": _decoded,
     },

@@ -147,7 +147,12 @@ def test_checkpoints_of_a_resumed_run_are_those_of_the_uninterrupted_one(world, 
     assert names(run) == names(steps)
     told = run / "checkpoints" / "step-000003" / "complete.json"
     content = json.loads(told.read_text()) | {"due": False}
-    told.write_text(json.dumps({k: v for k, v in content.items() if k != "seal"}))
+    told.write_text(json.dumps(content))
+    assert "is not as it was saved" in checkpoint.fault(told.parent)  # its seal is of what it said
+    bare = {k: v for k, v in content.items() if k != "seal"}
+    told.write_text(json.dumps(bare))
+    assert "is not as it was saved" in checkpoint.fault(told.parent)
+    told.write_text(json.dumps(bare | {"seal": checkpoint._seal(bare)}))
     again(world, "pruned", "checkpoint.keep=2")
     assert names(run) == ["step-000002", "step-000004"]
 

@@ -2,7 +2,9 @@
 
 import os
 import signal
+from dataclasses import replace
 from functools import cached_property
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch
 from rlstitch import config as cfg
 from rlstitch import holding, protocols
 from rlstitch.asking import PartError, ask, breakdown, inside
+from rlstitch.backbones.core import Cut
 from rlstitch.interrupt import noted
 from rlstitch.types import Batch, Conditioning, Latent, Reward, Rollout, UserError
 
@@ -114,6 +117,17 @@ class Backbone:
     def encode(self, images):
         return torch.zeros(len(images), 4, 2, 2)
 
+    width = 5
+
+    def prefix(self, z, sigma, blocks, text=None):
+        return Cut(torch.zeros(len(z), 4, 5), blocks, z, sigma, text, lambda returned, z: returned.transpose(1, 2).unflatten(2, (2, 2)))
+
+    def extend(self, state, blocks):
+        return self.prefix(state.z, state.sigma, blocks, state.text)
+
+    def resume(self, state):
+        return state.z
+
     def decode(self, z):
         return torch.zeros(len(z), 3, 4, 4)
 
@@ -132,6 +146,7 @@ class Mine:
 
 KINDS = {"stop": Stop, "oracle": Oracle, "algorithm": Algorithm, "model": Backbone, "reward": Mine}
 LATENT = Latent(torch.ones(2, 4, 2, 2), torch.full((2,), 0.5))
+CUT = Backbone().prefix(LATENT.z, LATENT.sigma, 2)
 CALLS = {  # of each method: how a job asks it
     "stop.steps": lambda part: part.steps(4),
     "stop.draw": lambda part: part.draw(4, 0),
@@ -147,6 +162,9 @@ CALLS = {  # of each method: how a job asks it
     "model.bind": lambda part: part.bind(None)(LATENT.z, LATENT.sigma),
     "model.encode_prompts": lambda part: part.encode_prompts(["a", "b"]),
     "model.too_long": lambda part: part.too_long(["a", "b"]),
+    "model.prefix": lambda part: part.prefix(*vars(LATENT).values(), 2),
+    "model.extend": lambda part: part.extend(CUT, 3),
+    "model.resume": lambda part: part.resume(CUT),
     "model.encode": lambda part: part.encode(torch.zeros(2, 3, 4, 4)),
     "model.decode": lambda part: part.decode(LATENT.z),
     "reward.breakdown": lambda part: breakdown("mine", part, torch.ones(2), [{}, {}]),
@@ -182,6 +200,9 @@ WRONG = {  # beyond nonsense, which fits nothing: what each method must not give
     "model.bind": [lambda z, sigma: ones(1, 4, 2, 2), lambda z, sigma: None, lambda z: z, leaving(SystemExit(0))],
     "model.encode_prompts": [Conditioning(tokens=ones(1, 3, 2), pooled=ones(1, 2)), Conditioning(tokens=None, pooled=None), Conditioning(pooled=ones(2, 2)), ones(2, 3)],
     "model.too_long": [[1], [("a", 1)], [("a", 30, 20.5)]],
+    "model.prefix": [SimpleNamespace(block=2, grid=ones(2, 5, 2, 2)), replace(CUT, returned=ones(1, 4, 5)), replace(CUT, returned=ones(2, 4, 6))],
+    "model.extend": [replace(CUT, returned=ones(2, 4, 6)), replace(CUT, picture=lambda returned, z: None)],
+    "model.resume": [ones(2, 4, 2, 3), ones(2, 3, 2, 2)],
     "model.encode": [ones(1, 4, 2, 2), ones(2, 4, 4, 4)],
     "model.decode": [ones(1, 3, 4, 4), ones(2, 4, 4, 4), ones(2, 3, 8, 8), ones(2, 3, 4, 4, dtype=torch.uint8)],
     "reward.breakdown": [{"red": 1.0}, {"overall": None}, {"overall": "x"}, {"overall": True}, {"overall": ones(1)}, {1: 2.0, "overall": 1.0}],

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rlstitch import schedule
 from rlstitch.stitch.layer import WHOLE, StitchLayer, View, resample, view_of
-from rlstitch.types import Conditioning
+from rlstitch.types import Conditioning, UserError
 
 
 @dataclass
@@ -66,6 +66,8 @@ def features(
         lambda state: denoiser.append(resample(state.grid.double(), reward.grid, view).flatten(2).transpose(1, 2).flatten(0, 1)),
         **({} if text is None else {"text": text}),
     )
+    if len(denoiser) != backbone.num_blocks:
+        raise UserError(f"{backbone.path}: its walk showed {len(denoiser)} blocks, and it says that it has {backbone.num_blocks}")
     inputs, patches = reward.inputs_of_block(images.to(backbone.device), max_reward_block), reward.grid**2
     targets = [x[:, -patches:].double().flatten(0, 1) for x in inputs]
     return denoiser, targets, [x[:, 0].double() if x.shape[1] > patches else None for x in inputs]
