@@ -10,7 +10,7 @@ from rlstitch.checks import checked
 from rlstitch.config import compose, merge
 from rlstitch.evaluate import means_of
 from rlstitch.types import UserError
-from tests.test_holding import Mine, Stop
+from tests.sound_parts import Mine, Stop
 from tests.test_jobs import train
 from tests.test_train import world  # noqa: F401  (a fixture)
 
