@@ -12,7 +12,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from rlstitch import checks, part_checks
-from rlstitch.backbones import Diffusers
+from rlstitch.backbones import Diffusers, directory, loras, shared
 from rlstitch.policy import CURRENT, EMA, INIT, REFERENCE, Policy
 from rlstitch.types import UserError, noise_like
 from tests.pipelines import WRITERS
@@ -153,6 +153,37 @@ def test_files_of_every_trainer_give_what_their_library_gives(world, tmp_path):
             expected[f"{name}.safetensors"] = world.stock(tmp_path / f"{name}.safetensors")
     for name, wanted in expected.items():
         torch.testing.assert_close(world.loaded(tmp_path / name), wanted, atol=1e-5, rtol=1e-5, msg=name)
+
+
+FUSED = {  # names of a model's first code: (its layer, those of diffusers that it is, in its rows' order)
+    "zimage": [("layers.{}.attention.qkv", ["layers.{}.attention.to_q", "layers.{}.attention.to_k", "layers.{}.attention.to_v"]), ("layers.{}.attention.out", ["layers.{}.attention.to_out.0"])],
+    "flux2": [("double_blocks.{}.img_attn.qkv", [f"transformer_blocks.{{}}.attn.to_{x}" for x in "qkv"]), ("single_blocks.{}.linear1", ["single_transformer_blocks.{}.attn.to_qkv_mlp_proj"])],
+    "flux": [("double_blocks.{}.txt_attn.qkv", [f"transformer_blocks.{{}}.attn.add_{x}_proj" for x in "qkv"]), ("double_blocks.{}.img_attn.proj", ["transformer_blocks.{}.attn.to_out.0"])],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_names_of_a_models_first_code_with_dots(name, tmp_path):
+    """Layers that are one there and several here, whatever stands before the names and whatever the halves are called."""
+    arch = shared.architecture(WRITERS[name](tmp_path / "model"))
+    there, fused, layers, g = loras.linears(directory.skeleton(tmp_path / "model")), {}, {}, torch.Generator().manual_seed(5)
+    for layer, own in FUSED[name]:
+        a = torch.randn(2, there[own[0].format(1)][1], generator=g)
+        bs = [torch.randn(there[n.format(1)][0], 2, generator=g) for n in own]
+        fused[layer.format(1)] = (a, torch.cat(bs))
+        layers |= {n.format(1): 1.5 * b @ a for n, b in zip(own, bs)}
+    for before, halves in (
+        ("diffusion_model.", ("lora_A", "lora_B")),
+        ("", ("lora_down", "lora_up")),
+        ("lora_unet_", ("lora_down", "lora_up")),
+    ):
+        names = {n: before + (n.replace(".", "_") if before.endswith("_") else n) for n in fused}
+        tensors = {f"{names[n]}.{half}.weight": t for n, two in fused.items() for half, t in zip(halves, two)}
+        saved(tmp_path / "x.safetensors", tensors | {f"{names[n]}.alpha": torch.tensor(3.0) for n in fused})
+        found, _ = loras.fitting(tmp_path / "x.safetensors", arch, there, "model")
+        assert found.keys() == layers.keys(), before
+        for n, (a, b) in found.items():
+            torch.testing.assert_close(b @ a, layers[n])
 
 
 def faulty(folder, inner):

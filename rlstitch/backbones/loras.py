@@ -36,12 +36,15 @@ def fitting(path: str | Path, arch: Any, there: Mapping[str, tuple[int, int]], m
     layers, why = adapters.pairs(adapter.tensors, adapter.file), ""
     names, converted = named(layers), False
     if adapter.others or not all(names.values()):
-        try:
-            given = arch.PIPELINE.lora_state_dict(dict(adapter.tensors))
-            others = adapters.pairs(given, adapter.file)
-            converted = all(named(others).values()) and len(given) == 2 * len(others) and _outputs(given) == _outputs(adapter.tensors)
-        except Exception as error:  # the converters raise many kinds for names that they do not know
-            why = f" ({str(error).strip().splitlines()[0][:120]})" if str(error).strip() else ""
+        for given in (dict(adapter.tensors), *([] if adapter.others else [_flattened(layers)])):
+            try:
+                rows, given = _outputs(given), arch.PIPELINE.lora_state_dict(given)
+                others = adapters.pairs(given, adapter.file)
+                converted = all(named(others).values()) and len(given) == 2 * len(others) and _outputs(given) == rows
+            except Exception as error:  # the converters raise many kinds for names that they do not know
+                why = why or (f" ({str(error).strip().splitlines()[0][:120]})" if str(error).strip() else "")
+            if converted:
+                break
         if not converted:
             if adapter.others:
                 raise UserError(
@@ -62,6 +65,13 @@ def fitting(path: str | Path, arch: Any, there: Mapping[str, tuple[int, int]], m
             f"the LoRA {adapter.file} does not fit model {model}: {len(odd)} layers differ, e.g. {min(odd)}. It was trained on another architecture."
         )
     return found, adapter.text
+
+
+def _flattened(layers: Layers) -> dict[str, Tensor]:
+    """As kohya's scripts name them, which is the form in which the converters know the layers of a model's first code best."""
+    flat = {f"lora_unet_{adapters.bare(n).replace('.', '_')}": two for n, two in layers.items()}
+    tensors = {f"{n}.lora_{half}.weight": t for n, two in flat.items() for half, t in zip(("down", "up"), two)}
+    return tensors | {f"{n}.alpha": torch.tensor(float(len(a))) for n, (a, _) in flat.items()}
 
 
 def _outputs(tensors: Mapping[str, Tensor]) -> int:
