@@ -25,7 +25,7 @@ def recipe_and_overrides(
     script: str = "",
     laid: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] = lambda given, overrides: given,
 ) -> tuple[str, dict[str, Any]]:
-    """`recipe=NAME key=value ...` -> the recipe's name and the composed dict with overrides merged in. script: the launcher whose recipes are told of.
+    """`recipe=NAME key=value ...` -> the recipe's name and the composed dict with overrides merged in; `model=NAME` is the whole part of that name (config.model_named). script: the launcher whose recipes are told of.
     laid: what of the overrides means more than its value; it takes that out of them and gives the recipe that the rest is merged into."""
     from rlstitch import config as cfg
     from rlstitch.protocols import look_in
@@ -37,7 +37,11 @@ def recipe_and_overrides(
     look_in(Path.cwd())
     look_in(cfg.find_recipe(name, only=lambda: recipes_of(Path(script).name)).parent)  # where a recipe of the user's has its own parts
     overrides = cfg.parse_overrides([a for a in arguments if not a.startswith("recipe=")])
-    return name, cfg.merge(laid(cfg.compose(name), overrides), overrides)
+    given = cfg.compose(name)
+    if isinstance(model := overrides.get("model"), str) and "model" in given:
+        given["model"] = cfg.model_named(model)
+        del overrides["model"]
+    return name, cfg.merge(laid(given, overrides), overrides)
 
 
 def recipes_of(script: str) -> dict[str, str]:

@@ -103,6 +103,18 @@ def _composed(name: str, folder: Path | None, above: tuple[Path, ...] = ()) -> S
     return merge(merged, content)
 
 
+def model_named(name: str) -> dict[str, Any]:
+    """The part of a model: that of a recipe in recipes/model by this name, or by its own path (a hub id, whatever the @revision); else a folder or hub id as its architecture
+    is run by default."""
+    for piece in sorted((RECIPES / "model").glob("*.yaml")):
+        node = compose(str(piece))["model"]
+        if name in (piece.stem, f"model/{piece.stem}"):
+            return node
+        if name.partition("@")[0] == node["path"]:
+            return node | {"path": name}
+    return {"_target_": "rlstitch.backbones.Diffusers", "path": name}
+
+
 def short_name(recipe: str) -> str:
     """What a job is called by its recipe: the file's name without folder and suffix."""
     return recipe.rsplit("/", 1)[-1].removesuffix(".yaml")

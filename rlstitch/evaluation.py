@@ -73,13 +73,7 @@ NO_SETTING = ("hardware", "versions")  # what a file tells beside the settings, 
 
 
 def laid(given: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """`model=NAME` and `rewards=[NAME, ...]` of the command line: names of pieces below recipes/model and recipes/reward, or of rewards that the recipe has; a model that
-    is none of these is a folder or a hub id. They replace what the recipe has."""
-    if isinstance(model := overrides.get("model"), str):
-        del overrides["model"]
-        piece = cfg.RECIPES / "model" / f"{model}.yaml"
-        node = cfg.compose(str(piece))["model"] if piece.is_file() else {"_target_": "rlstitch.backbones.Diffusers", "path": model}
-        given = given | {"model": node}
+    """`rewards=[NAME, ...]` of the command line: names of pieces below recipes/reward, or of rewards that the recipe has. They replace what the recipe has."""
     if isinstance(names := overrides.get("rewards"), list):
         del overrides["rewards"]
         known = dict(given.get("rewards", {}))

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from rlstitch import cli, drift, evaluation, sampling, schedule
 from rlstitch import config as cfg
-from rlstitch import drift, evaluation, sampling, schedule
 from rlstitch.data import encode
 from rlstitch.prompts import PromptSet
 from rlstitch.types import UserError, noise_like
@@ -21,8 +21,7 @@ FEW = ["max_prompts=3", "images_per_prompt=2", "sampler.num_steps=4", "sampler.g
 
 
 def given(*overrides):
-    overrides = cfg.parse_overrides([*FEW, *overrides])
-    return cfg.merge(evaluation.laid(cfg.compose("evaluate"), overrides), overrides)
+    return cli.recipe_and_overrides([*FEW, *overrides], default="evaluate", laid=evaluation.laid)[1]
 
 
 def test_scores_are_those_of_the_pictures_and_the_same_on_two_ranks(tmp_path):
@@ -114,6 +113,14 @@ def test_models_and_rewards_by_name(tmp_path):
     config = given("model=flux1_dev", "rewards=[darkness, clip]")
     assert config["model"] == cfg.compose("model/flux1_dev")["model"] and config["judges"] == ["darkness", "clip"]
     assert given("model=someone/model")["model"] == {"_target_": "rlstitch.backbones.Diffusers", "path": "someone/model"}
+    for known in ("shapes", "shapes_large", "sd35_medium"):  # by its path, with how it is to be run
+        node = cfg.compose(f"model/{known}")["model"]
+        assert given(f"model={node['path']}")["model"] == node
+    assert given(f"model={node['path']}@abc")["model"] == node | {"path": f"{node['path']}@abc"}
+    assert (
+        cli.recipe_and_overrides(["recipe=draft_stitch", "model=shapes_flux", "model.embedded_guidance=2"])[1]["model"]["embedded_guidance"]
+        == 2
+    )
     with pytest.raises(
         UserError, match=r"'rewards' names 'darknes', which is neither in recipes/reward nor in the recipe \(did you mean 'darkness'\?\)"
     ):
