@@ -19,6 +19,7 @@ from rlstitch import config as cfg
 from rlstitch.checks import lora_faults
 from rlstitch.distributed import Engine
 from rlstitch.evaluate import Evaluation, evaluate, unscored
+from rlstitch.figures import sendable
 from rlstitch.files import write_json, write_text
 from rlstitch.metrics import grid as draw_grid
 from rlstitch.metrics import to_image
@@ -148,6 +149,7 @@ class Job:
         self.backbone, self.rewards = parts.backbone, {n: parts.rewards[n] for n in config.judges}
         self.eye = parts.rewards.get(config.features)
         prompts = read_prompts(config.prompts, config.column)
+        telling.say(*lengths.unread({n: config.rewards[n] for n in config.judges}, prompts.prompts[: config.max_prompts or None]))
         parts.probe(config.judges, prompts.two())
         if config.lora:
             self.backbone.load_lora(config.lora)
@@ -169,7 +171,7 @@ class Job:
             "lora": config.lora,
             "rewards": rewards,
             "files": hashed | loras,
-            "prompts": {"path": config.prompts, "sha256": prompts_fingerprint(config.prompts), "count": len(self.prompts) // config.images_per_prompt},
+            "prompts": {"path": config.prompts, "column": config.column, "sha256": prompts_fingerprint(config.prompts), "count": len(self.prompts) // config.images_per_prompt},
             "sampling": {
                 "height": height, "width": width, "num_steps": s.num_steps, "guidance": s.guidance, "spacing": s.spacing,
                 "sigmas": [round(v, 6) for v in schedule.sigmas(s.num_steps, self.shift, s.spacing).tolist()],
@@ -229,7 +231,7 @@ class Job:
     def _write(self, work: Path, found: Evaluation, result: dict[str, Any]) -> None:
         config, per = self.config, self.config.images_per_prompt
         for k, row in enumerate(self.prompts.rows[::per]) if config.layout == "geneval" else ():
-            write_text(work / "images" / f"{k:05d}" / "metadata.jsonl", json.dumps(row, ensure_ascii=False))
+            write_text(work / "images" / f"{k:05d}" / "metadata.jsonl", json.dumps(sendable(row), ensure_ascii=False))
         draw_grid(found.images, found.captions(self.prompts.prompts[: len(found.images)]), work / "grid.png")
         write_json(work / "evaluation.json", result)
         write_text(work / "recipe.yaml", cfg.to_yaml(config))
@@ -255,7 +257,10 @@ def differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
         return {key: value for k, v in node.items() for key, value in flat(v, f"{where}.{k}" if where else str(k)).items()}
 
     a, b = (flat({k: v for k, v in result["settings"].items() if k not in NO_SETTING}) for result in (one, other))
-    return [f"{key}: {a.get(key)} and {b.get(key)}" for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key)]
+    apart = [key for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key)]
+    if "prompts.sha256" not in apart:  # the same file, by another name
+        apart = [key for key in apart if key != "prompts.path"]
+    return [f"{key}: {a.get(key)} and {b.get(key)}" for key in apart]
 
 
 def table(result: dict[str, Any], config: EvaluateConfig) -> str:

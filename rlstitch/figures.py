@@ -73,3 +73,16 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(v) for v in value]
     return None if isinstance(value, float) and value - value != 0 else value
+
+
+def sendable(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of a prompt file as strict JSON has it: what JSON does not know (a date of a parquet file) as text."""
+
+    def one(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(k): one(v) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [one(v) for v in value]
+        return value if value is None or isinstance(value, str | int | float) else str(value)
+
+    return plain(one(row))

@@ -197,6 +197,7 @@ class Job:
         parts = Parts.of(config.model, {name: config.rewards[name] for name in names})
         self.backbone, self.rewards = parts.backbone, parts.rewards
         prompts = read_prompts(config.prompts, config.column)
+        say(*lengths.unread({name: config.rewards[name] for name in names}, prompts.prompts[: config.max_prompts or None]))
         parts.probe(names, prompts.two())
         parts.load_values(config.oracle, config.values)
         if config.lora:

@@ -13,6 +13,7 @@ from PIL import Image
 from rlstitch import cli, drift, evaluation, sampling, schedule
 from rlstitch import config as cfg
 from rlstitch.data import encode
+from rlstitch.files import SHAPES
 from rlstitch.prompts import PromptSet
 from rlstitch.types import UserError, noise_like
 
@@ -59,7 +60,7 @@ def test_scores_are_those_of_the_pictures_and_the_same_on_two_ranks(tmp_path):
     assert "3 prompts, 2 pictures each, 4 steps, guidance 2, 64 x 64 px" in page and "preference_b" in page
 
 
-def test_results_that_differ_in_a_setting_say_which(tmp_path):
+def test_results_that_differ_in_a_setting_say_which(tmp_path, capsys):
     def told(*overrides):
         return {
             "settings": evaluation.Job(evaluation.checked(given(f"out={tmp_path}", "judges=[clip]", *overrides), "evaluate")).settings()
@@ -78,6 +79,15 @@ def test_results_that_differ_in_a_setting_say_which(tmp_path):
     ):
         assert any(line.startswith(f"{key}: ") for line in evaluation.differing(plain, told(override))), override
     assert not evaluation.differing(plain, told("batch_size=3"))
+    rows = (SHAPES / "held_out.jsonl").read_text()
+    (tmp_path / "again.jsonl").write_text(rows)
+    assert not evaluation.differing(plain, told(f"prompts={tmp_path / 'again.jsonl'}"))  # the same, by another name
+    capsys.readouterr()
+    long = [{"prompt": "a red circle", "long": " ".join(["red"] * 60), "day": "2026-01-02"} for _ in range(3)]
+    (tmp_path / "two.jsonl").write_text("".join(json.dumps(row) + "\n" for row in long))
+    one, other = (told(f"prompts={tmp_path / 'two.jsonl'}", "truncate=true", f"column={c}") for c in ("prompt", "long"))
+    assert evaluation.differing(one, other) == ["prompts.column: prompt and long"]
+    assert capsys.readouterr().out.count("reward 'clip' reads the first 24 tokens of a prompt: 3 of 3 are longer") == 1
 
 
 def test_drift_and_diversity(tmp_path):

@@ -1,6 +1,7 @@
 """GenEval's rules by hand-made objects, the detector's pictures of instances by plain loops, and the whole reward on a small random Mask2Former."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from PIL import Image, ImageDraw
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 
+from rlstitch.prompts import read_prompts
 from rlstitch.rewards.geneval import COLOURS, Found, GenEval, Mask2Former, relations, unmet
 from rlstitch.types import Batch
 
@@ -122,6 +124,28 @@ def test_colours_are_asked_of_the_object_alone(detector, clip_dir):
     assert torch.equal((shown[0][0, :, 0, 5] * 255).round(), torch.tensor([153.0, 153, 153]))
 
 
+def test_rows_as_tables_have_them(detector, clip_dir):
+    """A parquet file gives every object every key, and every row every column."""
+    pytest.importorskip("pyarrow")
+    from pyarrow import Table, parquet
+
+    rows = [
+        {"prompt": "a cat", "tag": "single_object", "include": [{"class": "cat", "count": 1}]},
+        {"prompt": "red", "tag": "colors", "include": [{"class": "cat", "count": 1, "color": "red"}], "exclude": [{"class": "mouse", "count": 9}]},
+    ]  # fmt: skip
+    folder = Path(detector)
+    parquet.write_table(Table.from_pylist(rows, Table.from_pylist(rows[::-1]).schema), folder / "rows.parquet")
+    found = read_prompts(str(folder / "rows.parquet"))
+    assert found.rows[0]["include"][0]["color"] is None and found.rows[0]["exclude"] is None and not GenEval.unreadable(found.rows)
+    reward, images = GenEval(detector, clip=str(clip_dir), threshold=0.0), torch.rand(2, 3, 32, 32)
+    scores = [reward.score(images, Batch(found.prompts, torch.zeros(2), torch.zeros(2), own)) for own in (found.rows, rows)]
+    assert torch.equal(*scores)
+    assert GenEval.lacking({"path": detector}, rows) == ""
+    rows[1]["exclude"][0]["class"] = "dragon"
+    assert "is asked for dragon, and its detector knows" in GenEval.lacking({"path": detector}, rows)
+    assert not GenEval.lacking({"path": detector, "detector": "grounding_dino"}, rows)
+
+
 def test_rows_that_say_nothing_are_told():
     sound = json.loads(
         '{"prompt": "p", "tag": "position", "include": [{"class": "dog", "count": 1}, {"class": "cat", "count": 1, "position": ["left of", 0]}]}'
@@ -131,3 +155,7 @@ def test_rows_that_say_nothing_are_told():
     sound["include"][1]["position"] = ["left of", 1]
     assert "cannot read the position ['left of', 1]" in GenEval.unreadable([sound])
     assert "asks for 'mauve'" in GenEval.unreadable([{"prompt": "p", "include": [{"class": "cat", "count": 1, "color": "mauve"}]}])
+    assert "include: [{class" in GenEval.unreadable(
+        [{"prompt": "p", "include": [{"class": "cat", "count": 1}], "exclude": [{"class": "cat"}]}]
+    )
+    assert "asks for none under include" in GenEval.unreadable([{"prompt": "p", "include": []}])

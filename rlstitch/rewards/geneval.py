@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModelForZeroShotObjectDetection, AutoProcessor, Mask2FormerForUniversalSegmentation
 
 from rlstitch import hub
+from rlstitch.files import read_json
 from rlstitch.metrics import to_image
 from rlstitch.ranges import Count, DeviceName, Share, Text
 from rlstitch.rewards.clip import ClipReward
@@ -24,6 +25,7 @@ from rlstitch.types import Batch, UserError
 from rlstitch.weights import load_strictly
 
 WHAT = "the detector"
+PATH = "facebook/mask2former-swin-small-coco-instance"
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 PHRASES = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object")
 NAMES = {
@@ -65,11 +67,16 @@ def _centred(box: Sequence[float]) -> tuple[float, float, float, float]:
     return (x0 + x1) / 2, (y0 + y1) / 2, abs(x1 - x0), abs(y1 - y0)
 
 
+def said(wanted: dict[str, Any]) -> dict[str, Any]:
+    """An object that a row asks for, without the keys that say nothing: tables fill them in for objects that have no colour or no place."""
+    return {k: v for k, v in wanted.items() if v is not None}
+
+
 def unmet(objects: Objects, row: dict[str, Any], colours: Callable[[list[Found], str], list[str]], slack: float = 0.1) -> list[str]:
     """What a row of the suite's metadata asks for and a picture with these objects does not show; none where it is correct. colours: of some objects of a class."""
     faults: list[str] = []
     groups: list[list[Found] | None] = []
-    for wanted in row.get("include", []):
+    for wanted in map(said, row.get("include") or []):
         name, count = wanted["class"], wanted["count"]
         found = objects.get(name, [])[:count]
         own = [f"{len(found)} of {count} {name}"] * (len(found) < count)
@@ -83,7 +90,7 @@ def unmet(objects: Objects, row: dict[str, Any], colours: Callable[[list[Found],
         groups.append(None if own else found)
         faults += own
     return faults + [
-        f"{w['class']} more than {w['count'] - 1}" for w in row.get("exclude", []) if len(objects.get(w["class"], [])) >= w["count"]
+        f"{w['class']} more than {w['count'] - 1}" for w in row.get("exclude") or [] if len(objects.get(w["class"], [])) >= w["count"]
     ]
 
 
@@ -162,7 +169,7 @@ class GenEval:
 
     def __init__(
         self,
-        path: Text = "facebook/mask2former-swin-small-coco-instance",
+        path: Text = PATH,
         *,
         detector: Literal["mask2former", "grounding_dino"] = "mask2former",
         clip: Text = "openai/clip-vit-large-patch14",
@@ -186,18 +193,33 @@ class GenEval:
     def unreadable(rows: list[dict[str, Any]]) -> str:
         """Why these prompts cannot be judged, if so."""
         for row in rows:
-            wanted = row.get("include")
-            if not isinstance(wanted, list) or not all(
-                isinstance(w, dict) and isinstance(w.get("class"), str) and isinstance(w.get("count"), int) for w in wanted
-            ):
-                return f"needs GenEval's metadata beside every prompt (include: [{{class, count, ...}}], tag), and '{str(row.get('prompt'))[:60]}' has none: take its evaluation_metadata.jsonl"
-            for k, w in enumerate(wanted):
+            wanted, unwanted, prompt = row.get("include"), row.get("exclude") or [], f"'{str(row.get('prompt'))[:60]}'"
+            if not isinstance(wanted, list) or not isinstance(unwanted, list) or not all(map(_object, [*wanted, *unwanted])):
+                return f"needs GenEval's metadata beside every prompt (include: [{{class, count, ...}}], tag), and {prompt} has none: take its evaluation_metadata.jsonl"
+            if not wanted and not unwanted:
+                return f"needs an object that a picture has to show, and {prompt} asks for none under include or exclude"
+            for k, w in enumerate(map(said, wanted)):
                 place = w.get("position")
                 if "position" in w and not (isinstance(place, list) and len(place) == 2 and place[0] in RELATIONS and place[1] in range(k)):
-                    return f"cannot read the position {place!r} of '{str(row.get('prompt'))[:60]}': it is one of {', '.join(RELATIONS)} and the number of an earlier object"
+                    return f"cannot read the position {place!r} of {prompt}: it is one of {', '.join(RELATIONS)} and the number of an earlier object"
                 if "color" in w and w["color"] not in COLOURS:
-                    return f"knows the colours {', '.join(COLOURS)}, and '{str(row.get('prompt'))[:60]}' asks for {w['color']!r}"
+                    return f"knows the colours {', '.join(COLOURS)}, and {prompt} asks for {w['color']!r}"
         return ""
+
+    @staticmethod
+    def lacking(options: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+        """Which classes of these rows the detector was not trained on, by its configuration, if so; Grounding DINO is asked for any."""
+        try:
+            labels = read_json(hub.model_folder(options.get("path", PATH), WHAT) / "config.json", WHAT).get("id2label")
+        except UserError:
+            return ""  # which is told of the path
+        if options.get("detector", "mask2former") != "mask2former" or not isinstance(labels, dict):
+            return ""
+        asked = dict.fromkeys(w["class"] for row in rows for w in (*(row.get("include") or ()), *(row.get("exclude") or ())))
+        unknown = [name for name in asked if NAMES.get(name, name) not in labels.values()]
+        return (
+            f"is asked for {', '.join(unknown[:8])}, and its detector knows {', '.join(list(labels.values())[:8])}, ..." if unknown else ""
+        )
 
     def score(self, images: Tensor, batch: Batch) -> Tensor:
         """[B] of 0 and 1, each picture by itself."""
@@ -206,12 +228,9 @@ class GenEval:
     def unshown(self, image: Tensor, row: dict[str, Any]) -> list[str]:
         """What a picture [3, H, W] does not show of its row."""
         picture = to_image(image)
-        names = list(dict.fromkeys(w["class"] for w in (*row.get("include", []), *row.get("exclude", []))))
+        names = list(dict.fromkeys(w["class"] for w in (*(row.get("include") or ()), *(row.get("exclude") or ()))))
         least = self.counting_threshold if row.get("tag") == "counting" else self.threshold
-        try:
-            seen = self.detector(picture, names)
-        except ValueError as error:
-            raise UserError(f"the detector does not know all of {', '.join(names)} ({error})") from error
+        seen = self.detector(picture, names)
         objects = {name: [f for f in own if f.confidence > least][: self.most] for name, own in seen.items()}
         return unmet(objects, row, lambda found, name: self.colours(picture, found, name), self.slack)
 
@@ -243,3 +262,9 @@ def _array(picture: Image.Image) -> Any:
     import numpy as np
 
     return np.array(picture.convert("RGB"))
+
+
+def _object(wanted: Any) -> bool:
+    """Whether a row's entry names a class and how many."""
+    count = wanted.get("count") if isinstance(wanted, dict) else None
+    return isinstance(count, int) and not isinstance(count, bool) and count > 0 and isinstance(wanted.get("class"), str)

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 from torch import Tensor
 
-from rlstitch.figures import plain
+from rlstitch.figures import sendable
 from rlstitch.ranges import Range, Text
 from rlstitch.rewards import service
 from rlstitch.rewards.service import AtOnce, Retries, Seconds, Service, Unanswered, Unread
@@ -103,16 +103,3 @@ def number(score: Any) -> float | Unread:
     return Unread(
         "it has no score of a picture" if score is None else f"the score of a picture is {str(score)[:40]!r}, not a finite number"
     )
-
-
-def sendable(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of a prompt file as JSON has it: what JSON does not know (a date of a parquet file) is sent as text."""
-
-    def one(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {str(k): one(v) for k, v in value.items()}
-        if isinstance(value, list | tuple):
-            return [one(v) for v in value]
-        return value if value is None or isinstance(value, str | int | float) else str(value)
-
-    return plain(one(row))
