@@ -81,3 +81,11 @@ def test_jpeg_size_and_sharpness_by_hand(generator, tmp_path):
     step[0, 1, 5, 5] = 1e-2
     up, down = (Sharpness().score(images[:1] + sign * step, BATCH[:1]) for sign in (1, -1))
     assert float((up - down) / 2e-2) == pytest.approx(float(slope[0, 1, 5, 5]), rel=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_pictures_in_half_precision_are_scored_as_what_they_are(reward, generator, dtype):
+    images = torch.rand(2, 3, 20, 24, generator=generator).to(dtype)
+    batch = Batch(["two red stars", "a blue ring"], torch.arange(2), torch.arange(2))
+    for one in (reward, Sharpness(), Darkness()):
+        torch.testing.assert_close(one.score(images, batch).float(), one.score(images.float(), batch), atol=2e-3, rtol=1e-3)

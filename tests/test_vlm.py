@@ -112,6 +112,15 @@ def test_numbers_are_read_by_the_stated_rule_or_not_at_all():
             strict=True,
         ):
             assert why in answer
+        ended = [
+            said("8\nIt shows", finish_reason="length"),
+            said("I give 1", finish_reason="length"),
+            said("<think>so 7", finish_reason="length"),
+        ]
+        found = one_by_one(asked, judge(asked), ended)
+        assert (
+            found[0] == 8.0 and "is cut off at its number: give more max_tokens" in found[1] and "ends while the model thinks" in found[2]
+        )
         found = one_by_one(asked, judge(asked, pattern=r"(\d+)\s*/\s*10"), map(said, ("8 / 10, not 3/10", "8", "９/10")))
         assert found[0] == 8.0 and "does not match" in found[1] and found[2] == 9.0
         found = one_by_one(asked, judge(asked, pattern=r"is (\w+)"), map(said, ("it is nan", "it is bad", "it is inf")))
@@ -127,7 +136,7 @@ def test_yes_is_a_probability_over_case_and_space_and_neither_is_no_answer():
             first(Yes=0.5, _yes=0.2, No=0.1, ĠYES=0.1, Yesterday=0.05), first(No=0.9, no=0.1), first(The=0.6, Sure=0.4), said("Yes"), first(Yes=0.7, yes=0.7),
             said("Yes", logprobs={"content": []}), said("Yes", logprobs={"content": [{"token": "Yes", "logprob": math.nan}]}), {"choices": []}, {"error": "busy"},
             said("yes", logprobs={"content": [{"token": "yes", "logprob": -0.5}]}), said("Yes", logprobs={"content": [{"token": "Yes", "logprob": "x"}]}),
-            said("Yes", logprobs={"content": [{"token": "Yes", "logprob": 0.98}]}),
+            said("Yes", logprobs={"content": [{"token": "Yes", "logprob": 0.98}]}), said("No", logprobs={"content": [{"token": "No", "logprob": -0.6}]}),
         ]  # fmt: skip
         found = one_by_one(asked, judge(asked, answer="yes"), cases)
         assert asked.requests[-1][2] | {"messages": 0} == {
@@ -147,6 +156,7 @@ def test_yes_is_a_probability_over_case_and_space_and_neither_is_no_answer():
             and "no choices" in found[8]
         )
         assert found[9] == pytest.approx(math.exp(-0.5)) and "no logprobs" in found[10] and "logprobs are none" in found[11]
+        assert "(no top_logprobs), which is another one" in found[12]  # yes may have .4, or nothing
         found = one_by_one(asked, judge(asked, answer="yes_text"), map(said, ("Yes, it does.", "**No**", "Maybe", "YES", "Nothing")))
         assert found[0] == found[3] == 1.0 and found[1] == 0.0 and "begins with neither" in found[2] and "begins with neither" in found[4]
 

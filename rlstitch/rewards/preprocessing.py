@@ -70,6 +70,9 @@ class Preprocessing:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Raises UserError where pictures of this shape do not come out as the tower takes them."""
+        images = images.to(
+            torch.promote_types(images.dtype, torch.float32)
+        )  # half precision is coarser than a grey level, and not resized on a CPU
         given = (images.shape[-2], images.shape[-1])
         height, width = self.target(*given)
         for size in ((given[0], width), (height, width)):  # PIL's two passes, each of which cuts off what bicubic overshoots

@@ -132,6 +132,7 @@ class QwenPreference:
 
     def patches(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """(patches [N, 3 * 2 * p * p], (frames, rows, columns)) of a picture [3, H, W] in [0, 1], resized as Qwen2-VL's own processor does, a picture being two equal frames."""
+        image = image.to(torch.promote_types(image.dtype, torch.float32))
         height, width = smart_resize(image.shape[-2], image.shape[-1], self.patch * self.merge, self.pixels)
         if (height, width) != tuple(image.shape[-2:]):
             for size in ((image.shape[-2], width), (height, width)):  # PIL's two passes

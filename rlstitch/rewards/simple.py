@@ -54,6 +54,7 @@ class Sharpness:
 
     @exact
     def score(self, images: Tensor, batch: Batch) -> Tensor:
+        images = images.float()
         weights = torch.tensor([0.299, 0.587, 0.114], device=images.device)
         kernel = torch.tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]], device=images.device)
         brightness = 255 * (images * weights[:, None, None]).sum(1, keepdim=True)

@@ -162,13 +162,16 @@ class VlmJudge:
         if not isinstance(text, str) or not text.strip():
             raise Unread(f"the answer holds no text (finish_reason {str(end)[:20]}): max_tokens may be too few")
         text = text[:LONGEST].rsplit("</think>", 1)[-1].strip()
+        if text.startswith("<think>"):
+            raise Unread("the answer ends while the model thinks: give more max_tokens, or have it not think (chat_template_kwargs)")
         return (
             begins(text, expected)
             if self.answer == "yes_text"
-            else self._mean([self._number(text, one) for one in self.patterns or [None]])
+            else self._mean([self._number(text, one, cut=end == "length") for one in self.patterns or [None]])
         )
 
-    def _number(self, text: str, pattern: re.Pattern[str] | None) -> float:
+    def _number(self, text: str, pattern: re.Pattern[str] | None, cut: bool = False) -> float:
+        """cut: the answer was ended by max_tokens, perhaps in the middle of a number."""
         if pattern is None:
             found = dict.fromkeys(NUMBER.findall(text))
             if len(found) != 1:
@@ -181,6 +184,8 @@ class VlmJudge:
             if match is None:
                 raise Unread(f"the answer {short(text)} does not match {short(pattern.pattern)}")
             said = match[1] if pattern.groups else match[0]
+        if cut and said is not None and text.endswith(said):
+            raise Unread(f"the answer {short(text)} is cut off at its number: give more max_tokens")
         try:
             value = float(str(said).replace("−", "-").strip().rstrip("."))
         except ValueError:
@@ -242,12 +247,15 @@ def probability(choice: Any, expected: str) -> float:
     kind: neither yes nor no, or no number where one is asked for."""
     try:
         first = choice["logprobs"]["content"][0]
-        listed = {str(one["token"]): float(one["logprob"]) for one in [first, *(first.get("top_logprobs") or [])]}
+        others = first.get("top_logprobs") or []
+        listed = {str(one["token"]): float(one["logprob"]) for one in [first, *others]}
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError):
         raise Unanswered("it gives no logprobs of the first token: start it with them, or take answer: yes_text") from None
     if not all(logprob < 1e-3 for logprob in listed.values()):
         raise Unanswered(f"its logprobs are none: {short(str(listed))}")
     right = forms(expected)
+    if not others and plain_token(str(first["token"])) not in right:
+        raise Unread("it gives the probability of the first token alone (no top_logprobs), which is another one: take answer: yes_text")
     kind = {"yes", "no"} if right & {"yes", "no"} else {*WORDS, *map(str, range(len(WORDS)))} if right & {*WORDS} else right
     read = {token: logprob for token, logprob in listed.items() if plain_token(token) in kind}
     if not read:
