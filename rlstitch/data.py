@@ -48,6 +48,21 @@ def build_pictures(where: str, node: dict[str, Any], kind: str = "images") -> tu
     return _as_said(said, made, *made, kind)
 
 
+def build_captioned(where: str, node: dict[str, Any], needed: bool) -> tuple[Tensor, list[list[str]]]:
+    """Pictures uint8 [N, 3, H, W] and the captions of each, one or several, of the part at `where`. Raises UserError where it gives anything else, or where captions are
+    `needed` and a picture has none."""
+    made, said = cfg.build(node), f"'{where}': {node['_target_']} gives"
+    if not isinstance(made, tuple | list) or len(made) != 2 or not isinstance(made[1], tuple | list):
+        raise UserError(f"{said} {type(made).__name__}, not pictures (a tensor, uint8 {DIMENSIONS['images'][1]}) and a list of prompts")
+    listed = [list(own) or [""] if isinstance(own, tuple | list) else [own] for own in made[1]]
+    pictures, _ = _as_said(said, made, made[0], [own[0] for own in listed], "images")
+    if needed and (bare := sum(not all(isinstance(c, str) and c.strip() for c in own) for own in listed)):
+        raise UserError(
+            f"{said} {bare} of {len(listed)} pictures without a caption, by which Recall@1 looks for them: take a set with captions"
+        )
+    return pictures, listed
+
+
 def build_measured(where: str, node: dict[str, Any], kind: str) -> tuple[list[Tensor], list[str], Tensor]:
     """What the part at `where` gives to measure by: pictures uint8 [N, 3, H, W], a prompt each and a truth [N], float, to rank them by (`graded`); or both pictures of
     pairs under one prompt, and whether the first is the better one, bool (`pairs`). Raises UserError where it gives anything else."""

@@ -21,11 +21,11 @@ from torch import Tensor
 from rlstitch.paths import matching
 from rlstitch.pictures import SUFFIXES, Source, bytes_of, read_pictures
 from rlstitch.prompts import COLUMNS, file_of, read_table, read_text
-from rlstitch.ranges import CountOrNone, Seed, Side, Text
+from rlstitch.ranges import Count, CountOrNone, Seed, Side, Text
 from rlstitch.telling import say
 from rlstitch.types import UserError
 
-Row = tuple[Source, str, str]  # a picture, what it is called, its prompt
+Row = tuple[Source, str, Any]  # a picture, what it is called, its prompt or its captions
 
 
 def images_from_shards(
@@ -63,7 +63,7 @@ def _files(path: str, what: str) -> list[Path]:
     return [file_of(path, f"the {what}")] if path.startswith("hub:") else [Path(file) for file in matching(path, what)]
 
 
-def _read(found: list[Row], size: int, width: int | None, where: str, skip_unreadable: bool, seen: str = "") -> tuple[Tensor, list[str]]:
+def _read(found: list[Row], size: int, width: int | None, where: str, skip_unreadable: bool, seen: str = "") -> tuple[Tensor, list[Any]]:
     """Pictures and prompts of rows; how many have none is said, and what was `seen` in place of them."""
     good = read_pictures({source: name for source, name, _ in found}, (width or size, size), where, skip_unreadable)
     kept = [(good[source], prompt) for source, _, prompt in found if source in good]
@@ -164,6 +164,23 @@ def images_with_captions(
     dataset_flickr30k.json (whose `split` test is the 5k or 1k of Recall@1), or any table with `file_name` or `filename` and captions (prompt, text, caption, raw, or
     `column`). size and width as in `images_from_folder`."""
     rows = [(source, name, captions[0]) for source, name, captions in _captioned(path, images, split, column, n)]
+    return _read(rows, size, width, images, skip_unreadable)
+
+
+def images_with_all_captions(
+    path: Text,
+    images: Text,
+    size: Side,
+    *,
+    width: Side | None = None,
+    split: str = "",
+    column: str = "",
+    captions: Count = 5,
+    skip_unreadable: bool = False,
+    n: CountOrNone = 0,
+) -> tuple[Tensor, list[list[str]]]:
+    """`images_with_captions` with the first `captions` of each picture: Recall@1 of COCO's 5k and Flickr30k's 1k is taken over all five (`held_out` of evaluate_value)."""
+    rows = [(source, name, told[:captions]) for source, name, told in _captioned(path, images, split, column, n)]
     return _read(rows, size, width, images, skip_unreadable)
 
 

@@ -62,13 +62,14 @@ SAID = {  # of each kind of class: what it says of itself; an algorithm says all
 }
 RESULTS = {  # of each kind of function: what it returns
     "images": tuple[Tensor, list[str]],
+    "captioned": tuple[Tensor, list[list[str]]],
     "pairs": tuple[Tensor, Tensor, list[str], Tensor],
     "graded": tuple[Tensor, list[str], Tensor],
     "method": Tensor,
 }
 PARAMETERS = {"method": ("velocity", "z", "sigmas")}
 NAMES = {"model": "a backbone", "oracle": "an oracle", "algorithm": "an algorithm", "method": "a steering method", "images": "a function that gives pictures and their prompts"} | {
-    "pairs": "a function that gives preference pairs", "graded": "a function that gives graded pictures"
+    "captioned": "a function that gives pictures and the captions of each", "pairs": "a function that gives preference pairs", "graded": "a function that gives graded pictures"
 }  # fmt: skip
 
 _UNSAID = object()

@@ -20,6 +20,10 @@ from tests.test_stitch_job import folder, given  # noqa: F401  (a fixture)
 def test_figures_by_hand(generator):
     image, text = torch.eye(4)[[0, 1, 3, 2]], torch.eye(4)
     assert measure.recall(image, text) == 0.5 and measure.recall(text, image) == 0.5
+    of = torch.tensor([0, 0, 1, 2, 3])  # two captions of the first picture, of which the second is the nearer
+    found = measure.recalls(torch.eye(4), torch.eye(4)[[1, 0, 2, 3, 3]], of)
+    assert found == {"recall_at_1": 0.25, "recall_at_1_text_to_image": pytest.approx(0.4)}
+    assert measure.flattened([["a", "b"], ["c"]])[0] == ["a", "b", "c"] and measure.flattened([["a", "b"], ["c"]])[1].tolist() == [0, 0, 1]
     a, b = torch.randn(50, generator=generator).round(decimals=1), torch.randn(50, generator=generator).round(decimals=1)
     assert measure.srcc(a, b) == pytest.approx(stats.spearmanr(a.numpy(), b.numpy()).statistic, abs=1e-6)  # with ties
     figures = measure.calibration(2 * a + 1, a)

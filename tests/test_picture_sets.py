@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rlstitch import hub, picture_sets, pictures
+from rlstitch.data import build_captioned
 from rlstitch.prompts import fingerprint, read_prompts
 from rlstitch.types import UserError
 from tests.sets import AVA, COCO, KARPATHY, PAIRS, lay_out, parquet, png, tar, write
@@ -60,6 +61,8 @@ def test_pictures_of_caption_files(tmp_path):
     assert prompts == ["A cat."]
     with pytest.raises(UserError, match="no picture of split 'val'; it has test, train"):
         picture_sets.images_with_captions(str(tmp_path / "karpathy.json"), str(tmp_path / "val2014"), 4, split="val")
+    images, captions = picture_sets.images_with_all_captions(str(tmp_path / "karpathy.json"), str(tmp_path / "val2014"), 4)
+    assert shades(images) == [40, 80] and captions == [["A cat.", "Two cats."], ["A dog."]]
     table = 'raw,sentids,split,filename\n"[""A cat."", ""Two cats.""]",1,Test,1.png\n"[""A dog.""]",2,train,2.png\n'  # the hub's flickr_annotations_30k.csv
     path = write(tmp_path / "flickr.csv", table.replace("Test", "test"))
     assert picture_sets.images_with_captions(path, str(tmp_path / "val2014"), 4)[1] == ["A cat.", "A dog."]
@@ -162,6 +165,20 @@ def test_grades_of_ava(tmp_path):
     assert dict(zip(shades(images), grades.tolist())) == {11: 10.0, 12: 5.5} and prompts == ["", ""] and grades.dtype == torch.float32
     with pytest.raises(UserError, match="line 1: needs a number, an id and ten counts"):
         picture_sets.graded_by_ava(write(tmp_path / "odd.txt", "1 11 2\n"), str(tmp_path / "images"), 4)
+
+
+def test_recall_is_taken_over_all_captions_of_pictures_that_have_some(tmp_path):
+    lay_out(tmp_path)
+    coco = {"path": str(tmp_path / "dataset_coco.json"), "images": str(tmp_path / "coco"), "size": 4}
+    for name, told in (
+        ("images_with_all_captions", [["A cat.", "Two cats."], ["A dog."]]),
+        ("images_with_captions", [["A cat."], ["A dog."]]),
+    ):
+        assert build_captioned("held_out", {"_target_": f"rlstitch.picture_sets.{name}"} | coco, True)[1] == told
+    bare = {"_target_": "rlstitch.pictures.images_from_folder", "path": str(tmp_path / "flickr30k"), "size": 4}
+    assert build_captioned("held_out", bare, False)[1] == [[""]] * 3
+    with pytest.raises(UserError, match="'held_out': .* gives 3 of 3 pictures without a caption, by which Recall@1"):
+        build_captioned("held_out", bare, True)
 
 
 def test_every_kind_of_set_may_be_a_file_at_the_hub(tmp_path, monkeypatch):

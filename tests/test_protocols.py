@@ -19,6 +19,7 @@ KINDS = {
     "oracle": [f"rlstitch.oracles.{name}" for name in ("Terminal", "Tweedie", "MonteCarlo", "Stitched", "Weighted")],
     "algorithm": [f"rlstitch.algorithms.{name}" for name in ("draft.Draft", "nft.NFT", "flow_grpo.FlowGRPO", "marble.MARBLE", "soar.SOAR", "dpo.OnlineDPO", "dpo.OfflineDPO")],
     "images": [f"rlstitch.shapes.images.{name}" for name in ("scenes", "curated", "distinct", "ranked_pairs")] + ["rlstitch.pictures.images_from_folder"],
+    "captioned": ["rlstitch.picture_sets.images_with_all_captions"],
     "pairs": ["rlstitch.shapes.images.preference_pairs"],
     "graded": ["rlstitch.shapes.images.graded_looks"],
     "method": [f"rlstitch.steering.{name}" for name in ("dps", "fk", "svdd", "best_of_n")],

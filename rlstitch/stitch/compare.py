@@ -16,12 +16,12 @@ import torch
 
 from rlstitch import config as cfg
 from rlstitch import scheduler
-from rlstitch.data import build_measured, build_pictures, read_prompts
+from rlstitch.data import build_captioned, build_measured, read_prompts
 from rlstitch.distributed import resolve_precision
 from rlstitch.files import write_json, write_text
 from rlstitch.lengths import fitting
 from rlstitch.metrics import interleaved, peak_megabytes
-from rlstitch.part_checks import attempt, part_faults, unknown_rewards, unread
+from rlstitch.part_checks import attempt, class_of, part_faults, unknown_rewards, unread
 from rlstitch.parts import Parts, at_hand
 from rlstitch.paths import ready
 from rlstitch.ranges import AutoShift, GridSteps, Name, NotEmpty, Range, Text, Threads
@@ -53,7 +53,7 @@ class CalibrationConfig:
 class CompareConfig:
     """compare: reward -> {row name: value model}. rivals: which of tweedie_prompt, tweedie_null, monte_carlo stand beside them.
 
-    held_out: pictures with distinct captions for Recall@1; pairs, graded: reward -> part that gives preference pairs, or pictures with a truth to rank by.
+    held_out: pictures with distinct captions, or several each, for Recall@1; pairs, graded: reward -> part that gives preference pairs, or pictures with a truth to rank by.
     """
 
     name: Name = ""
@@ -87,7 +87,8 @@ def checked(given: dict[str, Any], name: str) -> CompareConfig:
         )
     for where, nodes in (("held_out", {"": config.held_out}), ("pairs", config.pairs), ("graded", config.graded)):
         for key, node in nodes.items():
-            faults += cfg.check_part(f"{where}.{key}".rstrip("."), node, kind=where.replace("held_out", "images"))
+            kind = ("images" if class_of(node, "captioned") is None else "captioned") if where == "held_out" else where
+            faults += cfg.check_part(f"{where}.{key}".rstrip("."), node, kind=kind)
     for reward, rows in config.compare.items():
         if not isinstance(rows, dict) or not rows:
             faults.append(f"'compare.{reward}' must give rows and their value models, e.g. {{StitchVM: shapes:value_clip}}")
@@ -114,7 +115,8 @@ class Comparison:
             torch.set_num_threads(config.threads)
         self.parts = Parts.of(config.model, {name: config.rewards[name] for name in config.compare})
         self.backbone, self.rewards, self.device = self.parts.backbone, self.parts.rewards, self.parts.device
-        self.held, self.captions = build_pictures("held_out", config.held_out)
+        self.held, self.told = build_captioned("held_out", config.held_out, any(map(measure.embeds_text, self.rewards.values())))
+        self.captions = [own[0] for own in self.told]
         self.latents = latents_of(self.backbone, self.held)
         self.text = self.backbone.encode_prompts(self.captions)
         c = config.calibration
@@ -159,8 +161,8 @@ class Comparison:
         rows: dict[str, dict[str, dict[str, float]]] = {s.name: {} for s in subjects}
         clean, by_text = {}, measure.embeds_text(reward)
         if by_text:
-            found, texts = outputs_of(reward, self.held), reward.embed_texts(self.captions)
-            clean |= {"recall_at_1": measure.recall(found, texts), "recall_at_1_text_to_image": measure.recall(texts, found)}
+            told, text_of = measure.flattened(self.told)
+            clean |= measure.recalls(outputs_of(reward, self.held), reward.embed_texts(told), text_of)
         pairs = build_measured(f"pairs.{name}", config.pairs[name], "pairs") if name in config.pairs else None
         graded = build_measured(f"graded.{name}", config.graded[name], "graded") if name in config.graded else None
         if pairs:
@@ -178,7 +180,9 @@ class Comparison:
         for subject in subjects:
             say(f"{name}: {subject.name}")
             if by_text and subject.output is not None:
-                _merge(rows[subject.name], measure.retrieval(subject, reward, self.latents, self.captions, self.text, config.sigmas))
+                _merge(
+                    rows[subject.name], measure.retrieval(subject, reward, self.latents, self.captions, self.text, config.sigmas, self.told)
+                )
             if pairs:
                 _merge(rows[subject.name], measure.pair_accuracy(subject, sides, pair_prompts, first_wins, pair_text, config.sigmas))
             if graded:

@@ -79,10 +79,17 @@ def noised(latents: Tensor, level: float, seed: int = 0) -> Latent:
 
 
 @exact
-def recall(image: Tensor, text: Tensor) -> float:
-    """Share of rows whose most similar text is their own; swap the arguments for text to image."""
-    text = text.to(image.device)
-    return float(((image @ text.T).argmax(1) == torch.arange(len(image), device=image.device)).float().mean())
+def recall(query: Tensor, key: Tensor, query_of: Tensor | None = None, key_of: Tensor | None = None) -> float:
+    """Recall@1: the share of queries [N, D] whose most similar key [M, D] is of their own picture; `query_of` [N] and `key_of` [M] say of which each is, by default of the
+    one of its place. With five captions a picture as keys, or as queries, the protocol of COCO's 5k and Flickr30k's 1k."""
+    key = key.to(query.device)
+    own, others = (torch.arange(len(x)) if of is None else of for x, of in ((query, query_of), (key, key_of)))
+    return float((others[(query @ key.T).argmax(1).cpu()] == own).float().mean())
+
+
+def recalls(image: Tensor, text: Tensor, text_of: Tensor | None = None) -> dict[str, float]:
+    """Both ways, of images [N, D] and texts [M, D], which are of the pictures `text_of` [M]."""
+    return {"recall_at_1": recall(image, text, None, text_of), "recall_at_1_text_to_image": recall(text, image, text_of)}
 
 
 def ranks(x: Tensor) -> Tensor:
@@ -113,14 +120,26 @@ def calibration(value: Tensor, truth: Tensor) -> dict[str, float]:
 
 
 def retrieval(
-    subject: Subject, reward: Any, latents: Tensor, prompts: list[str], text: Any, sigmas: Sequence[float] = SIGMAS
+    subject: Subject,
+    reward: Any,
+    latents: Tensor,
+    prompts: list[str],
+    text: Any,
+    sigmas: Sequence[float] = SIGMAS,
+    captions: Sequence[Sequence[str]] | None = None,
 ) -> dict[str, dict]:
-    """Recall@1 both ways by sigma over N latents with pairwise distinct captions."""
-    texts, out = reward.embed_texts(prompts), {}
+    """Recall@1 both ways by sigma over N latents with pairwise distinct prompts, or with several `captions` each; the value sees the prompt."""
+    (told, text_of), out = flattened(captions or [[p] for p in prompts]), {}
+    texts = reward.embed_texts(told)
     for level in sigmas:
         image = in_parts(subject.output, noised(latents, level), batch_of(prompts, text))
-        out[f"{level:g}"] = {"recall_at_1": recall(image, texts), "recall_at_1_text_to_image": recall(texts, image)}
+        out[f"{level:g}"] = recalls(image, texts, text_of)
     return out
+
+
+def flattened(captions: Sequence[Sequence[str]]) -> tuple[list[str], Tensor]:
+    """All captions [M], and of which picture each is [M]."""
+    return [c for own in captions for c in own], torch.tensor([k for k, own in enumerate(captions) for _ in own])
 
 
 def pair_accuracy(
