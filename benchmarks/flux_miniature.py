@@ -70,7 +70,7 @@ class Streams(Material):
     def cell(self, found: Any, pair: Any, text: str, own: Any, held: Any) -> dict[str, Any]:
         targets, tokens, norm = self.targets
         model = StitchedValueModel.from_search(
-            self.backbone, self.reward, pair.i, pair.j, pair.weight, pair.bias, cls_state=found.cls[pair.j].float(), norm=norm,
+            self.backbone, self.reward, pair.i, pair.j, pair.weight, pair.bias, cls_state=found.cls[pair.j], norm=norm,
             normalise=self.recipe.normalise, sigma_range=(0.0, 1.0), card={"text": text},
         )  # fmt: skip
         distill(model, self.latents, targets, tokens, dataclasses.replace(self.recipe.distill, steps=self.steps), text_of=own)
