@@ -74,8 +74,10 @@ NO_SETTING = ("hardware", "versions")  # what a file tells beside the settings, 
 
 
 def laid(given: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """`rewards=[NAME, ...]` of the command line: names of pieces below recipes/reward, or of rewards that the recipe has. They replace what the recipe has."""
-    if isinstance(names := overrides.get("rewards"), list):
+    """`rewards=[NAME, ...]` of the command line: names of pieces below recipes/reward, paths to pieces of one's own, or names of rewards that the recipe has. They replace
+    what the recipe has. Of two pieces that call their reward alike the second's is called as the piece is."""
+    if isinstance(names := overrides.get("rewards"), list | str):
+        names = [names] if isinstance(names, str) else names
         del overrides["rewards"]
         known = dict(given.get("rewards", {}))
         chosen: dict[str, Any] = {}
@@ -83,13 +85,15 @@ def laid(given: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
             if name in known:
                 chosen[name] = known[name]
                 continue
-            piece = cfg.RECIPES / "reward" / f"{name}.yaml"
-            if not piece.is_file():
-                there = sorted([*known, *(p.stem for p in piece.parent.glob("*.yaml"))])
+            stem = str(name).removeprefix("reward/").removesuffix(".yaml")
+            pieces = [cfg.RECIPES / "reward" / f"{stem}.yaml", *[Path(str(name)).expanduser()] * str(name).endswith(".yaml")]
+            if (piece := next((p for p in pieces if p.is_file()), None)) is None:
+                there = sorted([*known, *(p.stem for p in pieces[0].parent.glob("*.yaml"))])
                 raise UserError(
-                    f"'rewards' names {name!r}, which is neither in recipes/reward nor in the recipe{cfg.nearest(str(name), there)}; there are: {', '.join(there)}"
+                    f"'rewards' names {name!r}, which is neither in recipes/reward nor in the recipe{cfg.nearest(stem.lower(), there)}"
                 )
-            chosen |= cfg.compose(str(piece)).get("rewards", {})
+            own = cfg.compose(str(piece)).get("rewards", {})
+            chosen |= {piece.stem if n in chosen and len(own) == 1 else n: node for n, node in own.items()}
         given = given | {"rewards": known | chosen, "judges": list(chosen)}
     return given
 
@@ -150,6 +154,10 @@ class Job:
         self.eye = parts.rewards.get(config.features)
         prompts = read_prompts(config.prompts, config.column)
         telling.say(*lengths.unread({n: config.rewards[n] for n in config.judges}, prompts.prompts[: config.max_prompts or None]))
+        if (different := len(set(prompts.prompts))) < len(prompts):
+            telling.say(
+                f"{config.prompts}: {len(prompts)} rows hold {different} different prompts, and each counts as often as it stands there"
+            )
         parts.probe(config.judges, prompts.two())
         if config.lora:
             self.backbone.load_lora(config.lora)

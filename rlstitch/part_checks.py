@@ -99,7 +99,11 @@ def judge_faults(where: str, names: list[str], rewards: dict[str, Any], prompts:
     """Faults of the rewards that judge finished pictures of some prompts: unknown ones, and those that need more than these prompts say."""
     faults = unknown_rewards(where, names, rewards)
     for name in names if prompts is not None else ():
-        faults += unread(where, [name], rewards, prompts, f"leave it out, e.g. {where}=[{', '.join(n for n in names if n != name)}]")
+        others = [n for n in names if n != name]
+        remedy = (
+            f"leave it out, e.g. {where}=[{', '.join(others)}]" if others else "take a file of prompts that it reads, or another reward"
+        )
+        faults += unread(where, [name], rewards, prompts, remedy)
     return faults
 
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -357,9 +358,13 @@ def _separated(separator: str) -> Callable[[str, str], Iterator[tuple[str, dict[
         if separator == ",":
             return parse(text, path, csv.QUOTE_MINIMAL)
         try:
-            return iter(list(parse(text, path, csv.QUOTE_MINIMAL)))
+            rows = list(parse(text, path, csv.QUOTE_MINIMAL))
         except UserError:
             return parse(text, path, csv.QUOTE_NONE)
+        if any("\t" in cell or "\n" in cell for _, row in rows for cell in row.values()):  # from one quote to another, lines away
+            with suppress(UserError):
+                rows = list(parse(text, path, csv.QUOTE_NONE))
+        return iter(rows)
 
     return read
 

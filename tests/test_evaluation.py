@@ -131,6 +131,17 @@ def test_models_and_rewards_by_name(tmp_path):
         cli.recipe_and_overrides(["recipe=draft_stitch", "model=shapes_flux", "model.embedded_guidance=2"])[1]["model"]["embedded_guidance"]
         == 2
     )
+    both = given("rewards=[hps, hpsv21]")
+    assert (
+        both["judges"] == ["hps", "hpsv21"]
+        and both["rewards"]["hps"] != both["rewards"]["hpsv21"] == cfg.compose("reward/hpsv21")["rewards"]["hps"]
+    )
+    (tmp_path / "mine.yaml").write_text("rewards.mine: {_target_: rlstitch.rewards.simple.Darkness}")
+    assert given(f"rewards=[reward/jpeg, {tmp_path / 'mine.yaml'}]")["judges"] == ["jpeg", "mine"] and given("rewards=clip")["judges"] == [
+        "clip"
+    ]
+    with pytest.raises(UserError, match="asks for 'vqa_list', .*: take a file of prompts that it reads, or another reward"):
+        evaluation.checked(given("rewards=[geneval2]"), "evaluate")
     with pytest.raises(
         UserError, match=r"'rewards' names 'darknes', which is neither in recipes/reward nor in the recipe \(did you mean 'darkness'\?\)"
     ):

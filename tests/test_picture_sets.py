@@ -21,6 +21,7 @@ def shades(images):
     [
         ("drawbench.csv", "Prompts,Category\nA red car.,Colors\n", ["A red car."], {"Category": "Colors"}),
         ("PartiPrompts.tsv", "Prompt\tCategory\tChallenge\tNote\nbond\tAbstract\tBasic\t\n", ["bond"], {"Challenge": "Basic"}),
+        ("quotes.tsv", 'Prompt\tNote\n"Open\tx\na sign\ty\nClosed"\tz\n', ['"Open', "a sign", 'Closed"'], {"Note": "x"}),
         ("evaluation_metadata.jsonl", '{"tag": "two_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"}\n', ["a photo of a bench"], {"tag": "two_object"}),
         ("anime.json", ["a girl", "a boy"], ["a girl", "a boy"], {}),
         ("all.json", {"anime": ["a girl"], "concept-art": ["a ship"]}, ["a girl", "a ship"], {"style": "anime"}),
