@@ -11,7 +11,6 @@ import random
 import tarfile
 import zlib
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rlstitch.paths import matching
-from rlstitch.pictures import SUFFIXES, Source, bytes_of, read_pictures
+from rlstitch.pictures import SUFFIXES, Source, bytes_of, captions_of, first_text, read_pictures
 from rlstitch.prompts import COLUMNS, file_of, read_table, read_text
 from rlstitch.ranges import Count, CountOrNone, Seed, Side, Text
 from rlstitch.telling import say
@@ -108,21 +107,6 @@ def _sample(shard: Path, key: str, sample: dict[str, bytes], column: str, keys: 
         raise UserError(f"{shard}, {key}: its prompt cannot be read ({error})") from error
 
 
-def first_text(value: Any) -> str:
-    """The text of a cell; of several captions the first."""
-    found = captions_of(value)
-    return found[0] if found else ""
-
-
-def captions_of(value: Any) -> list[str]:
-    """The captions of a cell: a text, a list of texts, also written as JSON, or of objects with `raw`."""
-    if isinstance(value, str) and value.lstrip()[:1] == "[":
-        with suppress(ValueError, RecursionError):
-            value = json.loads(value)
-    listed = [v.get("raw") if isinstance(v, dict) else v for v in (value if isinstance(value, list) else [value])]
-    return [text.strip() for text in listed if isinstance(text, str) and text.strip()]
-
-
 def images_from_parquet(
     path: Text, size: Side, *, width: Side | None = None, column: str = "", skip_unreadable: bool = False, n: CountOrNone = 0
 ) -> tuple[Tensor, list[str]]:
@@ -161,7 +145,7 @@ def images_with_captions(
     n: CountOrNone = 0,
 ) -> tuple[Tensor, list[str]]:
     """The first n (0: all) pictures of a file of captions, each with its first one, from the folder `images`: COCO's captions_*.json, Karpathy's dataset_coco.json or
-    dataset_flickr30k.json (whose `split` test is the 5k or 1k of Recall@1), or any table with `file_name` or `filename` and captions (prompt, text, caption, raw, or
+    dataset_flickr30k.json (whose `split` test is the 5k or 1k of Recall@1), or any table with `file_name`, `filename` or `image` and captions (prompt, text, caption, raw, or
     `column`). size and width as in `images_from_folder`."""
     rows = [(source, name, captions[0]) for source, name, captions in _captioned(path, images, split, column, n)]
     return _read(rows, size, width, images, skip_unreadable)
@@ -192,7 +176,10 @@ def _captioned(path: str, images: str, split: str, column: str, n: int) -> list[
         has = ", ".join(sorted({str(row.get(table.find("split") or "")) for row in table.rows}))
         raise UserError(f"{path} has no picture of split '{split}'; it has {has}" if table.rows else f"{path} names no picture")
     found = [c for c in map(table.find, [column] if column else ["captions", *COLUMNS, "raw"]) if c is not None]
-    told, named = found[0] if found else table.prompt_column(column), table.find("file_name") or table.find("filename")
+    told, named = (
+        found[0] if found else table.prompt_column(column),
+        next(filter(None, map(table.find, ("file_name", "filename", "image"))), None),
+    )
     if named is None:
         raise UserError(f"{path} has no column file_name; it has {', '.join(table.columns[:12])}")
     out = []
@@ -215,14 +202,15 @@ def graded_by_ava(
     path: Text, images: Text, size: Side, *, width: Side | None = None, skip_unreadable: bool = False, n: CountOrNone = 0, seed: Seed = 0
 ) -> tuple[Tensor, list[str], Tensor]:
     """n (0: all) pictures of AVA drawn at random by `seed`, with no prompts and the mean of each one's grades, 1 to 10: `path` is AVA.txt (number, id, ten counts of grades,
-    tags), `images` the folder of ID.jpg. Pictures that the folder lacks are passed over, as public copies lack some."""
-    folder, grades = file_of(images, "the folder of pictures"), {}
+    tags), `images` the folder of ID.jpg, or one above it. Pictures that the folder lacks are passed over, as public copies lack some."""
+    grades: dict[Path, float] = {}
+    there = {f.stem: f for f in sorted(file_of(images, "the folder of pictures").rglob("*")) if f.suffix.lower() in (".jpg", ".jpeg")}
     for number, line in enumerate(read_text(path, "AVA's list").splitlines(), 1):
         if not (cells := line.split()):
             continue
         if len(cells) < 12 or not all(cell.isdigit() for cell in cells[:12]) or not any(counts := [int(c) for c in cells[2:12]]):
             raise UserError(f"{path}, line {number}: needs a number, an id and ten counts of grades, not {line[:60]!r}")
-        if (file := folder / f"{cells[1]}.jpg").is_file():
+        if file := there.get(cells[1]):
             grades[file] = sum(k * c for k, c in enumerate(counts, 1)) / sum(counts)
     if not grades:
         raise UserError(f"{images} has no picture ID.jpg of those that {path} grades")

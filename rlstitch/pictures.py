@@ -5,10 +5,12 @@ All give uint8 [N, 3, H, W] (pairs [N, 2, 3, H, W], the better first) and the N 
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,8 @@ from rlstitch.telling import say
 from rlstitch.types import UserError
 
 Source = Path | bytes  # of a picture
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif")
+OTHERS = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".psd", ".svg", ".tga", ".exr")  # which hold pictures, too, and are not read
 LISTINGS = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
@@ -49,7 +52,8 @@ def images_from_folder(
     passed = f"{len(linked)} folders under {path} are links, which are not followed: {_some(linked)}" if linked else ""
     if not files:
         raise UserError(f"no picture under {path}: {', '.join(SUFFIXES)} are read" + f"; {passed}" * bool(linked))
-    say(*[passed] * bool(linked))
+    others = sorted(str(p.relative_to(root)) for p in below if p.suffix.lower() in OTHERS)
+    say(*[passed] * bool(linked), *[f"{len(others)} pictures under {path} are of kinds that are not read: {_some(others)}"] * bool(others))
     told = {} if captions is False else _captions(root, files, column)
     silent = [file for file in files if file not in told]
     if silent and (told or captions):
@@ -154,6 +158,21 @@ def bytes_of(value: Any) -> bytes | None:
     return value if isinstance(value, bytes) and value else None
 
 
+def first_text(value: Any) -> str:
+    """The text of a cell; of several captions the first."""
+    found = captions_of(value)
+    return found[0] if found else ""
+
+
+def captions_of(value: Any) -> list[str]:
+    """The captions of a cell: a text, a list of texts, also written as JSON, or of objects with `raw`."""
+    if isinstance(value, str) and value.lstrip()[:1] == "[":
+        with suppress(ValueError, RecursionError):
+            value = json.loads(value)
+    listed = [v.get("raw") if isinstance(v, dict) else v for v in (value if isinstance(value, list) else [value])]
+    return [text.strip() for text in listed if isinstance(text, str) and text.strip()]
+
+
 def _some(names: Iterable[str], shown: int = 8) -> str:
     names = list(names)
     return ", ".join(names[:shown]) + ("..." if len(names) > shown else "")
@@ -185,14 +204,21 @@ def _captions(root: Path, files: list[Path], column: str) -> dict[Path, str]:
 def _listed(listing: Path, files: set[Path], column: str, told: dict[Path, str], bad: list[str]) -> None:
     """Add a listing's prompts to `told`, '' where a row has none, and to `bad` what is wrong with it."""
     table = read_table(listing, "the listing of pictures")
-    names = table.texts(table.find("file_name") or "file_name") if table.rows else []
+    if table.rows and not table.find("file_name"):
+        raise UserError(f"{listing} has no column file_name; it has {', '.join(table.columns[:12])}")
+    names = table.texts(table.find("file_name") or "") if table.rows else []
     columns = [c for c in map(table.find, [column] if column else COLUMNS) if c is not None]
     if column and not columns:
         table.prompt_column(column)
+    if table.rows and not columns:
+        say(
+            f"{listing} has no column {', '.join(COLUMNS[:-1])} or {COLUMNS[-1]}, and so no prompts; it has {', '.join(table.columns[:12])}"
+        )
     for place, row, name in zip(table.places, table.rows, names):
         inside, where = Path(os.path.normpath(name)), f"{listing.name}, {place}: {name}"
         file = listing.parent / inside
-        given = next((value for c in columns if (value := row.get(c)) not in (None, "")), "")
+        given = next((value for c in columns if (value := row.get(c)) not in (None, "", [])), "")
+        given = first_text(given) or given if isinstance(given, list) else given
         if inside.is_absolute() or inside.parts[:1] == ("..",):
             bad.append(f"{where} lies outside {listing.parent}")
         elif file not in files:

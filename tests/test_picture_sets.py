@@ -68,6 +68,8 @@ def test_pictures_of_caption_files(tmp_path):
     path = write(tmp_path / "flickr.csv", table.replace("Test", "test"))
     assert picture_sets.images_with_captions(path, str(tmp_path / "val2014"), 4)[1] == ["A cat.", "A dog."]
     assert picture_sets.images_with_captions(path, str(tmp_path / "val2014"), 4, split="test", column="RAW")[1] == ["A cat."]
+    lavis = [{"image": "val2014/1.png", "caption": ["A cat.", "Two cats."]}]
+    assert picture_sets.images_with_all_captions(write(tmp_path / "lavis.json", lavis), str(tmp_path), 4)[1] == [["A cat.", "Two cats."]]
     with pytest.raises(UserError, match="line 2: needs a caption under 'raw', not ''"):
         picture_sets.images_with_captions(write(tmp_path / "bare.csv", "raw,filename\n,1.png\n"), str(tmp_path / "val2014"), 4)
     out = json.loads(json.dumps(KARPATHY).replace("1.png", "../../1.png"))
@@ -160,8 +162,8 @@ def test_pairs_of_pick_a_pic_and_hpd(tmp_path):
 
 
 def test_grades_of_ava(tmp_path):
-    for name in ("11", "12"):
-        write(tmp_path / "images" / f"{name}.jpg", png(int(name)))
+    for name in ("11.jpg", "images/12.JPG"):
+        write(tmp_path / "images" / name, png(int(name[-6:-4])))
     images, prompts, grades = picture_sets.graded_by_ava(write(tmp_path / "AVA.txt", AVA), str(tmp_path / "images"), 4)
     assert dict(zip(shades(images), grades.tolist())) == {11: 10.0, 12: 5.5} and prompts == ["", ""] and grades.dtype == torch.float32
     with pytest.raises(UserError, match="line 1: needs a number, an id and ten counts"):

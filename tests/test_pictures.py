@@ -202,6 +202,20 @@ def test_listings_as_the_imagefolder_convention_has_them(folder):
         images_from_folder(str(folder), 8)
 
 
+def test_listings_of_another_layout_say_which_columns_they_have(folder, capsys):
+    (folder / "d.heic").write_bytes(b"x")
+    (folder / "metadata.jsonl").write_text('{"image": "a.png", "text": "fire"}\n')
+    with pytest.raises(UserError, match="metadata.jsonl has no column file_name; it has image, text"):
+        images_from_folder(str(folder), 8)
+    (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "label": 3}\n')
+    assert not any(images_from_folder(str(folder), 8)[1])
+    said = capsys.readouterr().out
+    assert "and so no prompts; it has file_name, label" in said and "1 pictures under" in said and "are not read: d.heic" in said
+    (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "text": ["fire", "flame"]}\n')
+    with pytest.raises(UserError, match="have no prompt: b.png, more/c.png"):  # and a.png has its first
+        images_from_folder(str(folder), 8)
+
+
 def test_pairs(folder):
     rows = [
         {"prompt": "warm", "chosen": "a.png", "rejected": "more/c.png"},
