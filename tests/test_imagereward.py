@@ -208,7 +208,13 @@ def test_a_value_of_it_is_stitched_trained_on_and_measured(files, sd3_dir, tmp_p
     _, parts = distillation_loss(loaded, z.detach(), sigma, unit, tokens.float(), DistillConfig(), prompts=PROMPTS[:2])
     by_hand = (told - reward.score(images, batch)).square().mean()
     torch.testing.assert_close(parts["score"], by_hand.detach(), atol=1e-3, rtol=1e-3)
-    assert "score" not in distillation_loss(loaded, z.detach(), sigma, unit, tokens.float(), DistillConfig())[1]
+    model.train()
+    with_score, without = (
+        distillation_loss(model, z.detach(), sigma, unit, tokens.float(), DistillConfig(score_weight=2.0), prompts=p)
+        for p in (PROMPTS[:2], None)
+    )
+    assert "score" not in without[1] and float(with_score[0] - without[0]) == pytest.approx(2 * float(with_score[1]["score"]), rel=1e-4)
+    assert torch.autograd.grad(with_score[0] - without[0], model.stitch.linear.weight)[0].abs().max() > 0
 
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[:2]))
     oracle = {"_target_": "rlstitch.oracles.Stitched", "weights": {"mine": 1.0}}
