@@ -60,10 +60,20 @@ def of_file(settings: dict[str, Any], tokens: int | None) -> Shift:
     else:
         slope = (said["max_shift"] - said["base_shift"]) / (said["max_image_seq_len"] - said["base_image_seq_len"])
         mu = said["base_shift"] + slope * (tokens - said["base_image_seq_len"])
-        factor = math.exp(mu) if said["time_shift_type"] == "exponential" else mu
+        factor = exponential(mu) if said["time_shift_type"] == "exponential" else mu
     if not factor > 0:
         raise UserError(f"comes to a shift of {factor}, which is not positive")
     return Shift(float(factor), dynamic=bool(said["use_dynamic_shifting"]), terminal=terminal)
+
+
+MOST = 50.0  # mu of a dynamic shift; e^50 leaves no level but 1
+
+
+def exponential(mu: float) -> float:
+    """e^mu. Raises UserError where that is no shift to sample with."""
+    if abs(mu) > MOST:
+        raise UserError(f"comes to a shift of e^{mu:.4g} at this size")
+    return math.exp(mu)
 
 
 def resolve(where: str, stated: float | str, backbone: Any) -> Shift:

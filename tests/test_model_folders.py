@@ -229,6 +229,7 @@ BROKEN = {
     "guidance that nobody is told": (lambda f: edited(f / "transformer" / "config.json", guidance_embeds=True), {}, "'model.path': .*guidance_embeds.*tells its model none"),
     "odd size": (lambda f: None, {"image_size": 18}, "'model.image_size': 18 does not divide into patches of 4"),
     "half on a CPU": (lambda f: None, {"dtype": "float16"}, "'model.dtype': float16"),
+    "no such variant": (lambda f: None, {"variant": "fp61"}, "'model.variant': no part of .* has weights of a variant 'fp61': leave it out"),
     "no such dtype": (lambda f: None, {"dtype": "float99"}, "'model.dtype' must be one of float32, bfloat16, float16"),
 }  # fmt: skip
 
@@ -240,7 +241,12 @@ def test_a_folder_that_cannot_run_is_told_by_key_before_anything_loads(copied, n
     change, options, why = BROKEN[name]
     node = {"_target_": "rlstitch.backbones.sd3.SD3Backbone", "path": str(copied)} | options
     assert not model_faults(
-        node | {k: v for k, v in (("dtype", "float32"), ("image_size", 16), ("embedded_guidance", None), ("height", None)) if k in options}
+        node
+        | {
+            k: v
+            for k, v in (("dtype", "float32"), ("image_size", 16), ("embedded_guidance", None), ("height", None), ("variant", None))
+            if k in options
+        }
     )
     change(copied)
     if name == "half on a CPU" and torch.cuda.is_available():

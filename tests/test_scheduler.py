@@ -89,6 +89,7 @@ def test_four_steps_equal_the_stock_pipeline(sd3_dir, tmp_path, name, side):
         (dict(num_train_timesteps=500), "num_train_timesteps 500"),
         (dict(shift="three"), "shift 'three'"),
         (dict(shift=-1.0), "not positive"),
+        (dict(use_dynamic_shifting=True, max_shift=1e6), "comes to a shift of e.-5"),
         (dict(shift_terminal=1.5), "shift_terminal 1.5"),
         (dict(use_dynamic_shifting=True, time_shift_type="cosine"), "time_shift_type 'cosine'"),
         (dict(_class_name="DPMSolverMultistepScheduler"), "DPMSolverMultistepScheduler"),

@@ -184,6 +184,8 @@ def faults(options: dict[str, Any]) -> list[tuple[str, str]]:
         except UserError as error:
             out.append(("path", str(error)))
     out += [] if out else [("path", why) for why in _others(arch, folder)]
+    if variant and not (out or coming) and all(weight_files(folder / part, f"the {part}", variant)[0] != variant for part in parts):
+        out.append(("variant", f"no part of {folder} has weights of a variant {variant!r}: leave it out for those that are there"))
     if out:
         return out
     transformer, vae = _configs(arch, folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,6 +11,7 @@ from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2D
 from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
+from rlstitch import scheduler
 from rlstitch.backbones import autoencoders, shared
 from rlstitch.schedule import Shift
 from rlstitch.types import Conditioning
@@ -75,7 +75,7 @@ def shift(settings: dict[str, Any], tokens: int | None) -> Shift:
         return law
     many, few = 0.00016927 * tokens + 0.45666666, 8.73809524e-05 * tokens + 1.89833333
     slope = 0.0 if tokens > 4300 else (many - few) / 190
-    return replace(law, factor=math.exp(many - 200 * slope), per_step=slope)
+    return replace(law, factor=scheduler.exponential(many - 200 * slope), per_step=slope)
 
 
 def to_pipeline(z: Tensor) -> Tensor:
