@@ -109,6 +109,7 @@ def test_a_value_file_is_whole_or_refused(backbone, reward, tmp_path):
         ({k: v for k, v in whole.items() if k != name}, f"is not whole: 1 weights .*{name}"),
         (whole | {"stray": torch.ones(1)}, "is not whole: 1 weights .*stray"),
         ({k: v for k, v in whole.items() if k not in (bias, "null_tokens")}, f"is not whole: it has no {bias} and no null_tokens"),
+        ({k: v for k, v in whole.items() if k != "null_pooled"}, "for another denoiser or is not whole: it has no null_pooled"),
         (whole | {linear: whole[linear][:, :, 0, 0].clone()}, "for a denoiser of width 0"),
         (whole | {bias: whole[bias][:-1].clone()}, "does not fit its reward model"),
         (whole | {name: whole[name].int()}, "are whole numbers"),

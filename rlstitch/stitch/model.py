@@ -221,12 +221,7 @@ class StitchedValueModel(nn.Module):
         where = str(given if device is None else device)
         backbone = build(card.get("backbone"), "model", where) if backbone is None else backbone
         reward = build(card.get("reward"), "reward", where) if reward is None else reward
-        needed = (
-            "stitch.linear.weight",
-            "stitch.linear.bias",
-            *(f"{NULL}{name}" for name in getattr(backbone, "text_fields", ("tokens",))),
-        )
-        if lacking := [n for n in needed if n not in tensors]:
+        if lacking := [n for n in ("stitch.linear.weight", "stitch.linear.bias", f"{NULL}tokens") if n not in tensors]:
             raise UserError(f"value model '{path}' is not whole: it has no {' and no '.join(lacking)}: restore it or stitch it again")
         check_vae(card, backbone.path, path)
         linear, on_latents = tensors["stitch.linear.weight"], card.get("prefix") == "latent"
@@ -240,6 +235,10 @@ class StitchedValueModel(nn.Module):
             backbone.device, backbone.dtype
         )
         own = {name: value.shape for name, value in getattr(backbone, "null", null).fields.items()}
+        if lacking := [n for n in getattr(backbone, "text_fields", ()) if n not in null.fields]:
+            raise OtherDenoiser(
+                f"value model '{path}' is for another denoiser or is not whole: it has no {NULL}{lacking[0]}, which the empty prompt of {backbone.path} has: restore it or stitch it again"
+            )
         if odd := [n for n, v in null.fields.items() if n not in own or v.ndim != len(own[n]) or v.shape[2:] != own[n][2:] or len(v) != 1]:
             raise OtherDenoiser(
                 f"value model '{path}' is for another denoiser or is not whole: its {NULL}{odd[0]} is {list(null.fields[odd[0]].shape)}, no empty prompt of {backbone.path}: restore it or stitch it again"
