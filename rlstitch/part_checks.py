@@ -51,6 +51,11 @@ def value_cards(config: Any, faults: list[str]) -> dict[str, dict[str, Any]]:
             elif (card.get("backbone") or {}).get("path") == config.model["path"]:  # of another denoiser its own is built
                 setting = sound and backbone and protocols.asked("model", backbone, "setting", config.model)
                 faults += [f"'values.{name}': {config.values[name]} {why}"] if setting and (why := misused(card, *setting)) else []
+                then, now = (node.get("max_sequence_length") for node in (card["backbone"], config.model))
+                if card.get("text") == "prompt" and None not in (then, now) and then != now:
+                    faults.append(
+                        f"'values.{name}': {config.values[name]} was stitched under the prompts' own text at max_sequence_length {then}, and the model encodes them at {now}: set model.max_sequence_length={then}, or stitch again"
+                    )
         except UserError:
             continue  # the missing model is reported already
     return cards

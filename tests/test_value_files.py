@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from rlstitch.backbones.sd3 import SD3Backbone
 from rlstitch.files import sha256
+from rlstitch.part_checks import value_cards
 from rlstitch.rewards.clip import ClipReward
 from rlstitch.stitch.baselines import noisy_clip
 from rlstitch.stitch.model import OtherDenoiser, StitchedValueModel, misused, read_card, values
@@ -143,6 +145,16 @@ def test_a_value_under_the_prompts_own_text(backbone, reward, tmp_path):
     model.save_pretrained(tmp_path / "v", half=False)
     again = StitchedValueModel.from_pretrained(tmp_path / "v", backbone=backbone, reward=reward)
     torch.testing.assert_close(again.value(latent, batch), by_hand)
+    node = {"_target_": "rlstitch.backbones.Diffusers", "path": str(backbone.path), "max_sequence_length": 5}
+    card = json.loads((tmp_path / "v" / "value.json").read_text())
+    oracle = {"_target_": "rlstitch.oracles.Stitched", "weights": {"clip": 1.0}}
+    for length, text, count in ((5, "prompt", 0), (7, "prompt", 1), (7, "empty", 0)):  # what prompts are padded and cut to
+        (tmp_path / "v" / "value.json").write_text(json.dumps(card | {"backbone": node, "text": text}))
+        asked = SimpleNamespace(
+            model=node | {"max_sequence_length": length}, rewards={"clip": {}}, values={"clip": str(tmp_path / "v")}, oracle=oracle
+        )
+        value_cards(asked, faults := [])
+        assert len(faults) == count and all("at max_sequence_length 5, and the model encodes them at 7" in f for f in faults), faults
     told = [
         features(backbone, reward, IMAGES[:2], 1, torch.Generator().manual_seed(0), text)[0][1]
         for text in (None, backbone.null.expand(2), batch.text)
