@@ -22,6 +22,7 @@ from rlstitch.stitch.model import read_card
 from rlstitch.types import UserError
 
 _MODEL = ("**/*.safetensors", "**/*.json", "**/*.txt", "**/open_clip_pytorch_model.bin")
+NAMED = (*hub.KEYS, "instruction", "images")  # arguments that name a file or folder though it lies beside, without a slash
 LARGE = 1 << 28  # bytes of a file up to which it is hashed whole
 TENSORS = "tensors:"  # what the hash of a model folder begins with
 
@@ -157,7 +158,9 @@ def _paths(node: Any, where: str) -> Iterator[tuple[str, str]]:
             yield from _paths(value, f"{where}.{key}")
         elif isinstance(value, list):
             yield from _paths(dict(enumerate(value)), f"{where}.{key}")
-        elif isinstance(value, str) and (value.startswith("shapes:") or ("/" in value and os.path.exists(os.path.expanduser(value)))):
+        elif isinstance(value, str) and (
+            value.startswith("shapes:") or ((key in NAMED or "/" in value) and value and os.path.exists(os.path.expanduser(value)))
+        ):
             yield f"{where}.{key}", value
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rlstitch import cli, drift, evaluation, sampling, schedule
+from rlstitch import cli, drift, evaluation, resume, sampling, schedule
 from rlstitch import config as cfg
 from rlstitch.data import encode
 from rlstitch.files import SHAPES
@@ -60,7 +60,7 @@ def test_scores_are_those_of_the_pictures_and_the_same_on_two_ranks(tmp_path):
     assert "3 prompts, 2 pictures each, 4 steps, guidance 2, 64 x 64 px" in page and "preference_b" in page
 
 
-def test_results_that_differ_in_a_setting_say_which(tmp_path, capsys):
+def test_results_that_differ_in_a_setting_say_which(tmp_path, capsys, monkeypatch):
     def told(*overrides):
         return {
             "settings": evaluation.Job(evaluation.checked(given(f"out={tmp_path}", "judges=[clip]", *overrides), "evaluate")).settings()
@@ -82,6 +82,9 @@ def test_results_that_differ_in_a_setting_say_which(tmp_path, capsys):
     rows = (SHAPES / "held_out.jsonl").read_text()
     (tmp_path / "again.jsonl").write_text(rows)
     assert not evaluation.differing(plain, told(f"prompts={tmp_path / 'again.jsonl'}"))  # the same, by another name
+    monkeypatch.chdir(tmp_path)  # what lies beside is named without a slash
+    (tmp_path / "ask.txt").write_text("{prompt}")
+    assert list(resume.hashes_of({"rewards.r": {"instruction": "ask.txt", "dtype": "ask"}})) == ["rewards.r.instruction = ask.txt"]
     capsys.readouterr()
     long = [{"prompt": "a red circle", "long": " ".join(["red"] * 60), "day": "2026-01-02"} for _ in range(3)]
     (tmp_path / "two.jsonl").write_text("".join(json.dumps(row) + "\n" for row in long))

@@ -109,7 +109,7 @@ def test_data_for_pairs_and_looks():
     assert images.dtype == torch.uint8 and truth.shape == (24,) and truth.std() > 0.3
 
 
-def test_the_evaluation_job(folder, sd3_dir, clip_dir, tmp_path):  # noqa: F811
+def test_the_evaluation_job(folder, sd3_dir, clip_dir, tmp_path, capsys):  # noqa: F811
     for kind in ("stitch", "vae"):
         stitch.run(stitch.checked(given(folder, sd3_dir, clip_dir, kind=kind, name=kind), kind))
     recipe = {
@@ -144,6 +144,10 @@ def test_the_evaluation_job(folder, sd3_dir, clip_dir, tmp_path):  # noqa: F811
         "correlation",
         "rmse",
     }
+    said = capsys.readouterr().out
+    assert (
+        "'pairs.r': the model reads the first" in said and said.count(": 1 of 10 are longer") == 2 and "'pairs.r': reward 'r' reads" in said
+    )
     saved = tmp_path / "ev" / "tiny"
     assert json.loads((saved / "evaluation.json").read_text())["rewards"] == results["rewards"]
     assert "| VAE stitch |" in (saved / "table.md").read_text() and (saved / "r_recall_at_1.svg").read_text().startswith("<svg xmlns")
@@ -164,4 +168,5 @@ def tiny_pictures(n: int = 10):
 
 def tiny_pairs(n: int = 10):
     (first, prompts), generator = tiny_pictures(n), torch.Generator().manual_seed(1)
+    prompts[0] += " red" * 90
     return first, first.flip(0), prompts, torch.rand(n, generator=generator) < 0.5

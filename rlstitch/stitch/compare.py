@@ -15,11 +15,10 @@ from typing import Annotated, Any, Literal
 import torch
 
 from rlstitch import config as cfg
-from rlstitch import scheduler
+from rlstitch import lengths, scheduler
 from rlstitch.data import build_captioned, build_measured, read_prompts
 from rlstitch.distributed import resolve_precision
 from rlstitch.files import write_json, write_text
-from rlstitch.lengths import fitting
 from rlstitch.metrics import interleaved, peak_megabytes
 from rlstitch.part_checks import attempt, class_of, part_faults, unknown_rewards, unread
 from rlstitch.parts import Parts, at_hand
@@ -30,6 +29,7 @@ from rlstitch.stitch import measure
 from rlstitch.stitch.distill import latents_of, outputs_of
 from rlstitch.stitch.measure import Reference, Subject
 from rlstitch.stitch.model import StitchedValueModel, read_card
+from rlstitch.telling import say
 from rlstitch.types import Latent
 
 RIVALS = ("tweedie_prompt", "tweedie_null", "monte_carlo")
@@ -80,7 +80,7 @@ def checked(given: dict[str, Any], name: str) -> CompareConfig:
     config, faults = cfg.fill(CompareConfig, given)
     faults += part_faults(config) + unknown_rewards("compare", list(config.compare), config.rewards)
     scheduler.of_recipe("calibration.shift", config.calibration.shift, config.model, faults)
-    prompts = fitting(faults, "calibration.prompts", config.calibration.prompts, config.calibration.column, config.model)
+    prompts = lengths.fitting(faults, "calibration.prompts", config.calibration.prompts, config.calibration.column, config.model)
     if prompts is not None:
         faults += unread(
             "compare", config.compare, config.rewards, prompts, "take prompts that it reads (calibration.prompts), or leave it out"
@@ -117,6 +117,7 @@ class Comparison:
         self.backbone, self.rewards, self.device = self.parts.backbone, self.parts.rewards, self.parts.device
         self.held, self.told = build_captioned("held_out", config.held_out, any(map(measure.embeds_text, self.rewards.values())))
         self.captions = [own[0] for own in self.told]
+        self._tell_cut("held_out", self.captions)
         self.latents = latents_of(self.backbone, self.held)
         self.text = self.backbone.encode_prompts(self.captions)
         c = config.calibration
@@ -125,6 +126,18 @@ class Comparison:
         index = list(range(0, len(prompts), step))[: c.count]
         self.prompts = self.parts.encoded(prompts, allow="").batch(index, torch.tensor(index))
         self.parts.probe(self.rewards, self.prompts[:1].interleave(2))
+
+    def _tell_cut(self, where: str, prompts: list[str]) -> None:
+        """Say how many prompts of a set go beyond what the denoiser's encoders and the rewards read."""
+        cut = self.backbone.too_long(prompts)
+        told = (
+            [
+                f"the model reads the first {cut[0][2]} tokens of a prompt: {len(cut)} of {len(prompts)} are longer, and it does not see their ends"
+            ]
+            if cut
+            else []
+        )
+        say(*(f"'{where}': {line}" for line in told + lengths.unread({n: self.config.rewards[n] for n in self.rewards}, prompts)))
 
     def subjects(self, reward: str, built: Any) -> list[Subject]:
         out = [
@@ -167,6 +180,7 @@ class Comparison:
         graded = build_measured(f"graded.{name}", config.graded[name], "graded") if name in config.graded else None
         if pairs:
             both, pair_prompts, first_wins = pairs
+            self._tell_cut(f"pairs.{name}", pair_prompts)
             sides = tuple(latents_of(self.backbone, side) for side in both)
             pair_text = self.backbone.encode_prompts(pair_prompts)
             a, b = (measure.scored(reward, outputs_of(reward, side), pair_prompts) for side in both)
