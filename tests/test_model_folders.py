@@ -218,6 +218,7 @@ BROKEN = {
     "no first encoder": (lambda f: edited(f / "model_index.json", text_encoder=[None, None]), {}, "'model.path': .*text_encoder is .None, None."),
     "no limit of tokens": (lambda f: edited(f / "tokenizer_2" / "tokenizer_config.json", model_max_length="drop"), {}, "'model.path': .*tokenizer_2.*model_max_length"),
     "an endless limit": (lambda f: edited(f / "tokenizer" / "tokenizer_config.json", model_max_length=10**30), {}, "'model.path': .*model_max_length 1e.30"),
+    "no tokenizer": (lambda f: shutil.rmtree(f / "tokenizer_3"), {}, "'model.path': .*has no tokenizer_3/tokenizer_config.json, without which its text_encoder_3 reads no prompt"),
     "no patches": (lambda f: edited(f / "transformer" / "config.json", patch_size=0), {}, "'model.path': .*patch_size 0, which must be a positive"),
     "a million blocks": (lambda f: edited(f / "transformer" / "config.json", num_layers=10**6), {}, "'model.path': .*num_layers 1000000, and no model has more than 1000 of a kind"),
     "no scale": (lambda f: edited(f / "vae" / "config.json", scaling_factor=float("nan")), {}, "'model.path': .*scaling_factor nan"),

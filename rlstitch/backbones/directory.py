@@ -179,6 +179,9 @@ def faults(options: dict[str, Any]) -> list[tuple[str, str]]:
             if part not in coming:
                 whole_files(folder / part, f"the {part}", variant)
             read_json(folder / part / "config.json", f"the config of the {part}")
+            words = folder / part.replace("text_encoder", "tokenizer") / "tokenizer_config.json"
+            if part in arch.ENCODERS and not words.is_file():
+                raise UserError(f"{folder} has no {words.relative_to(folder)}, without which its {part} reads no prompt: download it whole")
             if part in arch.LIMITED:
                 _limit(folder / arch.LIMITED[part] / "tokenizer_config.json")
         except UserError as error:

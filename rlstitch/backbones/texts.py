@@ -145,7 +145,7 @@ def cut_prompts(options: dict[str, Any], prompts: Sequence[str]) -> list[tuple[s
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder / name, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for a missing or damaged file
-        raise UserError(f"the tokenizer of model '{folder}' cannot be loaded: {error}") from error
+        raise UserError(f"the tokenizer of model '{folder}' cannot be loaded: {str(error).strip().splitlines()[0]}: restore it") from error
     limit = options.get("max_sequence_length")
     limit = (arch.MAX_SEQUENCE_LENGTH if limit is None else limit) if by_key else tokenizer.model_max_length
     return [(p, n, limit) for p, n in zip(prompts, arch.count(tokenizer, prompts)) if n > limit]
