@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -19,6 +17,7 @@ from rlstitch.checks import checked
 from rlstitch.stitch import recipe as stitch
 from rlstitch.trainer import Trainer
 from rlstitch.types import noise_like
+from tests import warm
 from tests.conftest import write_clip
 from tests.pipelines import WRITERS
 from tests.test_architectures import LENGTH, PROMPTS, stock
@@ -117,7 +116,8 @@ def test_zero_3_gives_the_same_weights(world):
     for stage in (0, 3):
         recipe = merged(given, name=f"zero-{stage}", distributed={"zero_stage": stage}, **METHODS["draft"])
         (folder / "zero.yaml").write_text(yaml.safe_dump(recipe))
-        subprocess.run([sys.executable, "launch/train.py", f"recipe={folder / 'zero.yaml'}"], check=True, cwd=ROOT)
+        code, output = warm.run(ROOT / "launch" / "train.py", f"recipe={folder / 'zero.yaml'}")
+        assert code == 0, output
         found.append(load_file(folder / "runs" / f"zero-{stage}" / "checkpoints" / "step-000002" / "policy.safetensors"))
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value, atol=1e-5, rtol=1e-5)

@@ -11,7 +11,7 @@ from rlstitch.asking import PartError, ask, inside, probe
 from rlstitch.files import read_json
 from rlstitch.types import Batch, UserError
 from tests.test_jobs import train
-from tests.test_train import rows, start, weights, world  # noqa: F401  (a fixture)
+from tests.test_train import rows, truly, weights, world  # noqa: F401  (a fixture)
 
 BATCH = Batch(["a", "b"], torch.arange(2), torch.arange(2), [{}, {}])
 PICTURES = torch.linspace(0, 1, 2 * 3 * 4 * 4).view(2, 3, 4, 4)
@@ -175,7 +175,7 @@ def test_every_reward_is_asked_before_anything_is_written(world, reward, said): 
 
 
 def test_under_torchrun_the_rank_that_failed_has_the_last_word_and_all_ranks_write_the_checkpoint(world):  # noqa: F811
-    code, output = start(world, "name=two", *PIXELS, BREAKING % (3, 1), "checkpoint.every=100", "distributed.zero_stage=2", ranks=2)
+    code, output = truly(world, "name=two", *PIXELS, BREAKING % (3, 1), "checkpoint.every=100", "distributed.zero_stage=2", ranks=2)
     lines = output.strip().splitlines()
     assert code == 1 and lines[-1].startswith("rlstitch: reward 'mine' failed: ConnectionError: 503"), output  # 1 is torchrun's own
     assert sum(line.startswith("rlstitch: ") for line in lines) == 2 and "Update 2 is kept" in lines[-1]  # at once, and at the end

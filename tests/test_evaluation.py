@@ -1,9 +1,6 @@
 """The evaluation job: a model judged on a prompt set, whatever the ranks, with every setting that moves a score beside the scores."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +13,7 @@ from rlstitch.data import encode
 from rlstitch.files import SHAPES
 from rlstitch.prompts import PromptSet
 from rlstitch.types import UserError, noise_like
+from tests import warm
 
 ROOT = Path(__file__).parents[1]
 FEW = ["max_prompts=3", "images_per_prompt=2", "sampler.num_steps=4", "sampler.guidance=2", "precision=fp32", "progress=false", "grid=4"]
@@ -45,12 +43,9 @@ def test_scores_are_those_of_the_pictures_and_the_same_on_two_ranks(tmp_path):
     assert told["means"]["clip"] == pytest.approx(float(means.mean()), abs=1e-5)
     assert told["standard_errors"]["clip"] == pytest.approx(float(means.std()) / 3**0.5, abs=1e-5)  # over prompts, not pictures
 
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", ROOT / "launch" / "evaluate.py", *FEW]
-    done = subprocess.run(
-        [*command, f"out={tmp_path}", "name=two", "batch_size=2"], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert sum(line.startswith("two ") for line in done.stdout.splitlines()) == 1  # a table, once
+    code, output = warm.run(ROOT / "launch" / "evaluate.py", *FEW, f"out={tmp_path}", "name=two", "batch_size=2", ranks=2)
+    assert code == 0, output
+    assert sum(line.startswith("two ") for line in output.splitlines()) == 1  # a table, once
     two = json.loads((tmp_path / "two" / "evaluation.json").read_text())
     for name, scores in told["scores"].items():
         assert two["scores"][name] == pytest.approx(scores, abs=1e-4), name

@@ -1,19 +1,8 @@
-"""Kills at any moment: a run that is killed and started again ends as the uninterrupted one, bit for bit, under every method, on one rank and on two under ZeRO.
-
-Runs are forked from a process that has imported everything, so that one takes seconds; they are killed from outside, or by themselves at a place that is aimed at.
-"""
+"""Kills at any moment: a run that is killed and started again ends as the uninterrupted one, bit for bit, under every method, on one rank and on two under ZeRO, in processes of their own (warm.py)."""
 
 import json
-import os
 import random
-import runpy
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -21,6 +10,7 @@ from safetensors import safe_open
 
 from rlstitch import config as cfg
 from rlstitch import lock
+from tests import warm
 from tests.test_train import REFRESH, ROOT, VOLATILE, world  # noqa: F401  (a fixture)
 
 STITCHED = "oracle={_target_: rlstitch.oracles.Stitched, weights: {clip: 1.0, hps: 1.0}}"
@@ -51,98 +41,6 @@ AIMED = {  # killed before call n of a function; of a checkpoint of four, the th
     "last checkpoint": ("rlstitch.checkpoint.Path.rename", 5),
     "last pruned": ("rlstitch.checkpoint.prune", 5),
 }
-
-
-# ---------------------------------------------------------------------------------------------------- in the process that forks
-
-
-def aim(place: str, count: int) -> None:
-    """Have this process kill itself before the `count`-th call of the function at a dotted place."""
-    package, module, *inner, name = place.split(".")
-    thing = import_module(f"{package}.{module}")
-    for part in inner:
-        thing = getattr(thing, part)
-    true, left = getattr(thing, name), [count]
-
-    def counted(*arguments, **options):
-        left[0] -= 1
-        if left[0] <= 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return true(*arguments, **options)
-
-    setattr(thing, name, counted)
-
-
-def fork(arguments: list[str], log: str, rank: int, ranks: int, port: int, target: list | None) -> int:
-    if pid := os.fork():
-        return pid
-    out = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    os.dup2(out, 1), os.dup2(out, 2)
-    if ranks > 1:
-        told = {
-            "RANK": rank,
-            "LOCAL_RANK": rank,
-            "WORLD_SIZE": ranks,
-            "LOCAL_WORLD_SIZE": ranks,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
-        os.environ.update({key: str(value) for key, value in told.items()})
-    code = 1
-    try:
-        if target and rank == 0:
-            aim(*target)
-        sys.argv = ["train.py", *arguments]
-        runpy.run_path(str(ROOT / "launch" / "train.py"), run_name="__main__")
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(code)
-
-
-def start(arguments: list[str], log: str, ranks: int, *, after: float | None = None, target: list | None = None) -> tuple[list[int], float]:
-    """Run to the end, or killed `after` seconds or at `target`; -> the exit status of each rank in the order they ended (-9: killed), seconds.
-
-    Where one rank is killed the others are, too, as torchrun does; where one leaves, they have a while.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    begun = time.monotonic()
-    alive = {fork(arguments, log, rank, ranks, port, target) for rank in range(ranks)}
-    codes, end = [], begun + (after or 600)
-    while alive:
-        pid, told = os.waitpid(-1, os.WNOHANG)
-        if pid:
-            alive.discard(pid)
-            codes.append(os.waitstatus_to_exitcode(told))
-            end = min(end, time.monotonic() + (0 if codes[-1] < 0 else 30))
-        if time.monotonic() >= end:
-            for other in alive:
-                os.kill(other, signal.SIGKILL)
-        time.sleep(0.005)
-    return codes, time.monotonic() - begun
-
-
-def serve(jobs: list[dict]) -> None:
-    """Each job in turn, its result as a line of JSON; `share` of a job is the moment of its kill as a share of the first job's seconds."""
-    from rlstitch import checks, report, trainer  # noqa: F401
-
-    whole = 0.0
-    for job in jobs:
-        after = job["share"] * whole if "share" in job else None
-        codes, seconds = start(job["arguments"], job["log"], job["ranks"], after=after, target=job.get("target"))
-        whole = whole or seconds
-        print(json.dumps(codes), flush=True)
-
-
-# ---------------------------------------------------------------------------------------------------- the tests
 
 
 @pytest.fixture(scope="module")
@@ -200,18 +98,16 @@ def contents(run: Path) -> dict[str, object]:
 
 
 def forked(folder, *jobs):
-    """What became of each job (its name in the log, overrides, ranks and how it is killed): the exit status of its ranks, and what it printed."""
-    (folder / "logs").mkdir(exist_ok=True)
-    told = [
-        {"arguments": [*a, f"name={n}"], "ranks": r, "log": str(folder / "logs" / f"{n}-{k}"), **how}
-        for k, (n, a, r, how) in enumerate(jobs)
-    ]
-    command = [sys.executable, "-c", "import json, sys; from tests.test_kills import serve; serve(json.load(sys.stdin))"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, input=json.dumps(told), env=environment, capture_output=True, text=True, cwd=folder, timeout=900)
-    codes = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(codes) == len(jobs), done.stderr[-3000:]
-    return [(ends, Path(job["log"]).read_text()) for ends, job in zip(codes, told)]
+    """What became of each job (its name, overrides, ranks and how it is killed; `share`: after that share of the first job's seconds): the status of its ranks, and what it printed."""
+    found, whole = [], 0.0
+    for name, overrides, ranks, how in jobs:
+        kill = {"after": how["share"] * whole} if "share" in how else how
+        codes, said, seconds = warm.outcome(
+            ROOT / "launch" / "train.py", *overrides, f"name={name}", ranks=ranks, cwd=folder, limit=900, **kill
+        )
+        whole = whole or seconds
+        found.append((codes, said))
+    return found
 
 
 def differing(folder, one, two):

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from rlstitch.backbones.sd3 import SD3Backbone
 from rlstitch.metrics import PHASES
 from rlstitch.rewards.clip import ClipReward
+from tests import warm
 from tests.conftest import write_clip, write_sd3
 from tests.test_stitch import stitched
 
@@ -60,19 +61,18 @@ checkpoint: {{every: 2}}
     return folder
 
 
-def start(world, *overrides, ranks=1, wait=True, env=None, recipe="recipe.yaml"):
-    launcher = (
-        [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port", str(29600 + os.getpid() % 300)]
-        if ranks > 1
-        else [sys.executable]
-    )
-    command = [*launcher, str(ROOT / "launch" / "train.py"), f"recipe={world / recipe}", *overrides]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
+def start(world, *overrides, ranks=1, recipe="recipe.yaml"):
+    """A job in processes of its own; -> (status, what it printed)."""
+    return warm.run(ROOT / "launch" / "train.py", f"recipe={world / recipe}", *overrides, ranks=ranks, cwd=world)
+
+
+def truly(world, *overrides, ranks=1, wait=True):
+    """The same as users start it, with Python and torchrun; `wait`: else -> the process."""
+    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"] if ranks > 1 else []
+    command = [sys.executable, *torchrun, str(ROOT / "launch" / "train.py"), f"recipe={world / 'recipe.yaml'}", *overrides]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=world)
-    if not wait:
-        return process
-    output, _ = process.communicate(timeout=300)
-    return process.returncode, output
+    return (process.communicate(timeout=300)[0], process.returncode)[::-1] if wait else process
 
 
 def rows(world, name):
@@ -87,7 +87,7 @@ def weights(world, name, step=4):
 @pytest.fixture(scope="module")
 def reference(world):
     """The uninterrupted run on one rank."""
-    code, output = start(world, "name=reference")
+    code, output = truly(world, "name=reference")
     assert code == 0 and output.startswith("trains on clip x1; stops after 2..3 of 4 steps, sigma .75 to .50\n"), output
     return "reference"
 
@@ -133,13 +133,10 @@ def test_lora_of_a_run_loads_in_stock_diffusers_with_the_same_picture(world, ref
 def test_evaluating_a_run_again_gives_the_same_figures_on_any_number_of_ranks(world, reference, ranks):
     """All three sets of weights on one rank, and on two only those that are asked for."""
     run = world / "runs" / reference
-    launcher = (
-        [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port", "29477"]
-    )
     wanted = ["base", "raw", "ema"] if ranks == 1 else ["ema"]
-    command = [*launcher, str(ROOT / "launch" / "evaluate.py"), f"run={run}", f"evaluation.final=[{', '.join(wanted)}]"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, check=True, env=environment, capture_output=True, cwd=world)
+    told = (f"run={run}", f"evaluation.final=[{', '.join(wanted)}]")
+    code, output = warm.run(ROOT / "launch" / "evaluate.py", *told, ranks=ranks, cwd=world)
+    assert code == 0, output
     again, first = json.loads((run / "evaluation.json").read_text()), json.loads((run / "summary.json").read_text())["eval"]
     assert list(again) == wanted
     for which, means in again.items():
@@ -148,7 +145,7 @@ def test_evaluating_a_run_again_gives_the_same_figures_on_any_number_of_ranks(wo
 
 def test_kill_and_resume_is_bit_for_bit(world, reference):
     """4 updates equal 2 + kill -9 + resume + 2, in metrics and weights. (Two ranks, other methods and other moments: test_kills.)"""
-    process = start(world, "name=killed", "updates=400", wait=False)
+    process = truly(world, "name=killed", "updates=400", wait=False)
     deadline = time.time() + 200
     while not (world / "runs" / "killed" / "checkpoints" / "step-000002" / "complete.json").exists():
         assert process.poll() is None and time.time() < deadline, process.communicate()[0]
@@ -160,7 +157,7 @@ def test_kill_and_resume_is_bit_for_bit(world, reference):
         later.unlink()  # it may have got further before the signal arrived
     if kept[0].parent.name != "step-000002":
         pytest.skip("the process outran the signal")
-    code, output = start(world, "name=killed")
+    code, output = truly(world, "name=killed")
     assert code == 0 and "resumed from step-000002" in output, output
     assert rows(world, "killed") == rows(world, reference)
     a, b = weights(world, "killed"), weights(world, reference)
@@ -168,7 +165,7 @@ def test_kill_and_resume_is_bit_for_bit(world, reference):
 
 
 def test_sigterm_checkpoints_and_exits_143(world):
-    process = start(world, "name=term", "updates=4000", "checkpoint.every=1000000", wait=False)
+    process = truly(world, "name=term", "updates=4000", "checkpoint.every=1000000", wait=False)
     metrics = world / "runs" / "term" / "metrics.jsonl"
     deadline = time.time() + 200
     while not metrics.exists() or not metrics.read_text():
@@ -183,7 +180,7 @@ def test_sigterm_checkpoints_and_exits_143(world):
 @pytest.mark.parametrize("overrides,ranks", [(("batch.micro_batch=4",), 1), ((), 2)])
 def test_ranks_and_accumulation_do_not_change_the_maths(world, reference, overrides, ranks):
     name = f"geometry{ranks}{len(''.join(overrides))}"
-    code, output = start(world, f"name={name}", *overrides, ranks=ranks)
+    code, output = truly(world, f"name={name}", *overrides, ranks=ranks)
     assert code == 0, output
     for ours, theirs in zip(rows(world, name), rows(world, reference), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4) and ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=2e-2)

@@ -4,9 +4,6 @@ or refused in one message that names the key; nothing else ever comes out, and n
 import dataclasses
 import inspect
 import json
-import os
-import subprocess
-import sys
 import typing
 from pathlib import Path
 
@@ -19,6 +16,7 @@ from rlstitch.shapes.pretrain import run as pretrain
 from rlstitch.stitch import compare, surrogate
 from rlstitch.stitch import recipe as stitch
 from rlstitch.types import UserError
+from tests import warm
 
 ROOT = Path(__file__).parents[1]
 VALUES = [None, -1, 0, 1e30, float("nan"), float("inf"), "", "x", [], {}, True, 10**400, "${oc.env:HOME}"]
@@ -136,10 +134,9 @@ def test_every_key_of_a_stage_is_walked(tmp_path, monkeypatch):
 @pytest.mark.parametrize("launcher", ["train recipe=draft updates=1e30", "steer recipe=fk sampler.num_steps=1000000000"])
 def test_a_launcher_ends_with_exit_2_and_the_key(launcher, tmp_path):
     script, *arguments = launcher.split()
-    command = [sys.executable, str(ROOT / "launch" / f"{script}.py"), *arguments]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    code, output = warm.run(ROOT / "launch" / f"{script}.py", *arguments, cwd=tmp_path)
     key = arguments[1].split("=")[0]
-    assert done.returncode == 2 and f"'{key}'" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert code == 2 and f"'{key}'" in output and "Traceback" not in output, output
     assert not list(tmp_path.iterdir())
 
 

@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 import traceback
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_train import ROOT
+from tests import warm
 
 AT_FAULT = {"fault": "the reward said no", "bug": "ValueError: 3"}
 KINDS = ("term", "stopped", "timeout", "killed", *AT_FAULT)
@@ -103,8 +102,8 @@ def main(folder):
 def ended(tmp_path_factory):
     """Of each case: rank 0's status and what it said."""
     folder = tmp_path_factory.mktemp("pairs")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, __file__, str(folder)], env=environment, check=True, timeout=200)
+    code, output = warm.run(__file__, folder, limit=200)
+    assert code == 0, output
     return json.loads((folder / "found.json").read_text())
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rlstitch.distributed import Engine, mean_over_ranks
-from tests import pictures
+from tests import pictures, warm
 from tests.test_guard import OneOf
 from tests.test_marble import DARK
 from tests.test_train import ROOT, world  # noqa: F401  (a fixture)
@@ -103,11 +102,8 @@ def run(world, folder, methods, stages, accumulations, ranks, spoil=False):  # n
     ]
     folder.mkdir()
     (folder / "cases.json").write_text(json.dumps([cases, spoil]))
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
-    command = [sys.executable, *launcher, str(Path(__file__)), str(folder)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=world, timeout=1800)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    code, output = warm.run(__file__, folder, ranks=ranks, cwd=world, limit=1800)
+    assert code == 0, output[-4000:]
     norms = json.loads((folder / "norms.json").read_text())
     return {c["name"]: (norms[c["name"]], load_file(folder / f"{c['name']}.safetensors")) for c in cases}
 
