@@ -100,6 +100,13 @@ def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
         yield
 
 
+def without_shared_memory_kernel() -> None:
+    """Keep DeepSpeed from compiling, at the first start on a machine without a GPU and for a minute or more, a collective that inference alone uses; ours go through gloo."""
+    from deepspeed import ops
+
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 class Engine:
     """One rank's view of the run. Loss is averaged over ranks and micro-batches; a step with NaN or Inf leaves the weights untouched.
 
@@ -119,6 +126,7 @@ class Engine:
             os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
             if not cuda:
                 os.environ["DS_ACCELERATOR"] = "cpu"
+                without_shared_memory_kernel()
             if "WORLD_SIZE" not in os.environ:  # a group of one, with no port that another job may have
                 os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
                 dist.init_process_group("nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
