@@ -3,7 +3,18 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 OUTSIDE = {"rlstitch.recipes": "recipes", "rlstitch.launch": "launch"}  # beside the package in a checkout, in it once installed
-LAUNCHERS = ("train", "stitch", "steer", "evaluate", "evaluate_value", "surrogate", "serve_reward", "check_reward", "pretrain_shapes")
+LAUNCHERS = (
+    "train",
+    "stitch",
+    "steer",
+    "evaluate",
+    "evaluate_value",
+    "surrogate",
+    "serve_reward",
+    "check_reward",
+    "cost",
+    "pretrain_shapes",
+)
 
 OCR = ["rapidocr>=3.10,<4", "onnxruntime>=1.20", "rapidfuzz>=3"]
 

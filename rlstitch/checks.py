@@ -46,15 +46,20 @@ def recipe_faults(config: RunConfig) -> list[str]:
     return common + endless + ignored + alone
 
 
-def _faults(config: RunConfig) -> list[str]:
-    faults = part_faults(config)
-    faults += [f for f in cfg.check_part("algorithm", config.algorithm, kind="algorithm") if not _given(f)]
+def method_faults(config: RunConfig) -> list[str]:
+    """Of a recipe's method with its oracle and stop, whatever model they are for."""
+    faults = [f for f in cfg.check_part("algorithm", config.algorithm, kind="algorithm") if not _given(f)]
     method = class_of(config.algorithm, "algorithm")
     for where in ("oracle", "stop"):
         if method is None or method.needs_oracle:
             faults += cfg.check_part(where, getattr(config, where), kind=where)
         elif getattr(config, where):
             faults.append(f"'{where}' is given, but {config.algorithm['_target_']} asks no reward and would not use it: remove '{where}'")
+    return faults
+
+
+def _faults(config: RunConfig) -> list[str]:
+    faults, method = part_faults(config) + method_faults(config), class_of(config.algorithm, "algorithm")
     count = _data(config, method, faults)
     held, cut = config.evaluation, config.data.truncate
     held_out = lengths.fitting(faults, "evaluation.prompts", held.prompts, held.column, config.model, "data.truncate", cut)

@@ -95,7 +95,7 @@ def keep_freed_memory() -> None:
 
 def help_page(script: str, about: str) -> str:
     """What a launcher does, how it is told what to do, and the recipes that are its own."""
-    own = recipes_of(script)
+    own = recipes_of("train.py" if script == "cost.py" else script)  # whose costs it tells
     key = "reward=NAME" if script == "check_reward.py" else "recipe=NAME"
     lines = [about.strip(), ""]
     if script != "pretrain_shapes.py":
@@ -120,6 +120,7 @@ SCHEMAS = {  # of each launcher: the module and name of its recipe's schema
     "evaluate_value.py": ("rlstitch.stitch.compare", "CompareConfig"),
     "surrogate.py": ("rlstitch.stitch.surrogate", "SurrogateConfig"),
     "serve_reward.py": ("rlstitch.serving", "ServeConfig"),
+    "cost.py": ("rlstitch.costs.report", "CostConfig"),
     "check_reward.py": ("rlstitch.reward_check", "CheckConfig"),
     "pretrain_shapes.py": ("rlstitch.shapes.pretrain.run", "PretrainConfig"),
 }

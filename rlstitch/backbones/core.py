@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rlstitch import adapters, compiled, hub
-from rlstitch.backbones import cut, directory, execution, loras
+from rlstitch.backbones import cut, directory, execution, known, loras
 from rlstitch.backbones.shared import architecture, distilled, lora_targets, targets_fault
 from rlstitch.backbones.texts import Texts, cut_prompts
 from rlstitch.files import require
@@ -111,6 +111,7 @@ class Diffusers:
     its pipeline's); attention: a backend of diffusers' attention, by its name there; compile: every block, and those of value models' tails, by torch.compile; quantise:
     the frozen transformer's linears in 4 bits or in 8 (LoRA on them is not); text_encoder_3: `none` goes without T5 where a model can (its tokens are zeros then); merge: LoRA files or folders of any
     trainer that are added to the weights, so that the base, also of value models, is the merged model; cache: folder of encoded prompts and pictures, None for none.
+    On the device meta no weight is loaded and no text encoded: what a call would cost can be counted.
     """
 
     def __init__(
@@ -142,7 +143,8 @@ class Diffusers:
             path, attention=attention, compile=compile, quantise=quantise, dtype=dtype, text_encoder_3=text_encoder_3, merge=merge
         ):
             raise UserError(f"the model {path} cannot run as asked: {why}")
-        hub.fetch(path, directory.needs({"path": path, "text_encoder_3": text_encoder_3}), variant)
+        if self.device.type != "meta":
+            hub.fetch(path, directory.needs({"path": path, "text_encoder_3": text_encoder_3}), variant)
         self.transformer = directory.load(self.arch.TRANSFORMER, self.path, "transformer", self.dtype, variant, self.device, quantise)
         self.merged = [adapters.fingerprint(lora) for lora in adapters.listed(merge)]
         loras.merge(self.transformer, [loras.load(lora, self) for lora in adapters.listed(merge)])
@@ -171,7 +173,7 @@ class Diffusers:
 
     checkpointing, guidance_gradient = False, "both"  # of activations; of guided velocities
     parts, faults, cut_prompts = directory.PARTS, staticmethod(directory.faults), staticmethod(cut_prompts)
-    needs = staticmethod(directory.needs)
+    needs, weightless = staticmethod(directory.needs), staticmethod(known.weightless)
 
     @staticmethod
     def image_tokens_of(options: dict[str, Any]) -> int:
@@ -240,7 +242,7 @@ class Diffusers:
     def null(self) -> Conditioning:
         """The encoding [1, ...] of the empty prompt (for Qwen-Image a space): guidance's unconditional branch and the text of every value model."""
         if self._null is None:
-            self._null = self.encode_prompts([self.arch.NEGATIVE])
+            self._null = self.texts.blank() if self.device.type == "meta" else self.encode_prompts([self.arch.NEGATIVE])
         return self._null
 
     def encode_prompts(self, prompts: list[str]) -> Conditioning:

@@ -30,7 +30,10 @@ def load(
     device: torch.device,
     quantise: execution.Quantised | None = None,
 ) -> Any:
-    """One part of a pipeline, frozen."""
+    """One part of a pipeline, frozen; on the meta device without its weights."""
+    if device.type == "meta":
+        with device:
+            return cls.from_config(cls.load_config(path / part)).to(dtype).requires_grad_(False).eval()
     how = {} if quantise is None else execution.quantisation(quantise, dtype, device)
     model = load_strictly(cls, path / part, f"the {part}", variant=variant, dtype=dtype, **how)
     return model.to(device).requires_grad_(False).eval()

@@ -25,7 +25,7 @@ LORA_TARGETS = (
     "single_transformer_blocks.*.attn.to_out",
 )  # fmt: skip
 TEXT = ("tokens",)
-MAX_SEQUENCE_LENGTH, NEGATIVE, EMBEDDED, MASKED = 512, "", 4.0, False
+MAX_SEQUENCE_LENGTH, NEGATIVE, EMBEDDED, MASKED, WINDOW = 512, "", 4.0, False, False
 VAES = autoencoders.BatchNormed
 guided, prepare, largest, reader, few_steps = shared.linear, shared.nothing, shared.unlimited, shared.by_key, shared.unsaid
 

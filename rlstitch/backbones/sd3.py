@@ -20,7 +20,7 @@ OPTIONAL, LIMITED = ("text_encoder_3",), {"text_encoder": "tokenizer", "text_enc
 LISTS, STREAMS, BEFORE, TAIL = ("transformer_blocks",), (2,), (), ("norm_out", "proj_out")
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 TEXT = ("tokens", "pooled")
-MAX_SEQUENCE_LENGTH, NEGATIVE, EMBEDDED, MASKED = 256, "", None, False
+MAX_SEQUENCE_LENGTH, NEGATIVE, EMBEDDED, MASKED, WINDOW = 256, "", None, False, True
 VAES = autoencoders.KL
 guided, shift, count, few_steps = shared.linear, scheduler.of_file, shared.count, shared.unsaid
 to_pipeline = from_pipeline = shared.as_it_is

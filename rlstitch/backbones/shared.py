@@ -54,6 +54,7 @@ class Architecture(Protocol):
     NEGATIVE: str  # the prompt of guidance's other branch
     EMBEDDED: float | None  # guidance that a model distilled with it is told, by default
     MASKED: bool  # whether attention is given a mask where prompts differ in length
+    WINDOW: bool  # whether CLIP's window of tokens stands before those of max_sequence_length
 
     def latent(self, transformer: dict[str, Any], vae: dict[str, Any]) -> tuple[int, int, int, int]: ...
     def largest(self, transformer: dict[str, Any]) -> int | None: ...

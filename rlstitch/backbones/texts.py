@@ -17,10 +17,13 @@ from transformers import AutoTokenizer
 from rlstitch.backbones import directory
 from rlstitch.backbones.shared import Architecture, architecture
 from rlstitch.cache import is_kept, keep, kept
+from rlstitch.files import read_json
 from rlstitch.fingerprints import weights_fingerprint, words_fingerprint
 from rlstitch.hub import SMALL, model_folder
 from rlstitch.telling import progress
 from rlstitch.types import Conditioning, UserError
+
+CLIP, USUAL = 77, 64  # tokens: of CLIP's window, and of a prompt where nothing says how long it is
 
 
 class Texts:
@@ -54,6 +57,15 @@ class Texts:
         prints += [words_fingerprint(f for kind in SMALL for f in folder.glob(kind)) for folder in sorted(self.path.glob("tokenizer*"))]
         left_out = "".join(f":{name}" for name in sorted(self.without))
         return hashlib.sha256(f"{parts}:{prints}:{self.length}:{self.dtype}{left_out}".encode()).hexdigest()[:20]
+
+    def blank(self) -> Conditioning:
+        """Text [1, ...] of the shape that a prompt's has, without numbers: a prompt of `USUAL` tokens where they differ in length."""
+        config, length = self.transformer.config, min(self.length, USUAL) if self.arch.MASKED else self.length
+        said = self.path / "tokenizer" / "tokenizer_config.json"
+        window = read_json(said, "the tokenizer's config").get("model_max_length", CLIP) if said.is_file() else CLIP
+        tokens = max(1, length + window * self.arch.WINDOW), config.get("joint_attention_dim") or config.get("cap_feat_dim")
+        shapes = {"tokens": tokens, "pooled": (config.get("pooled_projection_dim"),)}
+        return Conditioning(**{name: torch.empty(1, *shapes[name], device=self.device, dtype=self.dtype) for name in self.arch.TEXT})
 
     def encode(self, prompts: Sequence[str], *, batch_size: int = 64) -> Conditioning:
         """Text of N prompts, from the cache where it is there. The encoders are loaded once for all that are missing and freed again; guidance's other branch, which

@@ -20,7 +20,7 @@ OPTIONAL, LIMITED = (), {}
 LISTS, STREAMS, BEFORE, TAIL = ("layers",), (1,), ("noise_refiner", "context_refiner"), ("all_final_layer",)
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT = ("tokens",)
-MAX_SEQUENCE_LENGTH, NEGATIVE, EMBEDDED, MASKED = 512, "", None, True
+MAX_SEQUENCE_LENGTH, NEGATIVE, EMBEDDED, MASKED, WINDOW = 512, "", None, True, False
 VAES = autoencoders.KL
 guided, shift, prepare, largest, reader = shared.linear, shared.shift, shared.nothing, shared.unlimited, shared.by_key
 to_pipeline = from_pipeline = shared.as_it_is

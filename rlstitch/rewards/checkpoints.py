@@ -187,6 +187,19 @@ def written(kind: str, prompts: list[str]) -> list[str]:
     return [p.lower() for p in prompts] if kind == "siglip" else list(prompts)
 
 
+def empty(found: Source, **options: Any) -> Model:
+    """The model on the meta device, without weights."""
+    vision, text = towers(found)
+    config = MODELS[found.kind].config_class(vision_config=vision.to_dict(), text_config=text.to_dict(), **_projection(found))
+    with torch.device("meta"):
+        return MODELS[found.kind]._from_config(config, **options)
+
+
+def _projection(found: Source) -> dict[str, Any]:
+    said = built(found) if found.file else found.config
+    return {"projection_dim": said["projection_dim"]} if "projection_dim" in said else {}
+
+
 def load(found: Source, tokens: Any, **options: Any) -> Model:
     """The model in float32, strictly. options: of `from_pretrained`."""
     act = activation(found)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -19,7 +20,7 @@ from rlstitch.figures import exact
 from rlstitch.files import read_json, require, worthless
 from rlstitch.fingerprints import hash_tensors
 from rlstitch.ranges import DeviceName, Dtype, Text
-from rlstitch.rewards import checkpoints
+from rlstitch.rewards import checkpoints, known
 from rlstitch.rewards.checkpoints import WHAT
 from rlstitch.rewards.openclip import Activation
 from rlstitch.rewards.preprocessing import Resize
@@ -83,6 +84,7 @@ class ClipReward:
     files or known names say (a checkpoint of open_clip's holds nothing of it).
     scale multiplies the cosine (PickScore: exp(logit_scale), given as "logit", with SigLIP's logit bias); resize: how other sizes are brought to the tower's, `auto` as the
     file says; variant: of the weight file, e.g. fp16 (default: the plain one, or the only one there is);
+    On the device meta it has no weights and no tokenizer: what a call would cost can be counted.
     head: an MLP on the unit embedding in place of the cosine (the aesthetic predictors); the prompt then does not matter.
     """
 
@@ -111,14 +113,18 @@ class ClipReward:
         options = dict(
             path=path, resize=resize, variant=variant, tokenizer=tokenizer, processor=processor, activation=activation, head=head
         )
-        hub.fetch(path, self.needs(options), variant, WHAT)
-        checkpoints.check(found := checkpoints.source(options))
         self.path, self.device, self.dtype = str(path), torch.device(device), getattr(torch, dtype)
-        self.tokenizer = checkpoints.tokenizer(found) if head is None or found.file else None  # a head reads no prompt
+        bare = self.device.type == "meta"
+        if not bare:
+            hub.fetch(path, self.needs(options), variant, WHAT)
+        found = checkpoints.source(options)
+        if not bare:
+            checkpoints.check(found)
+        self.tokenizer = None if bare or (head is not None and not found.file) else checkpoints.tokenizer(found)  # a head reads no prompt
         # On a CPU the fused kernel's backward is several times slower than plain attention at these lengths.
         kernel = "eager" if self.device.type == "cpu" else "sdpa"
-        model = checkpoints.load(found, self.tokenizer, attn_implementation=kernel)
-        temperature, bias = logit(model)  # before the cast: in bf16 100 would become 99
+        model = (checkpoints.empty if bare else partial(checkpoints.load, tokens=self.tokenizer))(found, attn_implementation=kernel)
+        temperature, bias = (1.0, 0.0) if bare else logit(model)  # before the cast: in bf16 100 would become 99
         self.model = model.to(self.device, self.dtype).requires_grad_(False).eval()
         vision, self.window = self.model.config.vision_config, self.model.config.text_config.max_position_embeddings
         self.size = vision.image_size
@@ -137,6 +143,8 @@ class ClipReward:
         self.head = None if head is None else load_head(head, head_activation, wide).to(self.device).requires_grad_(False).eval()
         self._whole = VisionTail(self.model, 1)
         self._texts: dict[str, Tensor] = {}
+
+    weightless = staticmethod(known.weightless)
 
     @staticmethod
     def needs(options: dict[str, Any]) -> list[str]:
