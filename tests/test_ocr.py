@@ -75,11 +75,16 @@ def test_a_run_is_told_what_its_prompts_lack_and_that_nothing_else_is_trained_on
     assert "needs a text under 'txt', and none of 344 rows has one; they have prompt, kind, objects, relation" in fault
     assert not judge_faults("judges", ["ocr"], {"ocr": node | {"column": "kind"}}, prompts)
     judge = compose("reward/geneval2")["rewards"]["geneval2"]
-    (fault,) = judge_faults("judges", ["g"], {"g": judge | {"question": "{question} {colour} {kind}"}}, prompts)
-    assert (
-        "which asks for 'colour' and 'vqa_list', and the prompt file has the columns 'prompt', 'kind', 'objects', 'relation': leave"
-        in fault
-    )
+    judge |= {"question": "{question} {colour} {kind}"}
+    for names, remedy in (
+        (["g"], "take a file of prompts that it reads, or another reward"),
+        (["g", "clip"], "leave it out, e.g. judges=[clip]"),
+    ):
+        (fault,) = judge_faults("judges", names, {"g": judge, "clip": compose("draft_stitch")["rewards"]["clip"]}, prompts)
+        assert (
+            f"which asks for 'colour' and 'vqa_list', and the prompt file has the columns 'prompt', 'kind', 'objects', 'relation': {remedy}"
+            in fault
+        )
     monkeypatch.setattr(ocr.importlib.util, "find_spec", lambda name: None if name != "onnxruntime" else 1)
     assert reward_faults("rewards.ocr", node) == [
         f"'rewards.ocr._target_': needs rapidocr and rapidfuzz, which are not installed: {ocr.INSTALL}"
