@@ -6,7 +6,7 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from rlstitch.config import hardware
 from rlstitch.files import write_json, write_text
 from rlstitch.metrics import TRAINING, interleaved, peak_megabytes
 
-__all__ = ["RESULTS", "arguments", "interleaved", "peak_megabytes", "save", "spread", "table", "train", "training_hours"]
+__all__ = ["RESULTS", "arguments", "interleaved", "peak_megabytes", "save", "row", "spread", "table", "train", "training_hours"]
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -28,6 +28,17 @@ def arguments(defaults: dict[str, str]) -> dict[str, str]:
     if odd := set(given) - set(defaults):
         sys.exit(f"unknown argument {', '.join(odd)}; there are {', '.join(defaults)}")
     return defaults | given
+
+
+def row(name: str, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The row `key` of results/<name>.json, made where it is not there and kept at once, with its machine: seeds may be run on different days."""
+    file = RESULTS / f"{name}.json"
+    held = json.loads(file.read_text()) if file.exists() else {}
+    if key not in held.get("rows", {}):
+        made = make() | {"hardware": hardware()}
+        held["rows"] = held.get("rows", {}) | {key: made}
+        write_json(file, held)
+    return held["rows"][key]
 
 
 def train(recipe: str, name: str, out: Path, *overrides: str) -> dict:

@@ -1,13 +1,13 @@
 """A judge behind HTTP that has no gradient: the rule-based detector (soft) plays a vision-language model. Through the client it trains NFT and Flow-GRPO-Fast; its surrogate,
 distilled and stitched, gives DRaFT the gradient that it has not (the paper's stated limit).
 
-    python -m benchmarks.judge_over_http [methods=nft,flow_grpo_fast,draft_stitch] [seeds=0,1,2] [updates=0: the recipes'] [steps=0: the surrogate recipe's] [max_prompts=172] [threads=1]
-                                         [port=8901] [out=runs/judge_over_http]
+    python -m benchmarks.judge_over_http [methods=nft,flow_grpo_fast,draft_stitch] [seeds=0,1,2] [updates=0: 40 of NFT and Flow-GRPO-Fast, DRaFT's recipe's] [steps=0: the surrogate recipe's]
+                                         [max_prompts=172] [threads=1] [port=8901] [out=runs/judge_over_http]
 
 The judge is asked whether the picture shows the prompt, and answers yes with the share of the prompt's requirements that the picture meets, in OpenAI's protocol with logprobs. The
 table: detector and preference_b on held-out prompts (EMA weights), device-hours of training, questions to the judge; of draft_stitch, both also with what its surrogate and value
-model took, once a seed. Finished runs are kept under `out`, so that the script goes on where it stopped; of a run
-that was killed and gone on with, only the questions since are counted.
+model took, once a seed. Finished runs are kept under `out` and their rows in results/, so that the script goes on where it stopped; of a run
+that was killed and gone on with, only the questions since are counted. The table has the seeds that are there.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.common import arguments, save, spread, table, train, training_hours
+from benchmarks.common import RESULTS, arguments, row, save, spread, table, train, training_hours
 from benchmarks.surrogate import made
 from rlstitch.files import write_json
 from rlstitch.prompts import read_prompts
@@ -35,7 +35,11 @@ from rlstitch.shapes import detector
 from rlstitch.shapes.prompts import Prompt
 
 QUESTION = 'Does the picture show "{prompt}"? Answer yes or no.'
-JUDGES = ("detector", "preference_b")
+NAME, JUDGES = "judge_over_http", ("detector", "preference_b")
+UPDATES = {
+    "nft": 40,
+    "flow_grpo_fast": 40,
+}  # half of their recipes' 80: NFT has raised the detector by then, and every picture is a question
 
 
 class Judge:
@@ -112,7 +116,11 @@ def counted(file: Path, judge: Judge, action) -> dict[str, Any]:
 
 def one(method: str, seed: int, options: dict[str, str], judge: Judge) -> dict[str, float]:
     """Figures of one run."""
-    out, client, updates = Path(options["out"]), node(f"http://127.0.0.1:{judge.server.server_port}/v1"), int(options["updates"])
+    out, client, updates = (
+        Path(options["out"]),
+        node(f"http://127.0.0.1:{judge.server.server_port}/v1"),
+        int(options["updates"]) or UPDATES.get(method, 0),
+    )
     told = [
         f"seed={seed}",
         f"threads={options['threads']}",
@@ -153,21 +161,29 @@ def main() -> None:
     judge = Judge(int(options["port"]))
     threading.Thread(target=judge.server.serve_forever, daemon=True).start()
     seeds = [int(seed) for seed in options["seeds"].split(",")]
-    found = {method: [one(method, seed, options, judge) for seed in seeds] for method in options["methods"].split(",")}
+    other = "".join(f" {key} {options[key]}" for key in ("updates", "steps") if options[key] != "0")
+    for method in options["methods"].split(","):
+        for seed in seeds:
+            row(NAME, f"{method} seed {seed}{other}", lambda method=method, seed=seed: one(method, seed, options, judge))
     judge.server.shutdown()
+    kept = json.loads((RESULTS / f"{NAME}.json").read_text())["rows"]
+    known = [key.removesuffix(other).split(" seed ") for key in kept if key.endswith(other) and key.count(" ") == 2 + other.count(" ")]
+    found = {method: [kept[f"{m} seed {s}{other}"] for m, s in known if m == method] for method in dict.fromkeys(m for m, _ in known)}
 
     def line(label: str, rows: list[dict[str, float]], prefix: str = "") -> list[str]:
-        scores = [spread([row[prefix + j] for row in rows]) for j in JUDGES]
+        scores = [spread([one[prefix + j] for one in rows]) for j in JUDGES]
         if prefix:
             return [label, *scores, "", ""]
-        told = [spread([row[k] for row in rows], d) for k, d in (("hours", 3), ("calls", 0), ("once hours", 3), ("once calls", 0))]
-        extra = [f" + {once} once" if any(row[k] for row in rows) else "" for once, k in zip(told[2:], ("once hours", "once calls"))]
-        return [label, *scores, told[0] + extra[0], told[1] + extra[1]]
+        cells = []
+        for key, digits in (("hours", 3), ("calls", 0)):
+            once = [one[f"once {key}"] for one in rows if one[f"once {key}"]]
+            cells.append(spread([one[key] for one in rows], digits) + (f" + {spread(once, digits)} once" if once else ""))
+        return [f"{label}, {len(rows)} seed{'s' * (len(rows) > 1)}", *scores, *cells]
 
     rows = [line("base", found[next(iter(found))][:1], "base "), *(line(method, rows) for method, rows in found.items())]
-    note = f"Held-out prompts, EMA weights, seeds {options['seeds']}; the detector, soft, is the judge behind HTTP."
-    table("judge_over_http", ["", *JUDGES, "device-hours", "questions to the judge"], rows, note)
-    save("judge_over_http", {"methods": found})
+    note = f"{options['max_prompts']} held-out prompts, EMA weights; the detector, soft, is the judge behind HTTP."
+    table(NAME, ["", *JUDGES, "device-hours", "questions to the judge"], rows, note)
+    save(NAME, {"rows": kept})
 
 
 if __name__ == "__main__":
