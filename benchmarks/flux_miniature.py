@@ -7,7 +7,7 @@ streams: every block of both streams, under the empty prompt and under the pictu
 texts:   whole values of `clip` under either text: correlation with Monte Carlo on the policy's own latents, Recall@1 of V over the prompts (each picture asked under
          every prompt, so that a value that knows the prompt gains nothing by it), FK steering, and DRaFT-1, by seed.
 train:   draft_stitch_flux as it is shipped, by seed: base and EMA on the held-out judges.
-Everything is kept under `out`, so that the script goes on where it stopped, and seeds can be run apart.
+Everything is kept under `out`, and the rows of texts in results/, so that the script goes on where it stopped, and seeds can be run apart.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import arguments, save, spread, table, train
+from benchmarks.common import arguments, row, save, spread, table, train
 from benchmarks.material import Material
 from rlstitch import config as cfg
 from rlstitch import steer
@@ -98,7 +98,7 @@ class Texts:
     """Whole values under either text, and what is made of them."""
 
     def __init__(self, options: dict[str, str]):
-        self.options, self.out = options, Path(options["out"])
+        self.options, self.out, self.found = options, Path(options["out"]), None
         self.given = cfg.compose("draft_stitch_flux")
         self.parts = Parts.of(self.given["model"], {"clip": self.given["rewards"]["clip"]})
 
@@ -121,6 +121,14 @@ class Texts:
             "blocks": model.card["blocks"], "reward_block": model.card["reward_block"], "recall": recall,
             "correlation": {level: round(row["correlation"], 4) for level, row in rows.items()},
         }  # fmt: skip
+
+    def row(self, text: str, seed: int) -> dict[str, Any]:
+        """All figures of one value."""
+        file = self.out / f"quality-{text}-{seed}.json"
+        if not file.exists() and self.found is None:
+            self.found = self.references()
+        found = known(file, lambda: self.quality(self.found, text, seed))
+        return found | {"draft": self.draft(text, seed), "fk": self.steered(text, seed)}
 
     def references(self, count: int = 48) -> Any:
         prompts = read_prompts("shapes:held_out.jsonl", "")
@@ -180,28 +188,22 @@ def main() -> None:
         note = f"Correlation with the clean reward by sigma after {study.steps} steps, over matched and mismatched prompts; the best early block of the reward for each."
         table("flux_streams", ["text", "cut after block", "closed-form loss", *LEVELS], rows, note)
     if "texts" in parts:
-        job, found = Texts(options), {}
-        references = None
-        for text in TEXTS:
-            for seed in seeds:
-                file = job.out / f"quality-{text}-{seed}.json"
-                if not file.exists():
-                    references = job.references() if references is None else references
-                row = known(file, lambda text=text, seed=seed: job.quality(references, text, seed))
-                found[text, seed] = row | {"draft": job.draft(text, seed), "fk": job.steered(text, seed)}
-        save("flux_texts", {"rows": [{"text": text, "seed": seed, **row} for (text, seed), row in found.items()]})
+        job = Texts(options)
+        own = {
+            text: [row("flux_texts", f"{text} seed {seed}", lambda text=text, seed=seed: job.row(text, seed)) for seed in seeds]
+            for text in TEXTS
+        }
         rows = []
         for text in TEXTS:
-            own = [found[text, seed] for seed in seeds]
             for figure in ("correlation", "recall"):
-                rows.append([text, figure, *(over([row[figure] for row in own], s) for s in LEVELS)])
+                rows.append([text, figure, *(over([one[figure] for one in own[text]], s) for s in LEVELS)])
         table(
             "flux_texts",
             ["text", "by sigma", *LEVELS],
             rows,
             "Correlation with Monte Carlo of 16 rollouts on the policy's own latents; Recall@1 of V over prompts.",
         )
-        rows = [[text, what, *(over([found[text, seed][key][side] if side else found[text, seed][key] for seed in seeds], judge) for judge in JUDGES)] for text in TEXTS for what, key, side in (("DRaFT-1", "draft", ""), ("unsteered", "fk", "baseline"), ("FK", "fk", "steered"))]  # fmt: skip
+        rows = [[text, what, *(over([one[key][side] if side else one[key] for one in own[text]], judge) for judge in JUDGES)] for text in TEXTS for what, key, side in (("DRaFT-1", "draft", ""), ("unsteered", "fk", "baseline"), ("FK", "fk", "steered"))]  # fmt: skip
         table("flux_texts_use", ["text", "", *JUDGES], rows, "Trained on or steered by `clip` alone.")
     if "train" in parts:
         once = ["evaluation.final=[base, ema]", f"threads={options['threads']}"]
