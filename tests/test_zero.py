@@ -87,6 +87,8 @@ def main(folder, cases, spoil):
             save_file({f"{u}.{k}": v for u, kept in enumerate(sets) for k, v in kept.items()}, folder / f"{case['name']}.safetensors")
     if os.environ.get("RANK", "0") == "0":
         (folder / "norms.json").write_text(json.dumps(found))
+    if torch.distributed.is_initialized():  # else its threads may outlive what they stand on, and the process ends in an abort
+        torch.distributed.destroy_process_group()
 
 
 def run(world, folder, methods, stages, accumulations, ranks, spoil=False):  # noqa: F811
