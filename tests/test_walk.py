@@ -1,6 +1,7 @@
 """Every key of every recipe, and every argument of every class of ours that a recipe names, with values that nobody should give: each is accepted by the checks
 or refused in one message that names the key; nothing else ever comes out, and no number is ever NaN, infinite, empty or absurdly large."""
 
+import copy
 import dataclasses
 import inspect
 import json
@@ -76,8 +77,28 @@ def ask(check, given, path, hint, value, name):
     return [f"{name}: {'.'.join(path)}={value!r:.60} is accepted for a number"] * number
 
 
+@pytest.fixture
+def asked_once(monkeypatch):
+    """A class that is asked the same again, as it is of every part whose key is not the one that changes, is not asked: tokenizers and weight files are read once."""
+    own, kept = protocols.asked, {}
+
+    def asked(kind, cls, name, *arguments, **options):
+        key = repr((kind, cls, name, arguments, options))
+        if key not in kept:
+            try:
+                kept[key] = own(kind, cls, name, *arguments, **options), None
+            except UserError as error:
+                kept[key] = None, error
+        found, error = kept[key]
+        if error:
+            raise error
+        return copy.deepcopy(found)
+
+    monkeypatch.setattr(protocols, "asked", asked)
+
+
 @pytest.mark.parametrize("job", JOBS)
-def test_no_value_of_any_key_ends_in_anything_but_its_name(job, tmp_path, monkeypatch, capsys):
+def test_no_value_of_any_key_ends_in_anything_but_its_name(job, tmp_path, monkeypatch, capsys, asked_once):
     monkeypatch.chdir(tmp_path)
     check, schema, recipes = JOBS[job]
     (tmp_path / "few.jsonl").write_text("".join((ROOT / "rlstitch/shapes/weights/held_out.jsonl").read_text().splitlines(True)[:40]))
