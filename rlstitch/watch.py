@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import json
 import os
 import select
@@ -29,6 +31,7 @@ def start(rank: int, world: int, timeout: float, where: Callable[[], str]) -> No
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world, is_master=False, wait_for_workers=False)
     _current = Watch(store, rank, world, timeout, where)
     _current.start()
+    atexit.register(_current.end)
 
 
 def leave(fault: str = "", *, said: bool = False) -> None:
@@ -56,7 +59,7 @@ class Watch(threading.Thread):
         self.store, self.rank, self.world, self.timeout, self.where = store, rank, world, timeout, where
         self.seen = {r: ("", "starting", time.monotonic()) for r in range(world) if r != rank}  # last beat, phase, since when
         self.faults: dict[int, str] = {}
-        self.said = False
+        self.said = self.ending = False
         self.ears, self.mouth = socket.socketpair()
         self.mouth.setblocking(False)
         signal.set_wakeup_fd(self.mouth.fileno(), warn_on_full_buffer=False)  # written to at once, whatever the rank is at
@@ -66,6 +69,8 @@ class Watch(threading.Thread):
         while True:
             if select.select([self.ears], [], [], BEAT)[0]:
                 asked = self.ears.recv(1)[0]
+            if self.ending:
+                return
             beat += 1
             try:
                 self.say("beat", json.dumps([beat, self.where()]))
@@ -76,6 +81,13 @@ class Watch(threading.Thread):
             if silent or (asked and self.faults):
                 self.tell(f"{self._named(silent)}; {'stopped on a signal' if asked else 'given up (distributed.timeout)'}")
                 os._exit(128 + asked if asked else 1)
+
+    def end(self) -> None:
+        """Before the interpreter ends: it takes its threads away, and one that is within the store then takes the process with it (`terminate called`)."""
+        self.ending = True
+        with contextlib.suppress(BlockingIOError):  # full: it wakes anyway
+            self.mouth.send(b"\0")
+        self.join(5 * BEAT)
 
     def explain(self, error: Exception) -> str:
         until = time.monotonic() + 5 * BEAT

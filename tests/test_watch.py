@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -128,6 +129,35 @@ def test_a_rank_that_is_killed_or_at_fault_is_named_in_place_of_a_traceback(ende
 def test_ranks_that_all_answer_stop_together(ended):
     code, said = ended["term"]
     assert code == 143 and len(said) == 1 and "a checkpoint was written" in said[0]
+
+
+ENDS = """
+import os, sys, time
+from rlstitch import watch
+
+class Last:  # taken away when the interpreter is half gone, and in no haste
+    def __del__(self, sleep=time.sleep):
+        sleep(0.3)
+
+os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[1])
+watch.select.select = lambda *_: ([], [], [])  # always within the store
+for _ in range(5):
+    if not (child := os.fork()):
+        last = Last()
+        watch.start(0, 2, 60, lambda: "the end")
+        time.sleep(0.2)
+        sys.exit()
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def test_a_rank_that_watches_to_its_last_moment_ends_well():
+    """The interpreter takes its threads away as it ends: one that is within the store's C++ then would end the process by an abort."""
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
+    ends = subprocess.run([sys.executable, "-c", ENDS, str(store.port)], capture_output=True, text=True, cwd=warm.ROOT, timeout=120)
+    assert ends.stdout.split() == ["0"] * 5, ends
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def main(folder, cases, spoil):
             save_file({f"{u}.{k}": v for u, kept in enumerate(sets) for k, v in kept.items()}, folder / f"{case['name']}.safetensors")
     if os.environ.get("RANK", "0") == "0":
         (folder / "norms.json").write_text(json.dumps(found))
-    if torch.distributed.is_initialized():  # else its threads may outlive what they stand on, and the process ends in an abort
+    if torch.distributed.is_initialized():  # as every job leaves
         torch.distributed.destroy_process_group()
 
 
