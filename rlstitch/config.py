@@ -137,9 +137,10 @@ def named(config: Any, recipe: str, faults: list[str]) -> None:
         faults.append(f"'name': {error}")
 
 
-def differences(saved: dict[str, Any], config: RunConfig) -> list[str]:
+def differences(saved: dict[str, Any], config: Any) -> list[str]:
     """`key: was -> is` of everything in which a saved recipe trains otherwise than this config; what is told, how it is cut and how long it runs do not count."""
     free = ("name", "out", "updates", "threads", "check", "resume", "checkpoint", "logging", "evaluation", "guard", "distributed")
+    free += ("held_out", "measure_every")  # of a stitch job
     free += ("batch.micro_batch", "batch.rollout_batch", "sampler.activation_checkpointing")
 
     def flat(node: Any, path: str = "") -> dict[str, Any]:
@@ -147,7 +148,7 @@ def differences(saved: dict[str, Any], config: RunConfig) -> list[str]:
             return {path: node}
         return {k: v for key, value in node.items() for k, v in flat(value, f"{path}.{key}".lstrip(".")).items()}
 
-    before, now = (flat(asdict(c)) for c in (fill(RunConfig, saved)[0], config))
+    before, now = (flat(asdict(c)) for c in (fill(type(config), saved)[0], config))
     trained = {k.rsplit(".", 1)[-1] for k in (*before, *now) if ".weights." in k}  # a reward that is only evaluated may come and go
     keys = [k for k in dict.fromkeys([*before, *now]) if k == "distributed.precision" or (k not in free and k.split(".")[0] not in free)]
     keys = [k for k in keys if not k.startswith(("rewards.", "values.")) or k.split(".")[1] in trained]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -41,13 +41,19 @@ def as_it_should_be(run: Path) -> None:
 
 
 def resumable(config: RunConfig) -> None:
+    """`may_go_on` of a training run, which must not start from a LoRA that it would write over either."""
+    run = Path(config.out) / config.name
+    if config.lora.init and adapters.find(config.lora.init).resolve().is_relative_to(run.resolve()):
+        raise UserError(f"lora.init is {config.lora.init}, which this run would write over: give it a folder of its own with name=NAME")
+    may_go_on(config, lambda: hashes(config))
+
+
+def may_go_on(config: Any, hashes: Callable[[], dict[str, str]]) -> None:
     """Raises UserError where another process trains in the run folder, where that holds files that are not ours, and where resume=auto would go on with a run of
-    another recipe or on other files, whose weights and figures would then pass for this one's."""
+    another recipe or on other files, whose weights and figures would then pass for this one's. hashes: of the files that it reads."""
     run = Path(config.out) / config.name
     as_it_should_be(run)
     lock.refuse_if_held(run)
-    if config.lora.init and adapters.find(config.lora.init).resolve().is_relative_to(run.resolve()):
-        raise UserError(f"lora.init is {config.lora.init}, which this run would write over: give it a folder of its own with name=NAME")
     found = checkpoint.folders(run)
     written = ("recipe.yaml", "metrics.jsonl", "summary.json", "evaluation.json", "report.html")
     if not found and not (run / lock.LOCK).exists() and (others := [name for name in written if (run / name).exists()]):
@@ -56,7 +62,7 @@ def resumable(config: RunConfig) -> None:
         )
     if config.resume != "auto" or not found or not (run / "recipe.yaml").is_file():
         return
-    changed, now = cfg.differences(cfg.compose(str(run / "recipe.yaml")), config), hashes(config)
+    changed, now = cfg.differences(cfg.compose(str(run / "recipe.yaml")), config), hashes()
     for folder in reversed(found):
         with suppress(UserError):  # a damaged one is stepped over when the run goes on
             changed += changed_files(checkpoint.told(folder).get("inputs", {}), now)

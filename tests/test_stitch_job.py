@@ -10,6 +10,7 @@ from PIL import Image
 from rlstitch.stitch import recipe as stitch
 from rlstitch.stitch.model import StitchedValueModel
 from rlstitch.types import UserError
+from tests import warm
 
 
 @pytest.fixture
@@ -78,3 +79,74 @@ def test_all_faults_of_a_stitch_recipe_come_at_once(folder, sd3_dir, clip_dir):
         stitch.checked(bad, "tiny")
     for part in ("4 faults", "did you mean 'distill'", "'blocks' must be best", "0 <= low < high", "unknown key 'model.pth'"):
         assert part in str(caught.value)
+
+
+LAUNCHER = warm.ROOT / "launch" / "stitch.py"
+AT = {  # where a job is killed, at which call of it
+    "before the search": ("rlstitch.stitch.search.features", 1),
+    "before the first step": ("rlstitch.stitch.distill.Distillation.step", 1),
+    "between two checkpoints": ("rlstitch.stitch.distill.Distillation.step", 6),
+    "while a checkpoint is written": ("rlstitch.checkpoint.sha256", 5),
+    "before the value model is saved": ("rlstitch.stitch.model.StitchedValueModel.save_pretrained", 1),
+    "when it is saved": ("rlstitch.stitch.loop.Loop.end", 1),
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, sd3_dir, clip_dir):
+    """A recipe as a file, and the weights, card and log of its job without a kill."""
+    tmp_path = tmp_path_factory.mktemp("whole")
+    rng = np.random.default_rng(0)
+    for k in range(12):
+        Image.fromarray(rng.integers(0, 255, (20, 24, 3), dtype=np.uint8)).save(tmp_path / f"{k:02d}.png")
+    told = given(tmp_path, sd3_dir, clip_dir, measure_every=3, checkpoint={"every": 4}, logging={"wandb": "off"})
+    told["distill"] |= {"steps": 10, "lr": 1e-3}
+    (tmp_path / "mine.yaml").write_text(json.dumps(told))
+    code, output = warm.run(LAUNCHER, f"recipe={tmp_path / 'mine.yaml'}", f"out={tmp_path / 'values'}")
+    assert code == 0, output
+    return tmp_path / "mine.yaml", left(tmp_path / "values" / "tiny")
+
+
+def left(folder):
+    """What a job leaves: weights, what its card and log say but for times."""
+    card, rows = (
+        json.loads((folder / "value.json").read_text()),
+        [json.loads(r) for r in (folder / "metrics.jsonl").read_text().splitlines()],
+    )
+    assert not list((folder / "checkpoints").iterdir())
+    times = {"search_seconds", "distill_seconds", "device_hours", "cpu_hours"}
+    weights = (folder / "value.safetensors").read_bytes()
+    return weights, *([{k: v for k, v in row.items() if k not in times} for row in part] for part in ([card], rows))
+
+
+@pytest.mark.parametrize("when", AT)
+def test_a_killed_stitch_goes_on_bit_for_bit(when, whole, tmp_path):
+    recipe, wanted = whole
+    command = [LAUNCHER, f"recipe={recipe}", f"out={tmp_path}"]
+    codes, output, _ = warm.outcome(*command, target=AT[when])
+    assert codes == [-9], output
+    code, output = warm.run(*command)
+    resumed = when not in ("before the search", "before the first step")
+    assert code == 0 and ("resumed from" in output) >= resumed, output
+    assert left(tmp_path / "tiny") == wanted
+
+
+def test_a_stitch_measures_on_its_way(whole):
+    rows = whole[1][2]
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 11))
+    assert [row["step"] for row in rows if "quality" in row] == [3, 6, 9, 10]
+    assert all(set(row["quality"]["0.5"]) >= {"correlation", "recall_at_1"} for row in rows if "quality" in row)
+
+
+def test_a_stitch_of_another_recipe_is_not_gone_on_with(whole, tmp_path):
+    command = [LAUNCHER, f"recipe={whole[0]}", f"out={tmp_path}"]
+    warm.outcome(*command, target=AT["between two checkpoints"])
+    code, output = warm.run(*command, "distill.lr=1.0e-4")
+    assert code == 2 and "distill.lr: 0.001 -> 0.0001" in output and "resume=never" in output, output
+    code, output = warm.run(*command, "distill.lr=1.0e-4", "resume=never")
+    assert code == 0 and "resumed" not in output, output
+
+
+def test_several_ranks_are_refused_for_now(whole, tmp_path):
+    code, output = warm.run(LAUNCHER, f"recipe={whole[0]}", f"out={tmp_path}", ranks=2)
+    assert code == 2 and "runs as one process, and torchrun started 2" in output, output

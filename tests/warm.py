@@ -11,6 +11,7 @@ import atexit
 import gc
 import json
 import os
+import pkgutil
 import runpy
 import signal
 import socket
@@ -23,7 +24,7 @@ from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-IMPORTED = ("trainer", "steer", "evaluation", "checks", "report", "backbones.sd3", "rewards.clip")
+IMPORTED = ("trainer", "stitch.recipe", "steer", "evaluation", "checks", "report", "backbones.sd3", "rewards.clip")
 _server: list[subprocess.Popen] = []
 
 
@@ -77,10 +78,8 @@ def run(script, *arguments, ranks=1, cwd=None, limit=300.0) -> tuple[int, str]:
 
 def aim(place: str, count: int) -> None:
     """Have this process kill itself before the `count`-th call of the function at a dotted place."""
-    package, module, *inner, name = place.split(".")
-    thing = import_module(f"{package}.{module}")
-    for part in inner:
-        thing = getattr(thing, part)
+    within, _, name = place.rpartition(".")
+    thing = pkgutil.resolve_name(within)
     true, left = getattr(thing, name), [count]
 
     def counted(*arguments, **options):

@@ -17,6 +17,8 @@ from rlstitch.ranges import Count, CountOrNone, Decay, NotNegative, Positive, Ra
 from rlstitch.stitch.model import StitchedValueModel, reads_tokens
 from rlstitch.types import Batch, Conditioning, UserError
 
+TRAINED = ("stitch.", "tail.")  # what the names of the weights that are distilled begin with
+
 
 @dataclass
 class DistillConfig:
@@ -151,60 +153,90 @@ def _pixels(images: Tensor) -> Tensor:
     return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
-def distill(
-    model: StitchedValueModel,
-    latents: Tensor,
-    targets: Tensor,
-    target_tokens: Tensor | Callable[[Tensor], Tensor],
-    config: DistillConfig,
-    *,
-    text_of: Callable[[Tensor], Conditioning] | None = None,
-    prompts_of: Callable[[Tensor], list[str]] | None = None,
-    progress: Callable[[int, dict[str, float]], None] | None = None,
-    objective: Callable[..., tuple[Tensor, dict[str, Tensor]]] = distillation_loss,
-) -> float:
-    """Train stitch and tail in place on N clean latents with their targets; returns the seconds it took. `progress(step, metrics)` is called every step.
+class Distillation:
+    """Stitch and tail of a value model under training on N clean latents with their targets; what it needs to go on where it stopped is `state_dict`, `state` and
+    `optimiser`'s.
 
     target_tokens: tokens [N, T, W], or what gives those of rows [B]. text_of: gives the prompts' text of rows [B], for a value model that is run under it. prompts_of: the prompts of rows [B], for a reward
     that reads tokens and prompt together. objective: the loss to descend, with the signature of `distillation_loss`.
     """
-    generator = torch.Generator().manual_seed(config.seed)
-    stitch, tail = list(model.stitch.parameters()), [p for p in model.tail.parameters() if p.requires_grad]
-    groups = [{"params": stitch, "lr": config.lr * config.stitch_lr_factor}, {"params": tail, "lr": config.lr}]
-    optimiser = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
-    base = [group["lr"] for group in optimiser.param_groups]
-    started = time.perf_counter()
-    model.train()
-    for step in range(config.steps):
-        factor = min(1.0, (step + 1) / max(1, config.warmup))
+
+    def __init__(
+        self,
+        model: StitchedValueModel,
+        latents: Tensor,
+        targets: Tensor,
+        target_tokens: Tensor | Callable[[Tensor], Tensor],
+        config: DistillConfig,
+        *,
+        text_of: Callable[[Tensor], Conditioning] | None = None,
+        prompts_of: Callable[[Tensor], list[str]] | None = None,
+        objective: Callable[..., tuple[Tensor, dict[str, Tensor]]] = distillation_loss,
+    ):
+        self.model, self.latents, self.targets, self.target_tokens, self.config = model, latents, targets, target_tokens, config
+        self.text_of, self.prompts_of, self.objective = text_of, prompts_of, objective
+        self.generator = torch.Generator().manual_seed(config.seed)
+        stitch, tail = list(model.stitch.parameters()), [p for p in model.tail.parameters() if p.requires_grad]
+        self.parameters, self.updates = [*stitch, *tail], 0
+        self.rates = [config.lr * config.stitch_lr_factor, config.lr]
+        groups = [{"params": part, "lr": lr} for part, lr in zip((stitch, tail), self.rates)]
+        self.optimiser = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
+        model.train()
+
+    def step(self) -> dict[str, float]:
+        """One optimiser step on a batch drawn anew; -> its loss and what that is made of. Raises UserError where the gradient is not finite."""
+        config, model, device = self.config, self.model, self.latents.device
+        factor = min(1.0, (self.updates + 1) / max(1, config.warmup))
         if config.decay:
-            factor *= 1 - 0.98 * step / config.steps
-        for group, lr in zip(optimiser.param_groups, base):
+            factor *= 1 - 0.98 * self.updates / config.steps
+        for group, lr in zip(self.optimiser.param_groups, self.rates):
             group["lr"] = lr * factor
-        index = torch.randint(len(latents), (config.batch_size,), generator=generator)
-        noise = torch.randn(config.batch_size, *latents.shape[1:], generator=generator).to(latents.device)
-        sigma = draw_sigma(config.batch_size, config, model.sigma_range, generator).to(latents.device)
-        z = schedule.interpolate(latents[index].float(), noise, sigma)
-        told: dict[str, float] = {}
+        index = torch.randint(len(self.latents), (config.batch_size,), generator=self.generator)
+        noise = torch.randn(config.batch_size, *self.latents.shape[1:], generator=self.generator).to(device)
+        sigma = draw_sigma(config.batch_size, config, model.sigma_range, self.generator).to(device)
+        z = schedule.interpolate(self.latents[index].float(), noise, sigma)
+        told: dict[str, Tensor] = {}
         for rows in torch.arange(config.batch_size).split(config.micro_batch or config.batch_size):
             picked, share = index[rows], len(rows) / config.batch_size
-            tokens = target_tokens(picked) if callable(target_tokens) else target_tokens[picked]
-            text = text_of(picked) if text_of is not None else None
-            prompts = prompts_of(picked) if prompts_of is not None else None
-            with autocast(latents.device.type, "auto" if config.autocast else "fp32"):
-                loss, parts = objective(
-                    model, z[rows], sigma[rows], targets[picked].to(z.device), tokens.float().to(z.device), config, text, prompts
-                )
+            tokens = self.target_tokens(picked) if callable(self.target_tokens) else self.target_tokens[picked]
+            text = self.text_of(picked) if self.text_of is not None else None
+            prompts = self.prompts_of(picked) if self.prompts_of is not None else None
+            target = self.targets[picked].to(device)
+            with autocast(device.type, "auto" if config.autocast else "fp32"):
+                loss, parts = self.objective(model, z[rows], sigma[rows], target, tokens.float().to(device), config, text, prompts)
             (loss * share).backward()
             for key, value in {"loss": loss.detach(), **parts}.items():
                 told[key] = told.get(key, 0.0) + share * value
-        norm = torch.nn.utils.clip_grad_norm_(stitch + tail, config.clip_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.clip_norm)
         if not torch.isfinite(norm):
-            raise UserError(f"distillation: the gradient norm is {norm.item()} at step {step}; lower lr (now {config.lr:g})")
-        optimiser.step()
+            raise UserError(f"distillation: the gradient norm is {norm.item()} at step {self.updates}; lower lr (now {config.lr:g})")
+        self.optimiser.step()
         torch.clear_autocast_cache()  # inside a caller's autocast, the casts of the old weights would be used again
-        optimiser.zero_grad(set_to_none=True)
+        self.optimiser.zero_grad(set_to_none=True)
+        self.updates += 1
+        return {k: float(v) for k, v in told.items()}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The weights that train."""
+        return {k: v for k, v in self.model.state_dict().items() if k.startswith(TRAINED)}
+
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        self.model.load_state_dict(tensors, strict=False)
+
+    def state(self) -> dict[str, Tensor]:
+        """Of the draws to come."""
+        return {"generator": self.generator.get_state()}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        self.generator.set_state(tensors["generator"])
+
+
+def distill(*arguments: Any, progress: Callable[[int, dict[str, float]], None] | None = None, **options: Any) -> float:
+    """Train stitch and tail in place, with the arguments of `Distillation`, to the end; returns the seconds it took. `progress(step, metrics)` is called every step."""
+    training, started = Distillation(*arguments, **options), time.perf_counter()
+    for step in range(training.config.steps):
+        metrics = training.step()
         if progress is not None:
-            progress(step, {k: float(v) for k, v in told.items()})
-    model.eval()
+            progress(step, metrics)
+    training.model.eval()
     return time.perf_counter() - started

@@ -13,20 +13,22 @@ import torch
 from torch import Tensor
 
 from rlstitch import config as cfg
-from rlstitch import scheduler, telling
+from rlstitch import lock, resume, scheduler, telling
 from rlstitch.data import build_pictures
-from rlstitch.distributed import resolve_precision
+from rlstitch.distributed import resolve_precision, world_size
 from rlstitch.fingerprints import vae_names
 from rlstitch.part_checks import model_faults, reward_faults
 from rlstitch.parts import Parts, at_hand, pinned
 from rlstitch.paths import ready
 from rlstitch.prompts import PromptSet, read_prompts
 from rlstitch.ranges import Count, CountOrNone, Name, NotNegative, Range, Seed, Share, Text, Threads
+from rlstitch.schema import CheckpointConfig, LoggingConfig
 from rlstitch.stitch import measure
 from rlstitch.stitch.baselines import noisy_clip, vae_stitch
-from rlstitch.stitch.distill import DistillConfig, distill, latents_of, outputs_of, targets_of
+from rlstitch.stitch.distill import Distillation, DistillConfig, latents_of, outputs_of, targets_of
 from rlstitch.stitch.generate import GenerateConfig, generate, pictures_of
 from rlstitch.stitch.generate import faults as generate_faults
+from rlstitch.stitch.loop import Loop, inputs_of
 from rlstitch.stitch.model import StitchedValueModel
 from rlstitch.stitch.search import SearchResult, search
 from rlstitch.types import Conditioning, UserError
@@ -44,7 +46,8 @@ class StitchRecipe:
     blocks: the denoiser block to cut after ("best", "cheapest" within `margin` among the first `max_fraction` of the blocks, or a number);
     reward_block: 0 takes the search's. ridge: penalty of the closed-form fit. normalise: unit-norm student as in the paper; else its norm is free and
     falls with its uncertainty, on latents unlike the training data's, too. text: what the denoiser's blocks are run under, the empty prompt, or the pictures' own
-    (`prompt`), which a model without an unconditional branch has computed anyway.
+    (`prompt`), which a model without an unconditional branch has computed anyway. resume: auto, never or a checkpoint folder; checkpoints are kept until the value model is
+    saved. measure_every: steps between two measurements on `held_out`, in metrics.jsonl and W&B; 0 for none on the way.
     """
 
     name: Name = ""
@@ -68,8 +71,12 @@ class StitchRecipe:
     sigma_high: Share = 1.0
     threads: Threads = 0
     check: bool = False
+    resume: Text = "auto"
     seed: Seed = 0
     distill: DistillConfig = field(default_factory=DistillConfig)
+    measure_every: CountOrNone = 250
+    checkpoint: CheckpointConfig = field(default_factory=lambda: CheckpointConfig(every=250, keep=1))
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
 
 
 def checked(given: dict[str, Any], name: str) -> StitchRecipe:
@@ -159,8 +166,9 @@ def assemble(
     norm: float,
     card: dict[str, Any],
     text_of: TextOf | None = None,
+    found: dict[str, Any] | None = None,
 ) -> StitchedValueModel:
-    """The untrained value model of the recipe's kind."""
+    """The untrained value model of the recipe's kind. found: what a search before gave for its card, where the weights are loaded after this."""
     if recipe.kind == "vae":
         return vae_stitch(
             backbone,
@@ -174,6 +182,11 @@ def assemble(
         )
     if recipe.kind == "noisy_clip":
         return noisy_clip(backbone, reward, norm=norm, normalise=recipe.normalise, seed=recipe.seed, card=card)
+    told = dict(norm=norm, normalise=recipe.normalise, sigma_range=(recipe.sigma_low, recipe.sigma_high))
+    if found:
+        blank = torch.zeros(reward.width, backbone.width, device=backbone.device)
+        cut = found["blocks"], found["reward_block"]
+        return StitchedValueModel.from_search(backbone, reward, *cut, blank, blank[:, 0], cls_state=None, card=card | found, **told)
     started = time.perf_counter()
     pictures = images[: recipe.search_images].float() / 255
     how = dict(max_reward_block=recipe.max_reward_block, seed=recipe.seed, ridge=recipe.ridge, text_of=text_of)
@@ -190,9 +203,7 @@ def assemble(
         pair.weight,
         pair.bias,
         cls_state=result.cls[pair.j],
-        norm=norm,
-        normalise=recipe.normalise,
-        sigma_range=(recipe.sigma_low, recipe.sigma_high),
+        **told,
         card=card | {"blocks": pair.i, "reward_block": pair.j, "search": result.rows(), "search_seconds": round(seconds, 1)},
     )
 
@@ -210,10 +221,29 @@ def texts(recipe: StitchRecipe, parts: Parts, prompts: list[str]) -> TextOf | No
 
 
 def run(recipe: StitchRecipe) -> StitchedValueModel:
-    """Search, distil, measure, save to <out>/<name>."""
+    """Search, distil, measure, save to <out>/<name>; or go on where that was stopped. Raises Interrupted after a signal, and UserError where another process works there."""
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    folder = ready(Path(recipe.out) / recipe.name)
+    if world_size() > 1:
+        raise UserError(
+            f"launch/stitch.py runs as one process, and torchrun started {world_size()}: start it with python, or --nproc-per-node=1"
+        )
+    folder, inputs = ready(Path(recipe.out) / recipe.name), inputs_of(recipe)
+    resume.may_go_on(recipe, lambda: inputs)
+    loop = Loop(folder, recipe, inputs)
+    with lock.held(folder, loop.engine.by_main):
+        loop.begin()
+        model = stitched(recipe, loop)
+        model.save_pretrained(folder)
+        loop.end()
+    rows = [[sigma, *(f"{v:.3f}" for v in figures.values())] for sigma, figures in model.card["quality"].items()]
+    hours = f"{model.card['device_hours']:.3g}"
+    telling.say(telling.table(["sigma", *next(iter(model.card["quality"].values()))], rows), f"device-hours {hours}; saved to {folder}")
+    return model
+
+
+def stitched(recipe: StitchRecipe, loop: Loop) -> StitchedValueModel:
+    """The value model of a recipe, with its card."""
     torch.manual_seed(recipe.seed)
     parts = Parts.of(recipe.model, {"reward": recipe.reward})
     backbone, reward, device = parts.backbone, parts.rewards["reward"], parts.device
@@ -226,15 +256,15 @@ def run(recipe: StitchRecipe) -> StitchedValueModel:
             f"'text' is prompt, and the pictures of '{bare[0]}' have no prompts: give captions (metadata.jsonl, or a .txt beside each picture), or leave 'text' out"
         )
     parts.probe(["reward"], measure.batch_of(["", ""]))
-    started = time.perf_counter()
     latents = latents_of(backbone, images)
-    made, kept = {}, 0.0
+    made = {}
     if recipe.generate.count:
         asked = time.perf_counter()
         asked_for = encoded(parts, read_prompts(recipe.generate.prompts, recipe.generate.column), recipe)
         own, index, seconds = generate(backbone, asked_for, recipe.generate, f"{recipe.name}: pictures")
         captions = captions + [asked_for.prompts[k] for k in index]
-        kept = max(0.0, seconds - (time.perf_counter() - asked))  # pictures from the cache cost what they cost when they were made
+        if loop.source is None:
+            loop.add(max(0.0, seconds - (time.perf_counter() - asked)))  # pictures from the cache cost what they cost when they were made
         latents, images = torch.cat([latents, own]), torch.cat([images, pictures_of(backbone, own)])
         told = dataclasses.asdict(recipe.generate) | {"precision": resolve_precision(device, recipe.generate.precision)}
         made = {"generate": told, "generate_seconds": round(seconds, 3)}
@@ -250,29 +280,19 @@ def run(recipe: StitchRecipe) -> StitchedValueModel:
         **made,
     }
     text_of, held_text_of = (texts(recipe, parts, what) for what in (captions, prompts))
-    model = assemble(recipe, backbone, reward, images, latents, norm, card, text_of)
-    bar = telling.progress(recipe.distill.steps, recipe.name, "step")
-
-    def progress(step: int, metrics: dict[str, float]) -> None:
-        bar.update()
-        if step % 20 == 0:
-            bar.set_postfix_str(", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
-
-    prompts_of = (lambda rows: [captions[k] for k in rows.tolist()]) if any(captions) else None
-    seconds = distill(model, latents, targets, tokens, recipe.distill, text_of=text_of, prompts_of=prompts_of, progress=progress)
-    bar.close()
+    model = assemble(recipe, backbone, reward, images, latents, norm, card, text_of, loop.found)
+    found = {k: model.card[k] for k in ("blocks", "reward_block", "search", "search_seconds") if k in model.card}
     with torch.no_grad():
         held_latents, held_outputs = latents_of(backbone, held), outputs_of(reward, held)
+    prompts_of = (lambda rows: [captions[k] for k in rows.tolist()]) if any(captions) else None
+    training = Distillation(model, latents, targets, tokens, recipe.distill, text_of=text_of, prompts_of=prompts_of)
+    figures = loop.train(training, found, lambda: quality(model, held_latents, prompts, held_outputs, held_text_of))
     model.card |= {
-        "quality": quality(model, held_latents, prompts, held_outputs, held_text_of),
-        "distill_seconds": round(seconds, 1),
-        "device_hours": round((time.perf_counter() - started + kept) / 3600, 5),
+        "quality": figures,
+        "distill_seconds": round((loop.hours - loop.begun) * 3600, 1),
+        "device_hours": round(loop.hours, 5),
         "hardware": cfg.hardware(),
     }
     if measure.embeds_text(reward):
         model.card["clean_recall_at_1"] = round(measure.recall(held_outputs, reward.embed_texts(prompts)), 4)
-    model.save_pretrained(folder)
-    rows = [[sigma, *(f"{v:.3f}" for v in figures.values())] for sigma, figures in model.card["quality"].items()]
-    hours = f"{model.card['device_hours']:.3g}"
-    telling.say(telling.table(["sigma", *next(iter(model.card["quality"].values()))], rows), f"device-hours {hours}; saved to {folder}")
     return model
