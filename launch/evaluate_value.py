@@ -1,4 +1,5 @@
-"""Measure value models and their rivals: `python launch/evaluate_value.py [recipe=evaluate_value] [key=value ...]`. JSON, a table, plots in values/NAME."""
+"""Measure value models and their rivals: `python launch/evaluate_value.py [recipe=evaluate_value] [key=value ...]`, also under torchrun. JSON, a table, plots in values/NAME,
+the same figures on any number of ranks."""
 
 from pathlib import Path
 

@@ -1,4 +1,5 @@
-"""Steer generation: `python launch/steer.py recipe=fk_stitch prompts=prompts.txt 'judges=[clip, hps]' [key=value ...]`. Pictures, a captioned grid and scores.json in steered/NAME."""
+"""Steer generation: `python launch/steer.py recipe=fk_stitch prompts=prompts.txt 'judges=[clip, hps]' [key=value ...]`, also under torchrun. Pictures, a captioned grid and
+scores.json in steered/NAME, the same on any number of ranks."""
 
 from pathlib import Path
 
@@ -13,7 +14,7 @@ def run(arguments: list[str]) -> None:
     config = steer.checked(given, name)
     if config.check:
         return say(describe.steering(config))
-    result, folder = steer.Job(config).run(), Path(config.out) / config.name
+    result, folder = steer.run(config), Path(config.out) / config.name
     seconds = ", ".join(f"{kind} {v:.3g} s" for kind, v in result["seconds_per_image"].items())
     say(means_table(result["means"], ("a picture", seconds), ("results", str(folder))))
 

@@ -22,6 +22,7 @@ from rlstitch.protocols import code_of
 from rlstitch.schema import DataConfig
 from rlstitch.types import Batch, UserError
 
+TOGETHER = 64  # prompts that are encoded in one batch
 SEEDS_PER_UPDATE = 1_000_000  # an update's noise seeds lie within one such span
 
 
@@ -106,7 +107,7 @@ def _as_said(said: str, made: Any, pictures: Any, prompts: Any, kind: str) -> tu
 def encode(backbone: Any, prompts: PromptSet, *, truncate: bool = False, engine: Any = None, allow: str = "data.truncate") -> PromptSet:
     """Encode a prompt set and its pictures once. Prompts that the encoders would cut are refused by name unless `truncate`, the recipe's key `allow`, allows it.
 
-    The ranks of `engine` share the pictures and, with a cache on disk, the text; the set then holds nothing but the prompts.
+    The ranks of `engine` share the pictures and, with a cache on disk, the text; the set then holds nothing but the prompts. How either is cut does not depend on them.
     """
     if not truncate and (cut := backbone.too_long(prompts.prompts)):
         raise UserError(message(cut, len(prompts), allow))
@@ -114,7 +115,9 @@ def encode(backbone: Any, prompts: PromptSet, *, truncate: bool = False, engine:
         prompts.text = backbone.encode_prompts(prompts.prompts)
     else:
         rank, world = (0, 1) if engine is None else (engine.rank, engine.world)
-        backbone.remember(prompts.prompts[rank::world])
+        different = list(dict.fromkeys(prompts.prompts))
+        parts = [different[k : k + TOGETHER] for k in range(0, len(different), TOGETHER)]
+        backbone.remember([prompt for part in parts[rank::world] for prompt in part])
         if engine is not None:
             engine.barrier()
         prompts.lookup = backbone.encode_prompts

@@ -9,6 +9,7 @@ from rlstitch import checkpoint, lengths, protocols, schedule, scheduler, stages
 from rlstitch import config as cfg
 from rlstitch.checks import counted, geometry, halts
 from rlstitch.data import read_prompts
+from rlstitch.distributed import world_size
 from rlstitch.part_checks import class_of
 from rlstitch.parts import to_fetch
 from rlstitch.schema import RunConfig
@@ -85,7 +86,8 @@ def steering(config: Any) -> str:
     count = min(config.max_prompts or len(prompts), len(prompts)) * config.images_per_prompt
     goals = [
         f"steers {count} pictures of {config.prompts} by {part(config.method)} with {config.oracle['_target_'].rsplit('.', 1)[-1]} of {weighed(config.oracle['weights'])}",
-        f"{config.sampler.num_steps} steps from noise to picture ({config.kernel}), guidance {config.sampler.guidance:g}"
+        f"{config.sampler.num_steps} steps from noise to picture ({config.kernel}), guidance {config.sampler.guidance:g}, {config.prompts_per_batch} at a time"
+        + f" on each of {world_size()} ranks" * (world_size() > 1)
         + (", the same noise unsteered beside it" if config.baseline else ""),
         f"judged by {', '.join(config.judges) or 'nobody (judges=[...])'}; results in {Path(config.out) / config.name}",
     ]

@@ -260,6 +260,11 @@ class Engine:
         mixed = self.gather(own.to(self.device))
         return mixed.view(self.world, len(own), *own.shape[1:]).transpose(0, 1).flatten(0, 1)[:count]
 
+    def divided(self, count: int, action: Callable[[int], Tensor]) -> Tensor:
+        """`action(k)` of every k below `count`, each asked on one rank alone -> [count, ...] on every rank. It has no collective in it, and gives tensors of one shape."""
+        own = [self.together(lambda k=k: action(k)) for k in self.share(count)]
+        return self.in_order(torch.stack(own), count)
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is up on any rank."""
         if self.world == 1:

@@ -146,9 +146,10 @@ class Job:
 
     def __init__(self, config: EvaluateConfig):
         self.config = config
-        if config.threads:
-            torch.set_num_threads(config.threads)
         self.engine = Engine(zero_stage=0, precision=config.precision, accumulation=1, micro_batch=1, clip_norm=1.0)
+        self.engine.where = lambda: "evaluation"
+        if config.threads:
+            torch.set_num_threads(config.threads)  # of which accelerate has an opinion, too
         parts = Parts.of(config.model, config.rewards, engine=self.engine)
         self.backbone, self.rewards = parts.backbone, {n: parts.rewards[n] for n in config.judges}
         self.eye = parts.rewards.get(config.features)

@@ -154,20 +154,20 @@ class MonteCarlo(_Pixel):
         return self.each(latent, batch).mean(0)
 
     @torch.no_grad()
-    def each(self, latent: Latent, batch: Batch) -> Tensor:
-        """Scores of every rollout [n, B, K]; from a finished latent there is but one."""
+    def each(self, latent: Latent, batch: Batch, which: Sequence[int] | None = None) -> Tensor:
+        """Scores of every rollout [n, B, K], or of those by these numbers; from a finished latent there is but one."""
         start = float(latent.sigma[0])
         if bool((latent.sigma != start).any()):
             raise UserError("a Monte-Carlo oracle completes a batch from one noise level; this batch mixes several")
         if start == 0:
             return self._finished(latent.z, batch)[None]
         grid = torch.cat([torch.tensor([start]), self.grid[self.grid < start]])
-        seeds, draws, out = batch.seeds + 1_000_003 * (1 + self.seed), itertools.count(), []
-        kernel = sampling.stochastic(
-            sampling.linear_sde, noise=lambda z: noise_like(z.shape[1:], seeds, stream=next(draws), device=z.device).to(z.dtype)
-        )
+        seeds, out = batch.seeds + 1_000_003 * (1 + self.seed), []
         velocity = bound(self.backbone, batch, self.at_once)
-        for _ in range(self.rollouts):
+        for rollout in range(self.rollouts) if which is None else which:
+            draws = itertools.count(rollout * (len(grid) - 1))
+            noise = lambda z, draws=draws: noise_like(z.shape[1:], seeds, stream=next(draws), device=z.device).to(z.dtype)  # noqa: E731
+            kernel = sampling.stochastic(sampling.linear_sde, noise=noise)
             with autocast(latent.z.device.type, self.precision) if self.precision else nullcontext():
                 done = sampling.sample(velocity, latent.z, grid, kernel=kernel)
             out.append(self._finished(done.z, batch))

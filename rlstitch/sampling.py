@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -54,16 +54,40 @@ def log_prob(z_next: Tensor, mean: Tensor, std: float) -> Tensor:
     return (-error - math.log(std) - 0.5 * math.log(2 * math.pi)).flatten(1).mean(1)
 
 
+class Streams(torch.Generator):
+    """A generator a prompt, for batches in which a prompt's rows lie side by side: what is drawn for it is its own, whoever shares its batch. To whoever draws from it as
+    from a plain generator it is one, seeded like the first prompt's."""
+
+    def __new__(cls, seeds: Sequence[int]):
+        return super().__new__(cls)
+
+    def __init__(self, seeds: Sequence[int]):
+        super().__init__()
+        self.manual_seed(seeds[0])
+        self.each = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def drawn(draw: Callable[[torch.Generator | None, int, int], Tensor], rows: int, generator: torch.Generator | None) -> Tensor:
+    """`draw(generator, first, rows)`, which is random [rows, ...], of all rows at once, or of each prompt's from its own of `Streams`."""
+    if not isinstance(generator, Streams):
+        return draw(generator, 0, rows)
+    each, rest = divmod(rows, len(generator.each))
+    if rest:
+        raise ValueError(f"{rows} rows are no multiple of the {len(generator.each)} prompts that noise is drawn for")
+    return torch.cat([draw(own, k * each, each) for k, own in enumerate(generator.each)])
+
+
 def stochastic(step: Callable[..., tuple[Tensor, float]], *, noise: Callable[[Tensor], Tensor] | None = None, **options) -> Kernel:
     """Turn a (mean, std) step into a kernel that draws from it; noise: the standard normal draw for a state, by default the generator's for the whole batch."""
 
-    def drawn(z: Tensor, generator: torch.Generator | None) -> Tensor:
+    def normal(z: Tensor, generator: torch.Generator | None) -> Tensor:
         device = generator.device if generator else z.device
-        return torch.randn(z.shape, generator=generator, device=device, dtype=z.dtype).to(z.device)
+        draw = lambda own, _, rows: torch.randn(rows, *z.shape[1:], generator=own, device=device, dtype=z.dtype)  # noqa: E731
+        return drawn(draw, len(z), generator).to(z.device)
 
     def kernel(z: Tensor, v: Tensor, sigma: float, sigma_next: float, generator: torch.Generator | None = None) -> Tensor:
         mean, std = step(z, v, sigma, sigma_next, **options)
-        return mean + std * (drawn(z, generator) if noise is None else noise(z))
+        return mean + std * (normal(z, generator) if noise is None else noise(z))
 
     return kernel
 

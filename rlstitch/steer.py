@@ -18,7 +18,7 @@ from rlstitch import config as cfg
 from rlstitch import lengths, protocols, results, sampling, schedule, scheduler
 from rlstitch.asking import PartError, ask, inside, told, unlike
 from rlstitch.checks import lora_faults
-from rlstitch.distributed import autocast
+from rlstitch.distributed import Engine
 from rlstitch.evaluate import means_of, unscored
 from rlstitch.files import write_json, write_text
 from rlstitch.metrics import grid as draw_grid
@@ -41,7 +41,8 @@ class SteerConfig:
     """method: a function of rlstitch.steering. kernel: ode or sde (diffusion norm sigma^2). judges: rewards that score the finished pictures.
 
     lora: of any trainer, a file, a folder or a run, to steer the model with; by default none. guided_tweedie: Tweedie's guess from the guided velocity. baseline: sample the same noise unsteered, too, and put both side by side.
-    prompts_per_batch is part of what a seed means, as the kernel's noise is drawn batch by batch; the lambda of `lam_unit: spread` is not.
+    Picture k of a prompt is walked by noise of (seed, prompt, k) alone, and ranks share out whole batches: on any number of them pictures are the same bit for bit where
+    the hardware computes a batch alike, and to its rounding with another prompts_per_batch. (A method of one's own that draws from its generator itself draws for the batch.)
     """
 
     name: Name = ""
@@ -191,10 +192,12 @@ class Job:
 
     def __init__(self, config: SteerConfig):
         self.config = config
-        if config.threads:
-            torch.set_num_threads(config.threads)
         names = dict.fromkeys([*config.oracle["weights"], *config.judges])
-        parts = Parts.of(config.model, {name: config.rewards[name] for name in names})
+        self.engine = Engine(zero_stage=0, precision=config.precision, accumulation=1, micro_batch=1, clip_norm=1.0)
+        self.engine.where, self.autocast = (lambda: "steering"), self.engine.autocast
+        if config.threads:
+            torch.set_num_threads(config.threads)  # of which accelerate has an opinion, too
+        parts = Parts.of(config.model, {name: config.rewards[name] for name in names}, engine=self.engine)
         self.backbone, self.rewards = parts.backbone, parts.rewards
         prompts = read_prompts(config.prompts, config.column)
         say(*lengths.unread({name: config.rewards[name] for name in names}, prompts.prompts[: config.max_prompts or None]))
@@ -210,14 +213,13 @@ class Job:
         self.prompts = parts.encoded(asked, truncate=config.truncate, allow="truncate")
         shift = scheduler.resolve("sampler.shift", config.sampler.shift, self.backbone)
         self.grid = schedule.sigmas(config.sampler.num_steps, shift, config.sampler.spacing)
-        self.autocast = lambda: autocast(parts.device, config.precision)
 
     def _begin(self, rows: list[int], particles: int) -> tuple[Batch, Steered, Tensor, torch.Generator]:
         """Some pictures' prompts, their denoiser and value, the noise that they start from, and the kernel's."""
         config, batch = self.config, self.prompts.batch(rows, torch.tensor(rows))
         model = Steered(self.backbone, self.oracle, batch, guidance=config.sampler.guidance, guided_tweedie=config.guided_tweedie)
         z = noise_like(self.backbone.latent_shape, _row_seeds(config.seed, rows, particles), device=self.backbone.device)
-        return batch, model, z, torch.Generator().manual_seed(config.seed * 1_000_003 + rows[0])
+        return batch, model, z, sampling.Streams([config.seed * 1_000_003 + row for row in rows])
 
     @cached_property
     def spread(self) -> float | None:
@@ -228,12 +230,14 @@ class Job:
         config, n = self.config, particles_of(self.config)
         if not in_spreads(config):
             return None
-        found = []
-        for row in range(0, len(self.prompts), config.images_per_prompt)[:MEASURED]:
-            _, model, z, generator = self._begin([row], n)
+        rows = range(0, len(self.prompts), config.images_per_prompt)[:MEASURED]
+
+        def measure(k: int) -> Tensor:
+            _, model, z, generator = self._begin([rows[k]], n)
             with self.autocast():
-                found.append(call(config, self.grid, model.velocity, model.value, z, generator, Trace(), ask=value_spread))
-        return float(torch.tensor(found).nanmean())
+                return torch.tensor(call(config, self.grid, model.velocity, model.value, z, generator, Trace(), ask=value_spread))
+
+        return float(self.engine.divided(len(rows), measure).nanmean())
 
     def latents(self, rows: list[int], *, steered: bool = True, trace: Trace | None = None) -> Tensor:
         """Finished latents of some pictures; of several particles the one whose picture the guiding pixel rewards like best."""
@@ -264,74 +268,95 @@ class Job:
 
     def run(self) -> dict[str, Any]:
         """Steer every prompt; write pictures, grid, scores.json and the recipe to <out>/<name>, all at once at the end."""
-        with results.replaced(Path(self.config.out) / self.config.name, *WRITTEN) as work:
+        with results.replaced(Path(self.config.out) / self.config.name, *WRITTEN, engine=self.engine) as work:
             return self._steer(work)
 
     def _steer(self, work: Path) -> dict[str, Any]:
-        config = self.config
-        (work / "images").mkdir()
+        """Every rank takes every world-th batch of the recipe's: what a picture is walked with does not depend on the ranks."""
+        config, engine, count = self.config, self.engine, len(self.prompts)
+        size = min(config.prompts_per_batch, count)
         kinds = ["steered", "baseline"] if config.baseline else ["steered"]
-        shown: dict[str, list[Tensor]] = {k: [] for k in kinds}  # for the grid; every other picture is on disk only
-        scores: dict[str, dict[str, list[Tensor]]] = {k: {n: [] for n in config.judges} for k in kinds}
-        seconds, trace = dict.fromkeys(kinds, 0.0), Trace()
-        bar = progress(len(self.prompts), config.name, "image", shown=config.progress)
-        for first in range(0, len(self.prompts), config.prompts_per_batch):
-            rows = list(range(first, min(first + config.prompts_per_batch, len(self.prompts))))
-            for kind in kinds:
-                started = time.perf_counter()
-                latents = self.latents(rows, steered=kind == "steered", trace=trace)
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
-                seconds[kind] += time.perf_counter() - started
-                pictures, judged = self.judge(latents, rows)
-                shown[kind] += pictures[: max(0, config.grid - first)].cpu().unbind()
-                if kind == "steered":
-                    for row, picture in zip(rows, pictures):
-                        to_image(picture).save(work / "images" / f"{row:05d}.png")
-                for name, column in judged.items():
-                    scores[kind][name].append(column)
-            bar.update(len(rows))
-            bar.set_postfix_str(", ".join(f"{n} {torch.cat(c).nanmean():.3f}" for n, c in scores["steered"].items()))
-        bar.close()
-        return self._write(work, shown, scores, seconds, trace)
-
-    def _write(
-        self, work: Path, shown: dict[str, list[Tensor]], scores: dict[str, Any], seconds: dict[str, float], trace: Trace
-    ) -> dict[str, Any]:
-        config, count = self.config, len(self.prompts)
-        table = {k: {n: torch.cat(c) for n, c in columns.items()} for k, columns in scores.items()}
-        means = {k: means_of(columns, self.rewards, self.prompts.rows) for k, columns in table.items()}
-        say(*(line for k, columns in table.items() for line in unscored(k, columns)))
-        listing = []
-        for k in range(count):
-            listing.append(
-                {
-                    "file": f"images/{k:05d}.png",
-                    "prompt": self.prompts.prompts[k],
-                    **{n: round(float(c[k]), 5) for n, c in table["steered"].items()},
-                }
+        batches, keep = -(-count // size), min(config.grid, count)
+        if (idle := engine.world - batches) > 0:
+            say(
+                f"{count} pictures make {batches} batch{'es' * (batches > 1)} of prompts_per_batch={config.prompts_per_batch}, and {idle} of {engine.world} ranks have nothing to do: "
+                + f"prompts_per_batch={-(-count // engine.world)} shares them out"
             )
-        pictures, captions = [], []
-        for k in range(len(shown["steered"])):
-            for kind in reversed(shown):  # baseline first
-                pictures.append(shown[kind][k])
-                told = " ".join(f"{n} {float(c[k]):.2f}" for n, c in table[kind].items())
-                captions.append(f"{'unsteered: ' if kind == 'baseline' else ''}{self.prompts.prompts[k]} | {told}")
-        if pictures:
-            draw_grid(torch.stack(pictures), captions, work / "grid.png")
+        engine.by_main(lambda: (work / "images").mkdir() or "")
+        turns, drawn = (len(engine.share(k)) for k in (batches, -(-keep // size)))
+        table = {kind: {n: torch.full((turns, size), torch.nan) for n in config.judges} for kind in kinds}
+        # for the grid; every other picture is on disk only
+        shown = {kind: torch.zeros(drawn, min(size, keep), 3, *self.backbone.size) for kind in kinds}
+        seconds = {kind: torch.zeros(turns, dtype=torch.float64) for kind in kinds}
+        spread = self.spread  # which all ranks measure together, before any goes its own way
+        traces = [Trace(spread=spread) for _ in range(turns)]
+        bar = progress(count, config.name, "image", shown=config.progress)
+        for turn, trace in enumerate(traces):
+            first = (turn * engine.world + engine.rank) * size
+            rows = list(range(first, min(first + size, count)))
+
+            def walk(rows=rows, turn=turn, trace=trace) -> None:
+                for kind in kinds if rows else ():
+                    started = time.perf_counter()
+                    latents = self.latents(rows, steered=kind == "steered", trace=trace)
+                    if torch.cuda.is_available():
+                        torch.cuda.synchronize()
+                    seconds[kind][turn] = time.perf_counter() - started
+                    pictures, judged = self.judge(latents, rows)
+                    if turn < drawn:
+                        shown[kind][turn, : len(rows)] = pictures[: min(size, keep)].cpu()
+                    if kind == "steered":
+                        for row, picture in zip(rows, pictures):
+                            to_image(picture).save(work / "images" / f"{row:05d}.png")
+                    for name, column in judged.items():
+                        table[kind][name][turn, : len(rows)] = column
+
+            engine.together(walk)
+            bar.update(len(rows) * engine.world)
+            bar.set_postfix_str(", ".join(f"{n} {c[: turn + 1].nanmean():.3f}" for n, c in table["steered"].items()))
+        bar.close()
+        everyones = lambda own: engine.in_order(own, batches).cpu()  # noqa: E731
+        told = {kind: {n: everyones(c).flatten()[:count] for n, c in columns.items()} for kind, columns in table.items()}
+        pictures = {kind: engine.in_order(own, -(-keep // size)).cpu().flatten(0, 1)[:keep] for kind, own in shown.items()} if keep else {}
+        asked = torch.tensor([[sum(t.ess), len(t.ess), t.fallbacks, t.queries] for t in traces], dtype=torch.float64)
+        ess, resamplings, fallbacks, queries = everyones(asked).sum(0).tolist()
         result = {
             "method": config.method,
-            "means": means,
-            "seconds_per_image": {k: round(v / count, 4) for k, v in seconds.items()},
-            "peak_memory_mb": round(peak_memory_mb(), 1),
-            "lambda": trace.lam,
-            "value_spread": self.spread,
-            "mean_effective_particles": round(sum(trace.ess) / len(trace.ess), 3) if trace.ess else None,
-            "uniform_fallbacks": trace.fallbacks,
-            "value_queries_per_image": trace.queries / count,
-            "hardware": cfg.hardware(),
-            "images": listing,
+            "means": {kind: means_of(columns, self.rewards, self.prompts.rows) for kind, columns in told.items()},
+            "seconds_per_image": {kind: round(float(everyones(own).sum()) / count, 4) for kind, own in seconds.items()},
+            "peak_memory_mb": round(float(engine.gather(torch.tensor([peak_memory_mb()], device=engine.device)).max()), 1),
+            "lambda": traces[0].lam,
+            "value_spread": spread,
+            "mean_effective_particles": round(ess / resamplings, 3) if resamplings else None,
+            "uniform_fallbacks": int(fallbacks),
+            "value_queries_per_image": queries / count,
+            "hardware": f"{engine.world} x {cfg.hardware()}",
+            "images": [
+                {"file": f"images/{k:05d}.png", "prompt": prompt, **{n: round(float(c[k]), 5) for n, c in told["steered"].items()}}
+                for k, prompt in enumerate(self.prompts.prompts)
+            ],
         }
-        write_json(work / "scores.json", result)
-        write_text(work / "recipe.yaml", OmegaConf.to_yaml(OmegaConf.structured(dataclasses.asdict(config))))
+        say(*(line for kind, columns in told.items() for line in unscored(kind, columns)))
+        if engine.is_main:
+            self._write(work, result, pictures, told)
         return result
+
+    def _write(self, work: Path, result: dict[str, Any], pictures: dict[str, Tensor], table: dict[str, dict[str, Tensor]]) -> None:
+        if pictures:
+            kinds, prompts = list(reversed(pictures)), self.prompts.prompts  # baseline first
+            captions = []
+            for k in range(len(pictures["steered"])):
+                for kind in kinds:
+                    scores = " ".join(f"{n} {float(c[k]):.2f}" for n, c in table[kind].items())
+                    captions.append(f"{'unsteered: ' if kind == 'baseline' else ''}{prompts[k]} | {scores}")
+            draw_grid(torch.stack([pictures[kind] for kind in kinds], 1).flatten(0, 1), captions, work / "grid.png")
+        write_json(work / "scores.json", result)
+        write_text(work / "recipe.yaml", OmegaConf.to_yaml(OmegaConf.structured(dataclasses.asdict(self.config))))
+
+
+def run(config: SteerConfig) -> dict[str, Any]:
+    job = Job(config)
+    try:
+        return job.run()
+    finally:
+        job.engine.close()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from rlstitch.files import PICKLES, not_finite, opened, read_tensors, weight_files, worthless
@@ -17,6 +17,7 @@ from rlstitch.types import UserError
 COUNTS = ("num_batches_tracked",)  # of a batch norm, which are whole numbers
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 SPARE = ("lm_head.", "decoder.", "text_projection.")  # what a whole language model has behind the encoder that is asked for
+ALIGNMENT = 64  # bytes, of what torch allocates on a CPU
 BENIGN = ("position_ids",)  # buffers that older libraries saved, counted from 0 again by the newer ones
 
 
@@ -75,6 +76,16 @@ def _strictly(cls: Any, given: Path | None, folder: Path, what: str, **options: 
     if why := why or worthless({name: t for name, t in state.items() if name not in packed}):
         raise UserError(f"{what} of {folder} cannot be loaded: {why}. Download or convert it again")
     return model
+
+
+def settled(model: nn.Module, device: torch.device | str, dtype: torch.dtype | None = None) -> Any:
+    """A loaded model as it is asked: on its device and frozen. On a CPU every weight lies where torch itself would put it: some loads leave it within a mapped file, at any
+    place, on which the last bits of a product depend, so that one process and several ranks would not compute the same."""
+    model = model.to(device) if dtype is None else model.to(device, dtype)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if type(tensor) in (nn.Parameter, Tensor) and tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
+            tensor.data = tensor.data.clone()
+    return model.requires_grad_(False).eval()
 
 
 def read_checkpoint(path: Path, what: str, *, shapes: bool = False) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import yaml
 from scipy import stats
 
 from rlstitch.shapes.images import graded_looks, preference_pairs
@@ -14,6 +15,7 @@ from rlstitch.stitch.baselines import PreferenceHead, noisy_clip, train_preferen
 from rlstitch.stitch.distill import DistillConfig, distill, latents_of, targets_of
 from rlstitch.stitch.model import StitchedValueModel
 from rlstitch.types import Latent, UserError
+from tests import warm
 from tests.test_stitch_job import folder, given  # noqa: F401  (a fixture)
 
 
@@ -152,6 +154,16 @@ def test_the_evaluation_job(folder, sd3_dir, clip_dir, tmp_path, capsys):  # noq
     assert json.loads((saved / "evaluation.json").read_text())["rewards"] == results["rewards"]
     assert "| VAE stitch |" in (saved / "table.md").read_text() and (saved / "r_recall_at_1.svg").read_text().startswith("<svg xmlns")
     assert results["rewards"]["r"]["cost"]["StitchVM"]["gradient_megabytes"] > 0
+    (tmp_path / "ranks.yaml").write_text(yaml.safe_dump(recipe | {"name": "ranks"}))
+    code, output = warm.run(warm.ROOT / "launch" / "evaluate_value.py", f"recipe={tmp_path / 'ranks.yaml'}", ranks=2)
+    assert code == 0 and output.count("written to") == 1 and output.count("r: StitchVM") == 1, output
+    two = json.loads((tmp_path / "ev" / "ranks" / "evaluation.json").read_text())
+    assert two["hardware"].startswith("2 x ") and two["rewards"]["r"]["cost"].keys() == results["rewards"]["r"]["cost"].keys()
+    assert two["rewards"]["r"]["clean"] == pytest.approx(results["rewards"]["r"]["clean"], abs=2e-4)
+    for name, by_level in two["rewards"]["r"]["rows"].items():
+        for level, figures in by_level.items():
+            assert figures == pytest.approx(rows[name][level], abs=2e-4), (name, level)
+    assert {row: len(by_level) for row, by_level in two["rewards"]["r"]["rows"].items()} == {row: 2 for row in rows}
     bad = recipe | {"rivals": ["tweedy"], "sigmas": [1.5], "compare": {"q": {"StitchVM": "nowhere"}}}
     with pytest.raises(UserError) as caught:
         compare.checked(bad, "tiny")

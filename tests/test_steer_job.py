@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,10 @@ from rlstitch import config as cfg
 from rlstitch import steer
 from rlstitch.config import RECIPES
 from rlstitch.types import UserError
+from tests import warm
+from tests.test_stitch import stitched
 
+LAUNCHER = Path(launcher.__file__)
 STEERING = ("dps", "dps_stitch", "fk", "fk_stitch", "best_of_n", "svdd", "svdd_stitch")
 
 
@@ -83,7 +87,7 @@ def test_every_method_runs(tmp_path, sd3_dir, clip_dir, method):
 
 @pytest.mark.parametrize("proposals", ["greedy", "weighted"])
 def test_lambda_in_spreads_is_the_jobs_whoever_shares_a_batch(tmp_path, sd3_dir, clip_dir, proposals, monkeypatch):
-    used, fk = [], steer.cfg.load_class("rlstitch.steering.fk")
+    used, pictures, fk = [], [], steer.cfg.load_class("rlstitch.steering.fk")
 
     def spied(*args, **options):
         z = fk(*args, **options)
@@ -101,7 +105,64 @@ def test_lambda_in_spreads_is_the_jobs_whoever_shares_a_batch(tmp_path, sd3_dir,
         monkeypatch.setattr("rlstitch.steering.fk", fk)
         used.append(saved["lambda"])
         assert saved["lambda"] == pytest.approx(2.0 / saved["value_spread"]) and saved["value_spread"] > 0
+        pictures.append(torch.tensor([row["r"] for row in saved["images"]]))
     assert len(used) == 6 + 3 + 1 + 3 and len(set(used)) == 1
+    torch.testing.assert_close(pictures[0], pictures[1], atol=2e-4, rtol=0)  # noise is a prompt's own, too
+    torch.testing.assert_close(pictures[0], pictures[2], atol=2e-4, rtol=0)
+    assert pictures[0].std() > 0.005
+
+
+METHODS = {
+    "dps_stitch": {"_target_": "rlstitch.steering.dps", "scale": 1.0},
+    "fk_stitch": {
+        "_target_": "rlstitch.steering.fk", "num_particles": 3, "num_proposals": 2, "proposals": "weighted", "resampling": "residual",
+        "resample_steps": [1], "proposal_steps": [0, 2], "lam": 2.0, "lam_unit": "spread",
+    },
+    "best_of_n": {"_target_": "rlstitch.steering.best_of_n", "num_particles": 3},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_two_ranks_make_the_pictures_of_one(tmp_path, sd3_dir, clip_dir, backbone, reward, name, monkeypatch):
+    """Six pictures in three batches, or in two uneven ones: bit for bit, with the same figures beside them, told by one rank alone; nothing is kept from one to the other."""
+    recipe = given(tmp_path, sd3_dir, clip_dir, method=METHODS[name], baseline=True, images_per_prompt=2, max_prompts=3, grid=3, threads=1)
+    if name == "best_of_n":
+        recipe["oracle"] = {"_target_": "rlstitch.oracles.Terminal", "weights": {"r": 1.0}}
+    else:
+        stitched(backbone, reward)[0].save_pretrained(tmp_path / "value")
+        recipe |= {"oracle": {"_target_": "rlstitch.oracles.Stitched", "weights": {"r": 1.0}}, "values": {"r": str(tmp_path / "value")}}
+    recipe["prompts_per_batch"] = 4 if name == "dps_stitch" else 2
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    saved, output = {}, {}
+    for ranks in (1, 2):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache{ranks}"))
+        code, output[ranks] = warm.run(LAUNCHER, f"recipe={tmp_path / 'tiny.yaml'}", f"name=on{ranks}", ranks=ranks)
+        assert code == 0, output[ranks]
+        folder = tmp_path / "out" / f"on{ranks}"
+        files = [*sorted((folder / "images").iterdir()), folder / "grid.png"]
+        told = json.loads((folder / "scores.json").read_text())
+        assert set(told.pop("seconds_per_image")) == {"steered", "baseline"} and told.pop("hardware").startswith(f"{ranks} x ")
+        told.pop("peak_memory_mb")
+        saved[ranks] = told, {file.name: file.read_bytes() for file in files}
+    assert saved[1] == saved[2] and len(saved[1][1]) == 7
+    assert output[2].count("results ") == 1 and [p.name for p in (tmp_path / "out").iterdir() if p.name.startswith(".")] == []
+    assert len(set(saved[1][1].values())) == 7 and saved[1][0]["means"]["steered"] != saved[1][0]["means"]["baseline"]
+
+
+def test_ranks_without_work_are_told_and_a_fault_on_one_ends_all_in_one_line(tmp_path, sd3_dir, clip_dir):
+    recipe = given(tmp_path, sd3_dir, clip_dir, method=METHODS["dps_stitch"], prompts_per_batch=4)
+    recipe["rewards"]["mine"] = {"_target_": "tests.test_asking.Breaking", "calls": 1, "rank": 1}  # the call is the probe's
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    code, output = warm.run(LAUNCHER, f"recipe={tmp_path / 'tiny.yaml'}", ranks=2)
+    assert (
+        code == 0 and "3 pictures make 1 batch of prompts_per_batch=4, and 1 of 2 ranks have nothing to do: prompts_per_batch=2" in output
+    )
+    code, output = warm.run(LAUNCHER, f"recipe={tmp_path / 'tiny.yaml'}", "judges=[r, mine]", "name=broken", "prompts_per_batch=2", ranks=2)
+    lines = [line for line in output.splitlines() if "rlstitch: " in line]
+    assert code == 2 and len(lines) == 1 and "reward 'mine' failed: ConnectionError: 503" in lines[0], output
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["tiny"] and "Traceback" not in output
+    code, output = warm.run(LAUNCHER, f"recipe={tmp_path / 'tiny.yaml'}", "check=true", ranks=2)
+    assert code == 0 and output.count("steers 3 pictures") == 1 and "4 at a time on each of 2 ranks" in output
 
 
 def test_a_trained_policy_is_steered(tmp_path, sd3_dir, clip_dir):

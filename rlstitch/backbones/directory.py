@@ -16,7 +16,7 @@ from rlstitch.backbones.shared import Architecture, architecture
 from rlstitch.files import names_in, read_json, weight_files
 from rlstitch.hub import missing, model_folder
 from rlstitch.types import UserError
-from rlstitch.weights import load_strictly, whole_files
+from rlstitch.weights import load_strictly, settled, whole_files
 
 PARTS = ("transformer", "vae")  # folders that are loaded at once
 
@@ -36,7 +36,7 @@ def load(
             return cls.from_config(cls.load_config(path / part)).to(dtype).requires_grad_(False).eval()
     how = {} if quantise is None else execution.quantisation(quantise, dtype, device)
     model = load_strictly(cls, path / part, f"the {part}", variant=variant, dtype=dtype, **how)
-    return model.to(device).requires_grad_(False).eval()
+    return settled(model, device)
 
 
 MOST_BLOCKS = 1000  # of a transformer in its configuration; building a million would take for ever

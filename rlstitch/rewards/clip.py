@@ -26,7 +26,7 @@ from rlstitch.rewards.openclip import Activation
 from rlstitch.rewards.preprocessing import Resize
 from rlstitch.rewards.towers import VisionTail, image_width, logit, read_text
 from rlstitch.types import Batch, UserError
-from rlstitch.weights import read_checkpoint
+from rlstitch.weights import read_checkpoint, settled
 
 _ACTIVATIONS = {"none": nn.Identity, "gelu": nn.GELU, "relu": nn.ReLU}
 
@@ -125,7 +125,7 @@ class ClipReward:
         kernel = "eager" if self.device.type == "cpu" else "sdpa"
         model = (checkpoints.empty if bare else partial(checkpoints.load, tokens=self.tokenizer))(found, attn_implementation=kernel)
         temperature, bias = (1.0, 0.0) if bare else logit(model)  # before the cast: in bf16 100 would become 99
-        self.model = model.to(self.device, self.dtype).requires_grad_(False).eval()
+        self.model = settled(model, self.device, self.dtype)
         vision, self.window = self.model.config.vision_config, self.model.config.text_config.max_position_embeddings
         self.size = vision.image_size
         self.preprocessing = checkpoints.prepared(found, self.size)
@@ -140,7 +140,7 @@ class ClipReward:
         else:
             self.scale = temperature if scale == "logit" else float(scale)
         wide = image_width(self.model)
-        self.head = None if head is None else load_head(head, head_activation, wide).to(self.device).requires_grad_(False).eval()
+        self.head = None if head is None else settled(load_head(head, head_activation, wide), self.device)
         self._whole = VisionTail(self.model, 1)
         self._texts: dict[str, Tensor] = {}
 

@@ -22,7 +22,7 @@ from rlstitch.metrics import to_image
 from rlstitch.ranges import Count, DeviceName, Share, Text
 from rlstitch.rewards.clip import ClipReward
 from rlstitch.types import Batch, UserError
-from rlstitch.weights import load_strictly
+from rlstitch.weights import load_strictly, settled
 
 WHAT = "the detector"
 PATH = "facebook/mask2former-swin-small-coco-instance"
@@ -100,7 +100,7 @@ class Mask2Former:
 
     def __init__(self, path: str, device: torch.device):
         folder = hub.fetch(path, [""], None, WHAT)
-        self.model = load_strictly(Mask2FormerForUniversalSegmentation, folder, WHAT).to(device).requires_grad_(False).eval()
+        self.model = settled(load_strictly(Mask2FormerForUniversalSegmentation, folder, WHAT), device)
         self.processor, self.device = AutoImageProcessor.from_pretrained(folder), device
         self.labels = [self.model.config.id2label[k] for k in range(len(self.model.config.id2label))]
 
@@ -138,7 +138,7 @@ class GroundingDino:
 
     def __init__(self, path: str, device: torch.device):
         folder = hub.fetch(path, [""], None, WHAT)
-        self.model = load_strictly(AutoModelForZeroShotObjectDetection, folder, WHAT).to(device).requires_grad_(False).eval()
+        self.model = settled(load_strictly(AutoModelForZeroShotObjectDetection, folder, WHAT), device)
         self.processor, self.device = AutoProcessor.from_pretrained(folder), device
 
     @torch.no_grad()

@@ -20,7 +20,7 @@ from rlstitch.fingerprints import hash_tensors
 from rlstitch.ranges import DeviceName, Dtype, Text
 from rlstitch.rewards.preprocessing import OPENAI, Resize, stated
 from rlstitch.types import Batch, UserError
-from rlstitch.weights import fill_strictly, read_checkpoint
+from rlstitch.weights import fill_strictly, read_checkpoint, settled
 
 WHAT = "the reward's weights"
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the published model's scores over its own data
@@ -94,8 +94,8 @@ class ImageReward:
         file = hub.fetch(path, [], None, WHAT)
         parts = _parts(read_checkpoint(file, WHAT), file)
         self.tokenizer = AutoTokenizer.from_pretrained(hub.model_folder(tokenizer, "the reward's tokenizer"))
-        self.vision, self.text = (m.to(self.device, self.dtype).requires_grad_(False).eval() for m in parts[:2])
-        self.mlp = parts[2].to(self.device).requires_grad_(False).eval()  # small, and in float32
+        self.vision, self.text = (settled(m, self.device, self.dtype) for m in parts[:2])
+        self.mlp = settled(parts[2], self.device)  # small, and in float32
         side = self.vision.config.image_size
         self.num_blocks, self.width = len(self.vision.encoder.layers), self.vision.config.hidden_size
         self.grid, self._whole = side // self.vision.config.patch_size, BlipTail(self.vision, 1).requires_grad_(False).eval()

@@ -24,7 +24,7 @@ from rlstitch.prompts import read_text
 from rlstitch.ranges import Count, CountOrNone, DeviceName, Dtype, Text
 from rlstitch.rewards.preprocessing import OPENAI
 from rlstitch.types import Batch, UserError
-from rlstitch.weights import fill_strictly, read_checkpoint
+from rlstitch.weights import fill_strictly, read_checkpoint, settled
 
 WHAT = "the reward's weights"
 BASE = "Qwen/Qwen2-VL-7B-Instruct"
@@ -75,8 +75,8 @@ class QwenPreference:
             )
         if self.output >= (there := [m for m in self.head if isinstance(m, nn.Linear)][-1].out_features):
             raise UserError(f"'output' is {output}, and the head of {path} has {there} outputs, counted from 0")
-        self.model = model.to(self.device, self.dtype).requires_grad_(False).eval()
-        self.head = self.head.to(self.device).requires_grad_(False).eval()  # in float32, as it was trained
+        self.model = settled(model, self.device, self.dtype)
+        self.head = settled(self.head, self.device)  # in float32, as it was trained
         self.patch, self.merge = model.config.vision_config.patch_size, model.config.vision_config.spatial_merge_size
 
     @staticmethod

@@ -33,7 +33,9 @@ def _keep(values: Tensor, m: int, temperature: float, generator: torch.Generator
     """Index of one child a parent among rows [R m]: the best, or drawn with weight exp(V / temperature). NaN never wins against a number."""
     table = values.view(-1, m)
     if temperature > 0:
-        choice = torch.multinomial(normalised(table / temperature)[0].cpu(), 1, generator=generator)[:, 0].to(values.device)
+        weights = normalised(table / temperature)[0].cpu()
+        pick = lambda own, first, rows: torch.multinomial(weights[first : first + rows], 1, generator=own)  # noqa: E731
+        choice = sampling.drawn(pick, len(weights), generator)[:, 0].to(values.device)
     else:
         choice = torch.where(torch.isnan(table), -torch.inf, table).argmax(1)
     return torch.arange(len(table), device=values.device) * m + choice

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rlstitch.sampling import Kernel
+from rlstitch.sampling import Kernel, drawn
 
 Scheme = Literal["multinomial", "systematic", "residual"]
 Potential = Literal["diff", "max", "add", "rt"]
@@ -52,7 +52,8 @@ def effective_size(weights: Tensor) -> Tensor:
 
 def _uniform(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
     device = generator.device if generator else like.device
-    return torch.rand(shape, generator=generator, device=device, dtype=torch.float64).to(like.device)
+    draw = lambda own, _, rows: torch.rand(rows, *shape[1:], generator=own, device=device, dtype=torch.float64)  # noqa: E731
+    return drawn(draw, shape[0], generator).to(like.device)
 
 
 def resample(weights: Tensor, scheme: Scheme = "systematic", generator: torch.Generator | None = None) -> Tensor:
@@ -66,7 +67,7 @@ def resample(weights: Tensor, scheme: Scheme = "systematic", generator: torch.Ge
     elif scheme == "systematic":
         points = (torch.arange(n, device=weights.device, dtype=torch.float64) + _uniform((groups, 1), weights, generator)) / n
     elif scheme == "residual":
-        return _residual(weights, generator)
+        return drawn(lambda own, first, rows: _residual(weights[first : first + rows], own), groups, generator)
     else:
         raise ValueError(f"resampling must be multinomial, systematic or residual, not {scheme!r}")
     return torch.searchsorted(weights.double().cumsum(1).clamp(max=1.0).contiguous(), points.contiguous(), right=True).clamp(max=n - 1)

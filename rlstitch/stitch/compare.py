@@ -1,10 +1,12 @@
-"""The value-model evaluation: every value model and its rivals, by reward and noise level; JSON, a table laid out like the paper's Table 5, plots like Figure 2.
+"""The value-model evaluation: every value model and its rivals, by reward and noise level; JSON, a table laid out like the paper's Table 5, plots like Figure 2. On any
+number of ranks, which share out what is asked: the figures are the same.
 
 `launch/evaluate_value.py` runs it from a recipe.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,16 +15,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
+from torch import Tensor
 
 from rlstitch import config as cfg
 from rlstitch import lengths, scheduler
 from rlstitch.data import build_captioned, build_measured, read_prompts
-from rlstitch.distributed import resolve_precision
+from rlstitch.distributed import Engine
 from rlstitch.files import write_json, write_text
 from rlstitch.metrics import interleaved, peak_megabytes
 from rlstitch.part_checks import attempt, class_of, part_faults, unknown_rewards, unread
 from rlstitch.parts import Parts, at_hand
 from rlstitch.paths import ready
+from rlstitch.prompts import PromptSet
 from rlstitch.ranges import AutoShift, GridSteps, Name, NotEmpty, Range, Text, Threads
 from rlstitch.report import line_plot
 from rlstitch.stitch import measure
@@ -30,7 +34,7 @@ from rlstitch.stitch.distill import latents_of, outputs_of
 from rlstitch.stitch.measure import Reference, Subject
 from rlstitch.stitch.model import StitchedValueModel, read_card
 from rlstitch.telling import say
-from rlstitch.types import Latent
+from rlstitch.types import Conditioning, Latent
 
 RIVALS = ("tweedie_prompt", "tweedie_null", "monte_carlo")
 
@@ -110,22 +114,36 @@ class Comparison:
     """Builds denoiser and held-out data once; `measure_reward` fills one reward's rows."""
 
     def __init__(self, config: CompareConfig):
-        self.config = config
+        self.config, c = config, config.calibration
+        self.engine = Engine(zero_stage=0, precision=c.precision, accumulation=1, micro_batch=1, clip_norm=1.0)
+        self.engine.where = lambda: "measuring"
         if config.threads:
-            torch.set_num_threads(config.threads)
-        self.parts = Parts.of(config.model, {name: config.rewards[name] for name in config.compare})
+            torch.set_num_threads(config.threads)  # of which accelerate has an opinion, too
+        self.parts = Parts.of(config.model, {name: config.rewards[name] for name in config.compare}, engine=self.engine)
         self.backbone, self.rewards, self.device = self.parts.backbone, self.parts.rewards, self.parts.device
         self.held, self.told = build_captioned("held_out", config.held_out, any(map(measure.embeds_text, self.rewards.values())))
         self.captions = [own[0] for own in self.told]
         self._tell_cut("held_out", self.captions)
-        self.latents = latents_of(self.backbone, self.held)
-        self.text = self.backbone.encode_prompts(self.captions)
-        c = config.calibration
+        self.latents = self._latents(self.held)
+        self.text = self._text(self.captions)
         prompts = read_prompts(c.prompts, c.column)
         step = max(1, len(prompts) // c.count)  # spread over the file, whose classes stand together
         index = list(range(0, len(prompts), step))[: c.count]
         self.prompts = self.parts.encoded(prompts, allow="").batch(index, torch.tensor(index))
         self.parts.probe(self.rewards, self.prompts[:1].interleave(2))
+
+    def _latents(self, images: Tensor) -> Tensor:
+        """Clean latents [N, C, H, W] of pictures."""
+        return measure.shared(lambda _, rows: latents_of(self.backbone, images[rows]), len(images), engine=self.engine)[0]
+
+    def _outputs(self, reward: Any, images: Tensor) -> Tensor:
+        """What the reward reads its score of clean pictures from [N, ...]."""
+        return measure.shared(lambda _, rows: outputs_of(reward, images[rows]), len(images), engine=self.engine)[0]
+
+    def _text(self, prompts: list[str]) -> Conditioning:
+        """Text of all prompts, cut where they are too long."""
+        encoded = self.parts.encoded(PromptSet(prompts, [{}] * len(prompts)), truncate=True)
+        return encoded.batch(list(range(len(prompts))), torch.arange(len(prompts))).text
 
     def _tell_cut(self, where: str, prompts: list[str]) -> None:
         """Say how many prompts of a set go beyond what the denoiser's encoders and the rewards read."""
@@ -163,50 +181,56 @@ class Comparison:
             num_steps=c.num_steps,
             shift=c.shift,
             precision=c.precision,
+            engine=self.engine,
         )
 
     def measure_reward(
-        self, name: str, extra: Callable[[Any], list[Subject]] | None = None, say: Callable[[str], None] = print
+        self, name: str, extra: Callable[[Any], list[Subject]] | None = None, say: Callable[[str], None] = say
     ) -> dict[str, Any]:
         """{rows: {subject: {sigma: figures}}, clean: figures, cost: {subject: seconds and megabytes a query}} of one reward."""
-        config, reward, references = self.config, self.rewards[name], self.references
+        config, reward, references, engine = self.config, self.rewards[name], self.references, self.engine
         subjects = self.subjects(name, reward) + (extra(reward) if extra else [])
         rows: dict[str, dict[str, dict[str, float]]] = {s.name: {} for s in subjects}
         clean, by_text = {}, measure.embeds_text(reward)
         if by_text:
             told, text_of = measure.flattened(self.told)
-            clean |= measure.recalls(outputs_of(reward, self.held), reward.embed_texts(told), text_of)
+            clean |= measure.recalls(self._outputs(reward, self.held), reward.embed_texts(told), text_of)
         pairs = build_measured(f"pairs.{name}", config.pairs[name], "pairs") if name in config.pairs else None
         graded = build_measured(f"graded.{name}", config.graded[name], "graded") if name in config.graded else None
         if pairs:
             both, pair_prompts, first_wins = pairs
             self._tell_cut(f"pairs.{name}", pair_prompts)
-            sides = tuple(latents_of(self.backbone, side) for side in both)
-            pair_text = self.backbone.encode_prompts(pair_prompts)
-            a, b = (measure.scored(reward, outputs_of(reward, side), pair_prompts) for side in both)
+            sides = tuple(self._latents(side) for side in both)
+            pair_text = self._text(pair_prompts)
+            a, b = (measure.scored(reward, self._outputs(reward, side), pair_prompts) for side in both)
             clean["pair_accuracy"] = float(((a > b).cpu() == first_wins).float().mean())
         if graded:
             (looks,), look_prompts, truth = graded
-            graded_latents, graded_text = latents_of(self.backbone, looks), self.backbone.encode_prompts(look_prompts)
-            found = measure.scored(reward, outputs_of(reward, looks), look_prompts)
+            graded_latents, graded_text = self._latents(looks), self._text(look_prompts)
+            found = measure.scored(reward, self._outputs(reward, looks), look_prompts)
             clean["srcc"] = measure.srcc(found.cpu(), truth)
         c = config.calibration
         for subject in subjects:
             say(f"{name}: {subject.name}")
             if by_text and subject.output is not None:
-                _merge(
-                    rows[subject.name], measure.retrieval(subject, reward, self.latents, self.captions, self.text, config.sigmas, self.told)
-                )
+                asked = reward, self.latents, self.captions, self.text, config.sigmas, self.told
+                _merge(rows[subject.name], measure.retrieval(subject, *asked, engine))
             if pairs:
-                _merge(rows[subject.name], measure.pair_accuracy(subject, sides, pair_prompts, first_wins, pair_text, config.sigmas))
+                _merge(
+                    rows[subject.name], measure.pair_accuracy(subject, sides, pair_prompts, first_wins, pair_text, config.sigmas, engine)
+                )
             if graded:
-                _merge(rows[subject.name], measure.rank_agreement(subject, graded_latents, truth, look_prompts, graded_text, config.sigmas))
-            _merge(rows[subject.name], measure.calibrations(subject, references, name, c.rollouts))
+                _merge(
+                    rows[subject.name],
+                    measure.rank_agreement(subject, graded_latents, truth, look_prompts, graded_text, config.sigmas, engine),
+                )
+            _merge(rows[subject.name], measure.calibrations(subject, references, name, c.rollouts, engine))
         if "monte_carlo" in config.rivals:
             for n in (1, c.extra):
                 rows[f"Monte Carlo, {n} rollout{'s' * (n > 1)}"] = {}
                 _merge(rows[f"Monte Carlo, {n} rollout{'s' * (n > 1)}"], measure.monte_carlo_calibrations(n, references, name, c.rollouts))
-        return {"rows": rows, "clean": {k: round(v, 4) for k, v in clean.items()}, "cost": self.cost(subjects)}
+        cost = json.loads(engine.by_main(lambda: json.dumps(self.cost(subjects))))  # while nobody else is at work
+        return {"rows": rows, "clean": {k: round(v, 4) for k, v in clean.items()}, "cost": cost}
 
     def cost(self, subjects: list[Subject]) -> dict[str, dict[str, float]]:
         """Seconds and peak megabytes of one query of a batch, with and without gradient, all in one run."""
@@ -293,12 +317,22 @@ def plots(results: dict[str, dict[str, Any]], sigmas: list[float], folder: Path)
 
 def run(config: CompareConfig, extra: dict[str, Callable[[Any], list[Subject]]] | None = None) -> dict[str, Any]:
     """Measure every reward under `compare`; write evaluation.json, table.md and plots to <out>/<name>."""
-    folder = ready(Path(config.out) / config.name)
     comparison = Comparison(config)
-    results = {name: comparison.measure_reward(name, (extra or {}).get(name)) for name in config.compare}
-    precision = resolve_precision(comparison.device, config.calibration.precision)
-    told = {"hardware": cfg.hardware(), "rollouts": precision, "sigmas": config.sigmas, "rewards": results}
-    write_json(folder / "evaluation.json", told)
-    write_text(folder / "table.md", table(results, config.sigmas))
-    plots(results, config.sigmas, folder)
-    return told
+    engine = comparison.engine
+    try:
+        folder = Path(engine.by_main(lambda: str(ready(Path(config.out) / config.name))))
+        results = {name: comparison.measure_reward(name, (extra or {}).get(name)) for name in config.compare}
+        told = {
+            "hardware": f"{engine.world} x {cfg.hardware()}",
+            "rollouts": engine.precision,
+            "sigmas": config.sigmas,
+            "rewards": results,
+        }
+        if engine.is_main:
+            write_json(folder / "evaluation.json", told)
+            write_text(folder / "table.md", table(results, config.sigmas))
+            plots(results, config.sigmas, folder)
+        engine.barrier()  # nobody says that it is written before it is
+        return told
+    finally:
+        engine.close()

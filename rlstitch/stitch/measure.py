@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rlstitch import sampling, schedule, scheduler
-from rlstitch.distributed import autocast
+from rlstitch.distributed import Engine, autocast
 from rlstitch.figures import correlation, exact
 from rlstitch.oracles import MonteCarlo, bound, slices
 from rlstitch.stitch.distill import batch_of
@@ -66,6 +66,39 @@ def in_parts(ask: Callable[[Latent, Batch], Tensor], latent: Latent, batch: Batc
     """`ask` on slices of a large batch."""
     with torch.no_grad():
         return torch.cat([ask(Latent(latent.z[p], latent.sigma[p]), batch[p]).float() for p in slices(len(latent.z), size)])
+
+
+def divided(count: int, action: Callable[[int], Tensor], engine: Engine | None) -> Tensor:
+    """[count, ...] of `action(k)` for every k, which the ranks of an engine share out."""
+    return torch.stack([action(k) for k in range(count)]) if engine is None else engine.divided(count, action)
+
+
+def shared(ask: Callable[[int, slice], Tensor], count: int, *, levels: int = 1, engine: Engine | None = None, size: int = 64) -> Tensor:
+    """[levels, count, ...] of `ask(level, rows)`, which gives a tensor's rows. The ranks of an engine share out the slices of all levels; how they are cut does not depend on
+    the ranks, and so neither does any figure."""
+    parts = slices(count, size)
+
+    def part(k: int) -> Tensor:
+        found = ask(k // len(parts), parts[k % len(parts)])
+        return torch.cat([found, found.new_zeros(size - len(found), *found.shape[1:])])
+
+    return divided(levels * len(parts), part, engine).unflatten(0, (levels, len(parts))).flatten(1, 2)[:, :count]
+
+
+def at_levels(
+    ask: Callable[[Latent, Batch], Tensor], latent_at: Callable[[int], Latent], levels: int, batch: Batch, engine: Engine | None = None
+) -> Tensor:
+    """`ask` [levels, N, ...] on slices of the N latents that `latent_at` gives of each level."""
+    held: dict[int, Latent] = {}
+
+    def part(level: int, rows: slice) -> Tensor:
+        if level not in held:  # one level's at a time
+            held.clear()
+            held[level] = latent_at(level)
+        with torch.no_grad():
+            return ask(Latent(held[level].z[rows], held[level].sigma[rows]), batch[rows]).float()
+
+    return shared(part, len(batch), levels=levels, engine=engine)
 
 
 def noised(latents: Tensor, level: float, seed: int = 0) -> Latent:
@@ -127,14 +160,13 @@ def retrieval(
     text: Any,
     sigmas: Sequence[float] = SIGMAS,
     captions: Sequence[Sequence[str]] | None = None,
+    engine: Engine | None = None,
 ) -> dict[str, dict]:
     """Recall@1 both ways by sigma over N latents with pairwise distinct prompts, or with several `captions` each; the value sees the prompt."""
-    (told, text_of), out = flattened(captions or [[p] for p in prompts]), {}
+    told, text_of = flattened(captions or [[p] for p in prompts])
     texts = reward.embed_texts(told)
-    for level in sigmas:
-        image = in_parts(subject.output, noised(latents, level), batch_of(prompts, text))
-        out[f"{level:g}"] = recalls(image, texts, text_of)
-    return out
+    images = at_levels(subject.output, lambda k: noised(latents, sigmas[k]), len(sigmas), batch_of(prompts, text), engine)
+    return {f"{level:g}": recalls(image, texts, text_of) for level, image in zip(sigmas, images)}
 
 
 def flattened(captions: Sequence[Sequence[str]]) -> tuple[list[str], Tensor]:
@@ -143,22 +175,35 @@ def flattened(captions: Sequence[Sequence[str]]) -> tuple[list[str], Tensor]:
 
 
 def pair_accuracy(
-    subject: Subject, pair: tuple[Tensor, Tensor], prompts: list[str], first_wins: Tensor, text: Any, sigmas: Sequence[float] = SIGMAS
+    subject: Subject,
+    pair: tuple[Tensor, Tensor],
+    prompts: list[str],
+    first_wins: Tensor,
+    text: Any,
+    sigmas: Sequence[float] = SIGMAS,
+    engine: Engine | None = None,
 ) -> dict[str, dict]:
     """Share of pairs of latents under one prompt whose better picture has the higher value; both get the same noise."""
-    out, batch = {}, batch_of(prompts, text)
-    for level in sigmas:
-        first, second = (in_parts(subject.value, noised(latents, level), batch) for latents in pair)
-        out[f"{level:g}"] = {"pair_accuracy": float(((first > second).cpu() == first_wins).float().mean())}
-    return out
+    first, second = (
+        at_levels(subject.value, lambda k, side=side: noised(side, sigmas[k]), len(sigmas), batch_of(prompts, text), engine)
+        for side in pair
+    )
+    right = (first > second).cpu() == first_wins
+    return {f"{level:g}": {"pair_accuracy": float(row.float().mean())} for level, row in zip(sigmas, right)}
 
 
 def rank_agreement(
-    subject: Subject, latents: Tensor, truth: Tensor, prompts: list[str], text: Any, sigmas: Sequence[float] = SIGMAS
+    subject: Subject,
+    latents: Tensor,
+    truth: Tensor,
+    prompts: list[str],
+    text: Any,
+    sigmas: Sequence[float] = SIGMAS,
+    engine: Engine | None = None,
 ) -> dict[str, dict]:
     """SRCC of the value with what it stands for, e.g. stated looks."""
-    batch = batch_of(prompts, text)
-    return {f"{level:g}": {"srcc": srcc(in_parts(subject.value, noised(latents, level), batch).cpu(), truth)} for level in sigmas}
+    found = at_levels(subject.value, lambda k: noised(latents, sigmas[k]), len(sigmas), batch_of(prompts, text), engine)
+    return {f"{level:g}": {"srcc": srcc(row, truth)} for level, row in zip(sigmas, found.cpu())}
 
 
 @dataclass
@@ -188,37 +233,43 @@ def references(
     precision: str = "auto",
     seed: int = 0,
     at_once: int = 64,
+    engine: Engine | None = None,
 ) -> dict[str, Reference]:
     """Walk the policy from noise to each level (so that the latents are its own, not noised data) and finish every latent `rollouts` times, for all rewards at once;
-    the models see `at_once` latents at a time."""
+    the models see `at_once` latents at a time, and the ranks of `engine` share out the walks and the rollouts."""
     grid = schedule.sigmas(num_steps, scheduler.resolve("shift", shift, backbone), "plain")
     start = torch.randn(len(batch), *backbone.latent_shape, generator=torch.Generator().manual_seed(seed)).to(backbone.device)
-    out = {}
-    for level in sigmas:
-        down = torch.cat([grid[grid > level], torch.tensor([level])])
+
+    def walk(k: int) -> Tensor:
+        down = torch.cat([grid[grid > sigmas[k]], torch.tensor([sigmas[k]])])
         with autocast(backbone.device.type, precision):
-            latent = sampling.sample(bound(backbone, batch, at_once), start, down)
-        oracle = MonteCarlo(
-            backbone,
-            rewards,
-            dict.fromkeys(rewards, 1.0),
-            rollouts=rollouts,
-            num_steps=num_steps,
-            shift=shift,
-            precision=precision,
-            seed=seed,
-            at_once=at_once,
-        )
-        out[f"{level:g}"] = Reference(latent, batch, oracle.each(latent, batch), tuple(rewards))
-    return out
+            return sampling.sample(bound(backbone, batch, at_once), start, down).z
+
+    oracle = MonteCarlo(
+        backbone,
+        rewards,
+        dict.fromkeys(rewards, 1.0),
+        rollouts=rollouts,
+        num_steps=num_steps,
+        shift=shift,
+        precision=precision,
+        seed=seed,
+        at_once=at_once,
+    )
+    reached = divided(len(sigmas), walk, engine)
+    latents = [Latent(z, torch.full((len(batch),), level, device=z.device)) for z, level in zip(reached, sigmas)]
+    finish = lambda k: oracle.each(latents[k // rollouts], batch, [k % rollouts])[0]  # noqa: E731
+    scores = divided(len(sigmas) * rollouts, finish, engine).unflatten(0, (len(sigmas), rollouts))
+    return {f"{level:g}": Reference(*found, tuple(rewards)) for level, *found in zip(sigmas, latents, [batch] * len(sigmas), scores)}
 
 
-def calibrations(subject: Subject, references: Mapping[str, Reference], reward: str, truth_rollouts: int) -> dict[str, dict]:
+def calibrations(
+    subject: Subject, references: Mapping[str, Reference], reward: str, truth_rollouts: int, engine: Engine | None = None
+) -> dict[str, dict]:
     """By sigma: the value against the mean reward of the first `truth_rollouts` rollouts."""
-    return {
-        level: calibration(in_parts(subject.value, ref.latent, ref.batch).cpu(), ref.of(reward)[:truth_rollouts].mean(0).cpu())
-        for level, ref in references.items()
-    }
+    refs = list(references.values())
+    found = at_levels(subject.value, lambda k: refs[k].latent, len(refs), refs[0].batch, engine).cpu()
+    return {level: calibration(row, ref.of(reward)[:truth_rollouts].mean(0).cpu()) for (level, ref), row in zip(references.items(), found)}
 
 
 def monte_carlo_calibrations(n: int, references: Mapping[str, Reference], reward: str, truth_rollouts: int) -> dict[str, dict]:
