@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from rlstitch import sampling, schedule, steering
-from rlstitch.steering.fk import _keep
 from rlstitch.steering.particles import Potentials, Trace, effective_size, normalised, resample
 from tests.test_schedule import MEAN, STD, marginal, posterior, velocity
 
@@ -276,30 +275,6 @@ def test_resampling_is_unbiased(scheme):
     assert counts[2].tolist() == [0, 4 * draws, 0, 0]
     if scheme != "multinomial":  # equal weights leave every particle alone
         assert (counts[1] == draws).all()
-
-
-@pytest.mark.parametrize("scheme", ["multinomial", "systematic", "residual"])
-def test_what_is_drawn_for_a_prompt_does_not_depend_on_who_shares_its_batch(scheme):
-    """Streams: each group's noise, ancestors and children are those that its own generator gives it alone, whatever stands beside it."""
-    weights = torch.tensor([[0.05, 0.5, 0.25, 0.2], [0.3, 0.3, 0.3, 0.1], [0.1, 0.2, 0.3, 0.4]], dtype=torch.float64)
-    z, values = torch.randn(3, 5, 2, generator=torch.Generator().manual_seed(0)).repeat_interleave(4, 0), torch.randn(3, 8)
-
-    def draw(groups):
-        generator = sampling.Streams([7 + g for g in groups])
-        rows = torch.cat([torch.arange(4 * g, 4 * g + 4) for g in groups])
-        noised = SDE(z[rows], z[rows], 0.5, 0.4, generator=generator)
-        kept = _keep(values[groups].flatten(), 2, 1.0, generator).view(-1, 4) - 8 * torch.arange(len(groups))[:, None]
-        return [noised.view(-1, 4, 5, 2), resample(weights[groups], scheme, generator), kept]
-
-    alone = [torch.cat(parts) for parts in zip(*(draw([g]) for g in range(3)))]
-    for found, wanted in zip(draw([0, 1, 2]), alone):
-        assert torch.equal(found, wanted)
-    for found, wanted in zip(draw([2, 0]), alone):
-        assert torch.equal(found, wanted[[2, 0]])
-    plain = SDE(z[:4], z[:4], 0.5, 0.4, generator=torch.Generator().manual_seed(7))
-    assert torch.equal(plain, alone[0][0]) and not torch.equal(alone[0][1], alone[0][0])
-    with pytest.raises(ValueError, match="4 rows are no multiple of the 3 prompts"):
-        SDE(z[:4], z[:4], 0.5, 0.4, generator=sampling.Streams([1, 2, 3]))
 
 
 def test_weights_that_are_nan_or_all_zero():
