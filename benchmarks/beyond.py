@@ -88,16 +88,13 @@ def weighted(weight: Callable[[Tensor], Tensor]) -> Callable[..., tuple[Tensor, 
 
     def objective(
         model: StitchedValueModel,
-        z: Tensor,
+        grid: Tensor,
         sigma: Tensor,
         target: Tensor,
         target_tokens: Tensor,
         config: DistillConfig,
-        text: Any = None,
         prompts: Any = None,
     ):
-        with torch.no_grad():
-            grid = model.activations(z, sigma, text).grid
         embedding, tokens = model.embed(grid)
         rows = (embedding - target).square().sum(-1) + config.token_weight * (tokens - target_tokens).square().mean((1, 2))
         if model.reward.head is not None:

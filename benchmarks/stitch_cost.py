@@ -114,8 +114,9 @@ def finetuning(backbone: Diffusers, reward: ClipReward, blocks: int) -> dict[str
     )
     with torch.no_grad():
         prefix = count(lambda: model.activations(z, sigma))
-    whole = count(lambda: distillation_loss(model, z, sigma, target, tokens, DistillConfig())[0].backward())
-    return {"prefix": prefix, "tail": whole - prefix}
+        grid = model.activations(z, sigma).grid
+    tail = count(lambda: distillation_loss(model, grid, sigma, target, tokens, DistillConfig())[0].backward())
+    return {"prefix": prefix, "tail": tail}
 
 
 def hours(tflop: float, speed: float = SPEED) -> float:

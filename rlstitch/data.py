@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from rlstitch import config as cfg
-from rlstitch.asking import strange, told, unlike
+from rlstitch.asking import inside, strange, told, unlike
 from rlstitch.cache import keep, kept
 from rlstitch.lengths import message
+from rlstitch.picture_rows import PictureRows, rows_of
 from rlstitch.prompts import PromptSet, read_prompts
 from rlstitch.protocols import code_of
 from rlstitch.schema import DataConfig
@@ -47,6 +48,16 @@ def build_pictures(where: str, node: dict[str, Any], kind: str = "images") -> tu
     if not isinstance(made, tuple | list) or len(made) != 2:
         raise UserError(f"{said} {type(made).__name__}, not pictures (a tensor, uint8 {DIMENSIONS[kind][1]}) and a list of prompts")
     return _as_said(said, made, *made, kind)
+
+
+def read_rows(where: str, node: dict[str, Any]) -> PictureRows | tuple[Tensor, list[str]]:
+    """The pictures of the part at `where` as rows that are read later, where it can list them, else as `build_pictures` gives them."""
+    if (listing := rows_of(cfg.load_class(node["_target_"]))) is None:
+        return build_pictures(where, node)
+    with inside(node["_target_"]):
+        found = listing(**{k: v for k, v in node.items() if k != "_target_"})
+    found.tell_bare()
+    return found
 
 
 def build_captioned(where: str, node: dict[str, Any], needed: bool) -> tuple[Tensor, list[list[str]]]:
@@ -153,7 +164,12 @@ def _pictures_folder(backbone: Any) -> Path | None:
     """Where latents of pictures are kept, by the weights, and by code that is not ours, that made them; None without a cache."""
     if getattr(backbone, "cache", None) is None:
         return None
-    return backbone.cache / "-".join(filter(None, ("pictures", backbone.picture_fingerprint(), code_of(backbone))))
+    return backbone.cache / f"pictures-{pictures_key(backbone)}"
+
+
+def pictures_key(backbone: Any) -> str:
+    """What latents of pictures depend on beside the pictures: the autoencoder, and code that is not ours."""
+    return "-".join(filter(None, (backbone.picture_fingerprint(), code_of(backbone))))
 
 
 def _encoded(backbone: Any, pictures: Tensor, folder: Path | None) -> Tensor:

@@ -5,6 +5,7 @@ Like `pictures`, all give uint8 [N, 3, H, W] and N prompts; recipes name them un
 
 from __future__ import annotations
 
+import io
 import json
 import lzma
 import random
@@ -18,18 +19,17 @@ import torch
 from torch import Tensor
 
 from rlstitch.paths import matching
-from rlstitch.pictures import SUFFIXES, Source, bytes_of, captions_of, first_text, read_pictures
+from rlstitch.picture_rows import Member, PictureRows, Row, Source, pictures_at_once, read_pictures
+from rlstitch.pictures import SUFFIXES, bytes_of, captions_of, first_text
 from rlstitch.prompts import COLUMNS, file_of, read_table, read_text
 from rlstitch.ranges import Count, CountOrNone, Seed, Side, Text
-from rlstitch.telling import say
 from rlstitch.types import UserError
 
-Row = tuple[Source, str, Any]  # a picture, what it is called, its prompt or its captions
 
-
+@pictures_at_once
 def images_from_shards(
     path: Text, size: Side, *, width: Side | None = None, column: str = "", skip_unreadable: bool = False, n: CountOrNone = 0
-) -> tuple[Tensor, list[str]]:
+) -> PictureRows:
     """The first n (0: all) pictures of WebDataset shards: `path` is a .tar or a pattern such as shards/*.tar or shards/{00000..00099}.tar, members KEY.jpg beside KEY.txt, or
     KEY.json with prompt, text or caption (or `column`). Shards are read as they are, in the order of their names; nothing is unpacked to disk. size and width as in
     `images_from_folder`."""
@@ -47,10 +47,9 @@ def images_from_shards(
         raise UserError(
             f"no KEY.json in {path} has '{column}'" + (f"; they have {', '.join(list(keys)[:12])}" if keys else ": there is none")
         )
-    return _read(
+    return PictureRows(
         found,
-        size,
-        width,
+        (width or size, size),
         path,
         skip_unreadable,
         f"KEY.json has {', '.join(list(keys)[:12])}" if keys else "there is no KEY.txt or KEY.json",
@@ -62,21 +61,13 @@ def _files(path: str, what: str) -> list[Path]:
     return [file_of(path, f"the {what}")] if path.startswith("hub:") else [Path(file) for file in matching(path, what)]
 
 
-def _read(found: list[Row], size: int, width: int | None, where: str, skip_unreadable: bool, seen: str = "") -> tuple[Tensor, list[Any]]:
-    """Pictures and prompts of rows; how many have none is said, and what was `seen` in place of them."""
-    good = read_pictures({source: name for source, name, _ in found}, (width or size, size), where, skip_unreadable)
-    kept = [(good[source], prompt) for source, _, prompt in found if source in good]
-    if bare := sum(not prompt for _, prompt in kept):
-        say(f"{bare} of {len(kept)} pictures of {where} have no prompt" + f" ({seen})" * bool(seen))
-    return torch.stack([picture for picture, _ in kept]), [prompt for _, prompt in kept]
-
-
-def _members(shard: Path, column: str, keys: dict[str, None]) -> Iterator[tuple[str, bytes, str]]:
-    """(key, picture, prompt or '') of a shard's samples, whose members stand together; into `keys` go those of their .json."""
+def _members(shard: Path, column: str, keys: dict[str, None]) -> Iterator[tuple[str, Source, str]]:
+    """(key, picture, prompt or '') of a shard's samples, whose members stand together; into `keys` go those of their .json. A picture is read later, from a compressed
+    shard at once, which has no places to come back to."""
     try:
         with tarfile.open(shard, "r:*") as archive:
-            sample: dict[str, bytes] = {}
-            now = ""
+            sample: dict[str, Any] = {}
+            now, plain = "", not hasattr(archive.fileobj, "_fp") and archive.fileobj.__class__ is io.BufferedReader
             for member in archive:
                 folder, _, base = member.name.rpartition("/")
                 stem, _, suffix = base.partition(".")
@@ -86,14 +77,17 @@ def _members(shard: Path, column: str, keys: dict[str, None]) -> Iterator[tuple[
                 if key != now:
                     yield from _sample(shard, now, sample, column, keys)
                     now, sample = key, {}
-                if f".{suffix.lower()}" in (*SUFFIXES, ".txt", ".json"):
-                    sample[f".{suffix.lower()}"] = archive.extractfile(member).read()
+                kind = f".{suffix.lower()}"
+                if kind in SUFFIXES and plain and not member.issparse():
+                    sample[kind] = Member(shard, member.offset_data, member.size)
+                elif kind in (*SUFFIXES, ".txt", ".json"):
+                    sample[kind] = archive.extractfile(member).read()
             yield from _sample(shard, now, sample, column, keys)
     except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         raise UserError(f"{shard} cannot be read as a .tar ({error}): fetch it again") from error
 
 
-def _sample(shard: Path, key: str, sample: dict[str, bytes], column: str, keys: dict[str, None]) -> Iterator[tuple[str, bytes, str]]:
+def _sample(shard: Path, key: str, sample: dict[str, Any], column: str, keys: dict[str, None]) -> Iterator[tuple[str, Source, str]]:
     picture = next((sample[s] for s in SUFFIXES if s in sample), None)
     if picture is None:
         return
@@ -107,9 +101,10 @@ def _sample(shard: Path, key: str, sample: dict[str, bytes], column: str, keys: 
         raise UserError(f"{shard}, {key}: its prompt cannot be read ({error})") from error
 
 
+@pictures_at_once
 def images_from_parquet(
     path: Text, size: Side, *, width: Side | None = None, column: str = "", skip_unreadable: bool = False, n: CountOrNone = 0
-) -> tuple[Tensor, list[str]]:
+) -> PictureRows:
     """The first n (0: all) pictures that parquet files hold as bytes, or as a data set of the hub holds them ({bytes, path}), in their one column of pictures, with the
     prompts beside them. `path`: a file, a pattern, or hub:datasets/owner/name/FILE. size and width as in `images_from_folder`."""
     found: list[Row] = []
@@ -130,9 +125,10 @@ def images_from_parquet(
         for place, row in zip(table.places, table.rows):
             if (not n or len(found) < n) and (picture := bytes_of(row.get(holds[0]))):
                 found.append((picture, f"{Path(file).name}, {place}", first_text(row.get(said[0])) if said else ""))
-    return _read(found, size, width, path, skip_unreadable, f"its columns are {', '.join(list(columns)[:12])}")
+    return PictureRows(found, (width or size, size), path, skip_unreadable, f"its columns are {', '.join(list(columns)[:12])}")
 
 
+@pictures_at_once
 def images_with_captions(
     path: Text,
     images: Text,
@@ -143,14 +139,15 @@ def images_with_captions(
     column: str = "",
     skip_unreadable: bool = False,
     n: CountOrNone = 0,
-) -> tuple[Tensor, list[str]]:
+) -> PictureRows:
     """The first n (0: all) pictures of a file of captions, each with its first one, from the folder `images`: COCO's captions_*.json, Karpathy's dataset_coco.json or
     dataset_flickr30k.json (whose `split` test is the 5k or 1k of Recall@1), or any table with `file_name`, `filename` or `image` and captions (prompt, text, caption, raw, or
     `column`). size and width as in `images_from_folder`."""
     rows = [(source, name, captions[0]) for source, name, captions in _captioned(path, images, split, column, n)]
-    return _read(rows, size, width, images, skip_unreadable)
+    return PictureRows(rows, (width or size, size), images, skip_unreadable)
 
 
+@pictures_at_once
 def images_with_all_captions(
     path: Text,
     images: Text,
@@ -162,10 +159,10 @@ def images_with_all_captions(
     captions: Count = 5,
     skip_unreadable: bool = False,
     n: CountOrNone = 0,
-) -> tuple[Tensor, list[list[str]]]:
+) -> PictureRows:
     """`images_with_captions` with the first `captions` of each picture: Recall@1 of COCO's 5k and Flickr30k's 1k is taken over all five (`held_out` of evaluate_value)."""
     rows = [(source, name, told[:captions]) for source, name, told in _captioned(path, images, split, column, n)]
-    return _read(rows, size, width, images, skip_unreadable)
+    return PictureRows(rows, (width or size, size), images, skip_unreadable)
 
 
 def _captioned(path: str, images: str, split: str, column: str, n: int) -> list[tuple[Path, str, list[str]]]:

@@ -8,34 +8,30 @@ from __future__ import annotations
 import json
 import math
 import os
-import warnings
-from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from rlstitch.files import require
 from rlstitch.paths import matching, what_is
+from rlstitch.picture_rows import PictureRows, Source, pictures_at_once, read_pictures, some
 from rlstitch.prompts import COLUMNS, Table, file_of, no_text, read_table, read_text
 from rlstitch.ranges import CountOrNone, Side, Text
 from rlstitch.telling import say
 from rlstitch.types import UserError
 
-Source = Path | bytes  # of a picture
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif")
 OTHERS = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".psd", ".svg", ".tga", ".exr")  # which hold pictures, too, and are not read
 LISTINGS = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
+@pictures_at_once
 def images_from_folder(
     path: Text, size: Side, *, width: Side | None = None, captions: bool | None = None, column: str = "", skip_unreadable: bool = False
-) -> tuple[Tensor, list[str]]:
+) -> PictureRows:
     """Every picture under a folder, short side to `size` and cropped to a square, or, with `width`, to `size` pixels in height and so many in width.
 
     Its prompt is its row in a `metadata.jsonl`, `.csv` or `.parquet` in its folder or one above it (`file_name`, a path from there, and prompt, text or caption,
@@ -49,19 +45,18 @@ def images_from_folder(
     below = [p for p in root.rglob("*") if not any(part.startswith(".") for part in p.relative_to(root).parts)]
     files = sorted(p for p in below if p.suffix.lower() in SUFFIXES and not p.is_dir())
     linked = sorted(str(p.relative_to(root)) for p in below if p.is_symlink() and p.is_dir())
-    passed = f"{len(linked)} folders under {path} are links, which are not followed: {_some(linked)}" if linked else ""
+    passed = f"{len(linked)} folders under {path} are links, which are not followed: {some(linked)}" if linked else ""
     if not files:
         raise UserError(f"no picture under {path}: {', '.join(SUFFIXES)} are read" + f"; {passed}" * bool(linked))
     others = sorted(str(p.relative_to(root)) for p in below if p.suffix.lower() in OTHERS)
-    say(*[passed] * bool(linked), *[f"{len(others)} pictures under {path} are of kinds that are not read: {_some(others)}"] * bool(others))
+    say(*[passed] * bool(linked), *[f"{len(others)} pictures under {path} are of kinds that are not read: {some(others)}"] * bool(others))
     told = {} if captions is False else _captions(root, files, column)
     silent = [file for file in files if file not in told]
     if silent and (told or captions):
         raise UserError(
-            f"{len(silent)} of {len(files)} pictures under {path} have no prompt: {_some(str(f.relative_to(root)) for f in silent)}. Write it into metadata.jsonl (file_name, text) or a .txt of the same name, or set captions: false"
+            f"{len(silent)} of {len(files)} pictures under {path} have no prompt: {some(str(f.relative_to(root)) for f in silent)}. Write it into metadata.jsonl (file_name, text) or a .txt of the same name, or set captions: false"
         )
-    good = read_pictures({file: file for file in files}, (width or size, size), str(path), skip_unreadable)
-    return torch.stack(list(good.values())), [told.get(file, "") for file in good]
+    return PictureRows([(file, file.name, told.get(file, "")) for file in files], (width or size, size), str(path), skip_unreadable, None)
 
 
 def pairs_from_file(
@@ -100,7 +95,7 @@ def _pairs(path: str, size: int, width: int | None, column: str, skip_unreadable
         raise UserError(f"{path} holds no pair")
     pairs = pairs[: n or None]
     if same := [place for place, _, better, worse, _ in pairs if better == worse]:
-        raise UserError(f"{_some(same)}: chosen and rejected are one picture, of which nothing is learned: take the row out")
+        raise UserError(f"{some(same)}: chosen and rejected are one picture, of which nothing is learned: take the row out")
     names = {source: source if isinstance(source, Path) else place for place, _, *two, _ in pairs for source in two}
     good = read_pictures(names, (width or size, size), str(path), skip_unreadable)
     kept = [pair for pair in pairs if pair[2] in good and pair[3] in good]
@@ -173,11 +168,6 @@ def captions_of(value: Any) -> list[str]:
     return [text.strip() for text in listed if isinstance(text, str) and text.strip()]
 
 
-def _some(names: Iterable[str], shown: int = 8) -> str:
-    names = list(names)
-    return ", ".join(names[:shown]) + ("..." if len(names) > shown else "")
-
-
 def _captions(root: Path, files: list[Path], column: str) -> dict[Path, str]:
     """Prompts by picture, of those that have one. Raises UserError with every row and text that cannot be one."""
     told: dict[Path, str] = {}
@@ -229,62 +219,3 @@ def _listed(listing: Path, files: set[Path], column: str, told: dict[Path, str],
             bad.append(f"{where} has {why} for a caption")
         else:
             told[file] = given and given.strip()
-
-
-def _rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
-    """The first frame in RGB as it is to be seen, and what had to be done for that. 16-bit numbers are scaled, 32-bit ones read as 0..65535, floats as 0..1."""
-    notes = ["animated, its first frame"] if getattr(image, "n_frames", 1) > 1 else []
-    if image.getexif().get(0x0112, 1) != 1:  # orientation
-        notes.append("turned as its EXIF says")
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):
-        top, values = (1.0 if image.mode == "F" else 65535.0), np.asarray(image).astype(np.float64)
-        if not (values.min() >= 0 and values.max() <= top):
-            raise ValueError(f"{values.min():g} to {values.max():g}, where 0 to {top:g} is read: save it with 8 or 16 bits")
-        image = Image.fromarray((values * (255 / top)).round().astype(np.uint8))
-    elif image.has_transparency_data:
-        image = image.convert("RGBA")
-        if image.getextrema()[3][0] < 255:
-            notes.append("with transparency, put on white")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB"), notes
-
-
-def read_pictures(files: Mapping[Source, Path | str], size: tuple[int, int], where: str, skip_unreadable: bool) -> dict[Source, Tensor]:
-    """Pictures [3, H, W] uint8 of `size`, a width and a height, of files or bytes and what they are called; those that cannot be read are an error, or left out if told
-    so. What was changed in them is said once."""
-    good: dict[Source, Tensor] = {}
-    bad: list[str] = []
-    noted: dict[str, list[str]] = {}
-    for file, called in files.items():
-        name = getattr(called, "name", called)
-        if isinstance(file, Path) and (there := what_is(file)) != "a file":  # opening a pipe would wait for ever
-            bad.append(f"{name[:100]} ({there or 'not there'})")
-            continue
-        try:
-            with (
-                warnings.catch_warnings(record=True, action="always") as heard,
-                Image.open(BytesIO(file) if isinstance(file, bytes) else file) as image,
-            ):
-                picture, notes = _rgb(image)
-                fitted = ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
-        except UnidentifiedImageError:
-            bad.append(f"{name} ({'no picture' if (file if isinstance(file, bytes) else file.stat().st_size) else 'empty'})")
-            continue
-        except Exception as error:  # Pillow raises many kinds for a damaged file, and one for a picture that is too large to be meant
-            bad.append(f"{name} ({type(error).__name__}: {error})")
-            continue
-        notes += {f"read with a word from Pillow ({str(w.message).split('. ')[0][:100]})" for w in heard}
-        good[file] = torch.from_numpy(np.array(fitted)).permute(2, 0, 1)
-        for note in notes:
-            noted.setdefault(note, []).append(name)
-    if bad and not skip_unreadable:
-        raise UserError(
-            f"{len(bad)} of {len(files)} pictures under {where} cannot be read: {_some(bad)}. Mend or remove them, or set skip_unreadable: true"
-        )
-    lines = [f"left out {len(bad)} unreadable pictures of {len(files)}: {_some(bad)}"] if bad else []
-    lines += [f"{len(names)} of {len(files)} pictures under {where} {note}: {_some(names)}" for note, names in noted.items()]
-    say(*lines)
-    if not good:
-        raise UserError(f"none of the {len(files)} pictures under {where} can be read")
-    return good

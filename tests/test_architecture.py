@@ -16,10 +16,10 @@ FLOORS = {
     "zero": 0.5, "watch": 0.5, "compiled": 0.5, "lock": 1, "tracker": 1.5, "resume": 5,
     "schedule": 1, "scheduler": 2, "weights": 2,
     "stops": 2, "losses": 2, "advantages": 2, "prompts": 2, "cache": 2, "metrics": 2, "backbones": 3, "rewards": 3, "shapes": 2,
-    "lengths": 2.5, "data": 3, "pictures": 3, "picture_sets": 4, "sampling": 3, "stitch.model": 3, "stitch.layer": 2, "policy": 3,
+    "lengths": 2.5, "data": 3, "picture_rows": 2, "pictures": 3, "picture_sets": 4, "sampling": 3, "stitch.model": 3, "stitch.layer": 2, "policy": 3,
     "oracles": 4, "parts": 4.5, "checkpoint": 4, "report": 4,
     "stitch.search": 5, "stitch.distill": 5, "stitch.baselines": 6, "stitch.measure": 6, "stitch.refresh": 6, "stitch.generate": 6, "stitch.compare": 7, "stitch.surrogate": 7, "algorithms": 5, "steering": 5, "evaluate": 5, "evaluation": 8, "comparison": 8.5, "results": 2, "drift": 4, "steer": 7, "scoring": 5,
-    "stitch.loop": 6.5, "stitch.recipe": 7, "checks": 6, "part_checks": 5.5,
+    "stitch.loop": 6.5, "stitch.store": 6.5, "stitch.recipe": 7, "checks": 6, "part_checks": 5.5,
     "contract": 2, "reward_check": 7, "keys": 2, "describe": 8, "endings": 6, "trainer": 7, "stages": 4, "guard": 5, "serving": 7,
     "costs.counting": 8, "costs.pricing": 8.5, "costs": 8.7, "cli": 9,
 }  # fmt: skip

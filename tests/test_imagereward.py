@@ -187,7 +187,7 @@ def test_a_value_of_it_is_stitched_trained_on_and_measured(files, sd3_dir, tmp_p
     }
     options = dict(reward=node, distill={"steps": 12, "batch_size": 8, "autocast": False, "lr": 1e-3, "warmup": 1})
     recipe = stitch.checked(given(folder, sd3_dir, "", **options), "tiny")
-    model = stitch.run(recipe)
+    model = stitch.run(recipe)[""]
     assert all(set(row) == {"correlation"} for row in model.card["quality"].values()) and "clean_recall_at_1" not in model.card
     loaded = StitchedValueModel.from_pretrained(folder / "values" / "tiny")
     z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
@@ -205,13 +205,14 @@ def test_a_value_of_it_is_stitched_trained_on_and_measured(files, sd3_dir, tmp_p
 
     reward, images = loaded.reward, torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     unit, tokens, _ = targets_of(reward, images)
-    _, parts = distillation_loss(loaded, z.detach(), sigma, unit, tokens.float(), DistillConfig(), prompts=PROMPTS[:2])
+    with torch.no_grad():
+        grid = loaded.activations(z, sigma).grid
+    _, parts = distillation_loss(loaded, grid, sigma, unit, tokens.float(), DistillConfig(), PROMPTS[:2])
     by_hand = (told - reward.score(images, batch)).square().mean()
     torch.testing.assert_close(parts["score"], by_hand.detach(), atol=1e-3, rtol=1e-3)
     model.train()
     with_score, without = (
-        distillation_loss(model, z.detach(), sigma, unit, tokens.float(), DistillConfig(score_weight=2.0), prompts=p)
-        for p in (PROMPTS[:2], None)
+        distillation_loss(model, grid, sigma, unit, tokens.float(), DistillConfig(score_weight=2.0), p) for p in (PROMPTS[:2], None)
     )
     assert "score" not in without[1] and float(with_score[0] - without[0]) == pytest.approx(2 * float(with_score[1]["score"]), rel=1e-4)
     assert torch.autograd.grad(with_score[0] - without[0], model.stitch.linear.weight)[0].abs().max() > 0

@@ -60,7 +60,8 @@ def test_search_equals_naive_least_squares_for_every_pair(backbone, reward):
     """The streamed Gram matrices give what float64 lstsq gives pair by pair, to 1e-8."""
     result = search(backbone, reward, IMAGES, max_reward_block=3, batch_size=7, seed=4)
     g = torch.Generator().manual_seed(4)
-    parts = [features(backbone, reward, IMAGES[s : s + 7], 3, g) for s in range(0, 30, 7)]
+    draws = [(torch.rand(n, generator=g), torch.randn(n, *backbone.latent_shape, generator=g)) for n in (7, 7, 7, 7, 2)]
+    parts = [features(backbone, reward, IMAGES[7 * k : 7 * k + 7], 3, *drawn) for k, drawn in enumerate(draws)]
     assert len(result.table) == backbone.num_blocks * 3
     for pair in result.table:
         f = torch.cat([p[0][pair.i - 1] for p in parts])
@@ -144,9 +145,6 @@ def test_minimiser_of_the_distillation_is_the_conditional_mean():
             super().__init__()
             self.free, self.normalise = nn.Parameter(torch.tensor([0.3, 0.9])), normalise
             self.reward = SimpleNamespace(head=None)
-
-        def activations(self, z, sigma, text):
-            return SimpleNamespace(grid=z)
 
         def embed(self, grid):
             e = self.free.expand(len(grid), 2)

@@ -32,6 +32,7 @@ def given(folder, sd3_dir, clip_dir, **more):
         "held_out": pictures,
         "max_reward_block": 2,
         "distill": {"steps": 3, "batch_size": 4, "autocast": False},
+        "logging": {"wandb": "off"},
         **more,
     }
 
@@ -99,7 +100,7 @@ def whole(tmp_path_factory, sd3_dir, clip_dir):
     rng = np.random.default_rng(0)
     for k in range(12):
         Image.fromarray(rng.integers(0, 255, (20, 24, 3), dtype=np.uint8)).save(tmp_path / f"{k:02d}.png")
-    told = given(tmp_path, sd3_dir, clip_dir, measure_every=3, checkpoint={"every": 4}, logging={"wandb": "off"})
+    told = given(tmp_path, sd3_dir, clip_dir, measure_every=3, checkpoint={"every": 4})
     told["distill"] |= {"steps": 10, "lr": 1e-3}
     (tmp_path / "mine.yaml").write_text(json.dumps(told))
     code, output = warm.run(LAUNCHER, f"recipe={tmp_path / 'mine.yaml'}", f"out={tmp_path / 'values'}")
@@ -145,8 +146,3 @@ def test_a_stitch_of_another_recipe_is_not_gone_on_with(whole, tmp_path):
     assert code == 2 and "distill.lr: 0.001 -> 0.0001" in output and "resume=never" in output, output
     code, output = warm.run(*command, "distill.lr=1.0e-4", "resume=never")
     assert code == 0 and "resumed" not in output, output
-
-
-def test_several_ranks_are_refused_for_now(whole, tmp_path):
-    code, output = warm.run(LAUNCHER, f"recipe={whole[0]}", f"out={tmp_path}", ranks=2)
-    assert code == 2 and "runs as one process, and torchrun started 2" in output, output

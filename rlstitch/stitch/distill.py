@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rlstitch import schedule
-from rlstitch.distributed import autocast
+from rlstitch.distributed import autocast, mean_over_ranks
 from rlstitch.ranges import Count, CountOrNone, Decay, NotNegative, Positive, Range, Rate, Seed, Share
 from rlstitch.stitch.model import StitchedValueModel, reads_tokens
 from rlstitch.types import Batch, Conditioning, UserError
 
+ALONE = "value"  # what the one model of a job is called where a name is needed
 TRAINED = ("stitch.", "tail.")  # what the names of the weights that are distilled begin with
 
 
@@ -62,22 +63,19 @@ def _error(a: Tensor, b: Tensor, kind: str) -> Tensor:
 
 def distillation_loss(
     model: StitchedValueModel,
-    z: Tensor,
+    grid: Tensor,
     sigma: Tensor,
     target: Tensor,
     target_tokens: Tensor,
     config: DistillConfig,
-    text: Conditioning | None = None,
     prompts: list[str] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Eq. (8): embedding error (summed over channels) + lambda_tok token error (mean over tokens and channels) + lambda_sc score error.
 
-    target [B, D] is the frozen reward's unit embedding of the clean picture, target_tokens [B, N + 1, W] its output tokens. With an un-normalised student
-    the minimiser of the first term is E[target | z]: V is then the value function itself, not only its ranking. text: of the pictures' prompts, for a value model
-    that is run under it. The last term is the head's; of a reward that reads its score from tokens and prompt, it is the score's under the pictures' own `prompts`, where they have any.
+    grid [B, W, h, w] is the frozen prefix's image stream of (z, sigma), target [B, D] the frozen reward's unit embedding of the clean picture, target_tokens
+    [B, N + 1, W] its output tokens. With an un-normalised student the minimiser of the first term is E[target | z]: V is then the value function itself, not only
+    its ranking. The last term is the head's; of a reward that reads its score from tokens and prompt, it is the score's under the pictures' own `prompts`, where they have any.
     """
-    with torch.no_grad():
-        grid = model.activations(z, sigma, text).grid
     embedding, tokens = model.embed(grid)
     parts = {
         "embedding": _error(embedding, target, config.loss).sum(-1).mean(),
@@ -153,75 +151,159 @@ def _pixels(images: Tensor) -> Tensor:
     return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
-class Distillation:
-    """Stitch and tail of a value model under training on N clean latents with their targets; what it needs to go on where it stopped is `state_dict`, `state` and
-    `optimiser`'s.
+def batches_of(images: Tensor, batch_size: int = 64) -> list[Tensor]:
+    """Pictures, uint8 or float, as floats in [0, 1], some at a time; none where there are none."""
+    return [_pixels(part) for part in images.split(batch_size)] if len(images) else []
 
-    target_tokens: tokens [N, T, W], or what gives those of rows [B]. text_of: gives the prompts' text of rows [B], for a value model that is run under it. prompts_of: the prompts of rows [B], for a reward
-    that reads tokens and prompt together. objective: the loss to descend, with the signature of `distillation_loss`.
+
+class Held:
+    """N pictures to distil on, in memory: clean latents [N, C, H, W], and of each reward its targets [N, D] and tokens [N, T, W], or what gives the tokens of rows [B].
+
+    text_of: gives the prompts' text of rows [B], for a value model that is run under it. prompts_of: the prompts of rows [B], for a reward that reads tokens and
+    prompt together.
     """
 
     def __init__(
         self,
-        model: StitchedValueModel,
-        latents: Tensor,
-        targets: Tensor,
-        target_tokens: Tensor | Callable[[Tensor], Tensor],
-        config: DistillConfig,
-        *,
+        clean: Tensor,
+        targets: Mapping[str, tuple[Tensor, Tensor | Callable[[Tensor], Tensor]]],
         text_of: Callable[[Tensor], Conditioning] | None = None,
         prompts_of: Callable[[Tensor], list[str]] | None = None,
-        objective: Callable[..., tuple[Tensor, dict[str, Tensor]]] = distillation_loss,
     ):
-        self.model, self.latents, self.targets, self.target_tokens, self.config = model, latents, targets, target_tokens, config
-        self.text_of, self.prompts_of, self.objective = text_of, prompts_of, objective
+        self.clean, self.by_reward, self.text_of, self.prompts_of = clean, targets, text_of, prompts_of
+
+    def __len__(self) -> int:
+        return len(self.clean)
+
+    def latents(self, index: Tensor) -> Tensor:
+        """Clean latents of rows [B], float32 on the CPU or where they are held."""
+        return self.clean[index].float()
+
+    def targets(self, name: str, index: Tensor) -> tuple[Tensor, Tensor]:
+        """A reward's unit embeddings [B, D] and tokens [B, T, W] of rows [B]."""
+        targets, tokens = self.by_reward[name]
+        return targets[index], tokens(index) if callable(tokens) else tokens[index]
+
+
+Objective = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+
+
+class Distillation:
+    """Stitches and tails of value models under training on the same pictures under the same noise; what it needs to go on where it stopped is `state_dict`, `state` and
+    `optimiser`'s.
+
+    data: the pictures, as `Held` has them. models: by the names of their rewards; those cut at one block share the frozen prefix's run, and `extend(cut, block)` goes
+    on from there to deeper ones (Backbone.extend). rank, world: each rank takes its part of the same batch, so that the number of ranks changes nothing but the order of sums.
+    objective: the loss to descend, with the signature of `distillation_loss`.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, StitchedValueModel],
+        data: Any,
+        config: DistillConfig,
+        *,
+        extend: Callable[[Any, int], Any] | None = None,
+        objective: Objective = distillation_loss,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        self.models, self.data, self.config, self.extend, self.objective = torch.nn.ModuleDict(), data, config, extend, objective
+        self.models.update({name or ALONE: model for name, model in models.items()})
+        self.names, self.rank, self.world, self.updates = list(models), rank, world, 0
+        self.device = next(iter(models.values())).stitch.linear.weight.device
         self.generator = torch.Generator().manual_seed(config.seed)
-        stitch, tail = list(model.stitch.parameters()), [p for p in model.tail.parameters() if p.requires_grad]
-        self.parameters, self.updates = [*stitch, *tail], 0
-        self.rates = [config.lr * config.stitch_lr_factor, config.lr]
-        groups = [{"params": part, "lr": lr} for part, lr in zip((stitch, tail), self.rates)]
+        self.parameters, self.rates, groups = [], [config.lr * config.stitch_lr_factor, config.lr], []
+        self.own: dict[str, list[torch.nn.Parameter]] = {}
+        for name, model in models.items():
+            stitch, tail = list(model.stitch.parameters()), [p for p in model.tail.parameters() if p.requires_grad]
+            self.own[name] = [*stitch, *tail]
+            self.parameters += self.own[name]
+            groups += [{"params": part, "lr": lr} for part, lr in zip((stitch, tail), self.rates)]
         self.optimiser = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
-        model.train()
+        self.models.train()
+
+    def grids(self, z: Tensor, sigma: Tensor, text: Conditioning | None) -> dict[str, Tensor]:
+        """What each model's stitch reads; a prefix that several share is run once."""
+        out: dict[str, Tensor] = {}
+        state, reached = None, 0
+        with torch.no_grad():
+            for name in sorted(self.names, key=lambda name: self._model(name).prefix.depth):
+                model = self._model(name)
+                if not reached or (self.extend is None and reached != model.prefix.depth):
+                    state = model.activations(z, sigma, text)
+                elif reached != model.prefix.depth:
+                    state = self.extend(state, model.prefix.depth)
+                reached, out[name] = model.prefix.depth, state.grid
+        return out
+
+    def _model(self, name: str) -> StitchedValueModel:
+        return self.models[name or ALONE]
 
     def step(self) -> dict[str, float]:
-        """One optimiser step on a batch drawn anew; -> its loss and what that is made of. Raises UserError where the gradient is not finite."""
-        config, model, device = self.config, self.model, self.latents.device
+        """One optimiser step on a batch drawn anew; -> its loss and what that is made of, of several models behind their names. Raises UserError where a gradient is not finite."""
+        config, device = self.config, self.device
         factor = min(1.0, (self.updates + 1) / max(1, config.warmup))
         if config.decay:
             factor *= 1 - 0.98 * self.updates / config.steps
-        for group, lr in zip(self.optimiser.param_groups, self.rates):
+        for group, lr in zip(self.optimiser.param_groups, self.rates * len(self.names)):
             group["lr"] = lr * factor
-        index = torch.randint(len(self.latents), (config.batch_size,), generator=self.generator)
-        noise = torch.randn(config.batch_size, *self.latents.shape[1:], generator=self.generator).to(device)
-        sigma = draw_sigma(config.batch_size, config, model.sigma_range, self.generator).to(device)
-        z = schedule.interpolate(self.latents[index].float(), noise, sigma)
+        index = torch.randint(len(self.data), (config.batch_size,), generator=self.generator)
+        own = torch.arange(config.batch_size).tensor_split(self.world)[self.rank]  # before the draws, which every rank makes whole
+        clean = self.data.latents(index[own]).to(device)
+        noise = torch.randn(config.batch_size, *clean.shape[1:], generator=self.generator)[own].to(device)
+        sigma = draw_sigma(config.batch_size, config, self._model(self.names[0]).sigma_range, self.generator)[own].to(device)
+        z = schedule.interpolate(clean, noise, sigma)
         told: dict[str, Tensor] = {}
-        for rows in torch.arange(config.batch_size).split(config.micro_batch or config.batch_size):
-            picked, share = index[rows], len(rows) / config.batch_size
-            tokens = self.target_tokens(picked) if callable(self.target_tokens) else self.target_tokens[picked]
-            text = self.text_of(picked) if self.text_of is not None else None
-            prompts = self.prompts_of(picked) if self.prompts_of is not None else None
-            target = self.targets[picked].to(device)
+        for rows in torch.arange(len(own)).split(config.micro_batch or len(own)):
+            picked, share = index[own[rows]], len(rows) * self.world / config.batch_size
+            text = self.data.text_of(picked) if self.data.text_of is not None else None
+            prompts = self.data.prompts_of(picked) if self.data.prompts_of is not None else None
             with autocast(device.type, "auto" if config.autocast else "fp32"):
-                loss, parts = self.objective(model, z[rows], sigma[rows], target, tokens.float().to(device), config, text, prompts)
-            (loss * share).backward()
-            for key, value in {"loss": loss.detach(), **parts}.items():
-                told[key] = told.get(key, 0.0) + share * value
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.clip_norm)
-        if not torch.isfinite(norm):
-            raise UserError(f"distillation: the gradient norm is {norm.item()} at step {self.updates}; lower lr (now {config.lr:g})")
+                grids = self.grids(z[rows], sigma[rows], text)
+            for name in self.names:
+                target, tokens = (part.to(device) for part in self.data.targets(name, picked))
+                with autocast(device.type, "auto" if config.autocast else "fp32"):
+                    loss, parts = self.objective(self._model(name), grids[name], sigma[rows], target, tokens.float(), config, prompts)
+                (loss * share).backward()
+                for key, value in {"loss": loss.detach(), **parts}.items():
+                    key = f"{name}/{key}" if name else key
+                    told[key] = told.get(key, 0.0) + share * value
+        self._agree(told)
+        for name, weights in self.own.items():
+            norm = torch.nn.utils.clip_grad_norm_(weights, config.clip_norm)
+            if not torch.isfinite(norm):
+                raise UserError(
+                    f"distillation{f' of {name}' * bool(name)}: the gradient norm is {norm.item()} at step {self.updates}; lower lr (now {config.lr:g})"
+                )
         self.optimiser.step()
         torch.clear_autocast_cache()  # inside a caller's autocast, the casts of the old weights would be used again
         self.optimiser.zero_grad(set_to_none=True)
         self.updates += 1
         return {k: float(v) for k, v in told.items()}
 
+    def _agree(self, told: dict[str, Tensor]) -> None:
+        """Means over the ranks, of gradients and figures, in place."""
+        if self.world > 1:
+            gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
+            *gradients, figures = mean_over_ranks([*gradients, torch.stack(list(told.values())).float()], self.world)
+            for p, mean in zip(self.parameters, gradients):
+                p.grad = mean
+            told.update(zip(told, figures))
+
     def state_dict(self) -> dict[str, Tensor]:
         """The weights that train."""
-        return {k: v for k, v in self.model.state_dict().items() if k.startswith(TRAINED)}
+        return {
+            f"{name}.{k}" if name else k: v
+            for name in self.names
+            for k, v in self._model(name).state_dict().items()
+            if k.startswith(TRAINED)
+        }
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        self.model.load_state_dict(tensors, strict=False)
+        for name in self.names:
+            before = f"{name}." if name else ""
+            self._model(name).load_state_dict({k.removeprefix(before): v for k, v in tensors.items() if k.startswith(before)}, strict=False)
 
     def state(self) -> dict[str, Tensor]:
         """Of the draws to come."""
@@ -231,12 +313,24 @@ class Distillation:
         self.generator.set_state(tensors["generator"])
 
 
-def distill(*arguments: Any, progress: Callable[[int, dict[str, float]], None] | None = None, **options: Any) -> float:
-    """Train stitch and tail in place, with the arguments of `Distillation`, to the end; returns the seconds it took. `progress(step, metrics)` is called every step."""
-    training, started = Distillation(*arguments, **options), time.perf_counter()
-    for step in range(training.config.steps):
+def distill(
+    model: StitchedValueModel,
+    latents: Tensor,
+    targets: Tensor,
+    target_tokens: Tensor | Callable[[Tensor], Tensor],
+    config: DistillConfig,
+    *,
+    text_of: Callable[[Tensor], Conditioning] | None = None,
+    prompts_of: Callable[[Tensor], list[str]] | None = None,
+    objective: Objective = distillation_loss,
+    progress: Callable[[int, dict[str, float]], None] | None = None,
+) -> float:
+    """Train one value model's stitch and tail in place, to the end, on pictures in memory (see `Held`); returns the seconds it took. `progress(step, metrics)` is called every step."""
+    data = Held(latents, {"": (targets, target_tokens)}, text_of, prompts_of)
+    training, started = Distillation({"": model}, data, config, objective=objective), time.perf_counter()
+    for step in range(config.steps):
         metrics = training.step()
         if progress is not None:
             progress(step, metrics)
-    training.model.eval()
+    model.eval()
     return time.perf_counter() - started

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -49,45 +50,77 @@ def faults(where: str, config: GenerateConfig, model: dict[str, Any] | None = No
     return out
 
 
-@torch.no_grad()
+class Generated:
+    """The pictures that a config asks for, as latents, a part at a time: each part is kept in the cache by what made it, so that the same are not made twice.
+
+    prompts: encoded. label: of what is said and shown.
+    """
+
+    def __init__(self, backbone: Any, prompts: PromptSet, config: GenerateConfig, label: str):
+        self.backbone, self.set, self.config, self.label = backbone, prompts, config, label
+        self.index = [k % len(prompts) for k in range(config.count)]
+        self.shift = scheduler.resolve("generate.shift", config.shift, backbone)
+        told = {k: v for k, v in dataclasses.asdict(config).items() if k != "count"} | {
+            "precision": resolve_precision(backbone.device.type, config.precision),
+            "prompts": prompts.prompts,
+            "text": backbone.text_fingerprint(),
+            "model": weights_fingerprint(backbone.path, "transformer"),
+            "shift": self.shift.factor if self.shift == schedule.Shift(self.shift.factor) else dataclasses.asdict(self.shift),
+            "shape": list(backbone.latent_shape),
+            "dtype": str(backbone.dtype),
+            **({"merged": merged} if (merged := getattr(backbone, "merged", None)) else {}),
+            **({"quantise": packed} if (packed := getattr(backbone, "quantise", None)) else {}),
+            **({"code": code} if (code := code_of(backbone)) else {}),
+        }
+        self.told = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def prompts(self) -> list[str]:
+        """Of every picture."""
+        return [self.set.prompts[k] for k in self.index]
+
+    def parts(self, size: int) -> list[range]:
+        """All pictures, some `size` at a time: batches are not cut, so that a picture does not depend on the part that it is in."""
+        whole = max(1, size // self.config.batch_size) * self.config.batch_size
+        return [range(k, min(k + whole, self.config.count)) for k in range(0, self.config.count, whole)]
+
+    def digest(self, rows: range) -> str:
+        """Of what makes the pictures of a part."""
+        return hashlib.sha256(f"{self.told}:{rows.start}:{rows.stop}".encode()).hexdigest()
+
+    @torch.no_grad()
+    def latents(self, rows: range, shown: Callable[[int], Any] = lambda count: None) -> tuple[Tensor, float]:
+        """Finished latents [n, C, H, W] of a part of `parts`, and the seconds that it took. shown: is told how many more are done."""
+        file = cache_folder() / "generations" / f"{self.digest(rows)[:32]}.safetensors"
+        if (found := kept(file)) is not None:
+            shown(len(rows))
+            return found["latents"].to(self.backbone.device), float(found["seconds"])
+        started, config, out = time.perf_counter(), self.config, []
+        grid, device = schedule.sigmas(config.num_steps, self.shift, "plain"), self.backbone.device
+        for start in range(rows.start, rows.stop, config.batch_size):
+            places = range(start, min(start + config.batch_size, rows.stop))
+            guidance = config.guidance[start // config.batch_size % len(config.guidance)]
+            batch = self.set.batch([self.index[k] for k in places], torch.tensor(places) + config.seed * 1_000_003)
+            z = noise_like(self.backbone.latent_shape, batch.seeds, device=device)
+            with autocast(device.type, config.precision):
+                out.append(sampling.sample(self.backbone.bind(batch.text, guidance), z, grid).z.float())
+            shown(len(places))
+        latents, seconds = torch.cat(out), time.perf_counter() - started
+        try:
+            keep(file, {"latents": latents, "seconds": torch.tensor(seconds)})
+        except OSError as error:
+            say(
+                f"{self.label} cannot be kept for the next time ({error}); set XDG_CACHE_HOME to a folder with room. This run goes on with them."
+            )
+        return latents, seconds
+
+
 def generate(backbone: Any, prompts: PromptSet, config: GenerateConfig, label: str) -> tuple[Tensor, list[int], float]:
-    """Finished latents [N, C, H, W] of encoded prompts, the prompt index of each, and the seconds it took. Kept in the cache by what made them: the same are not made twice."""
-    index = [k % len(prompts) for k in range(config.count)]
-    device_type = backbone.device.type
-    shift = scheduler.resolve("generate.shift", config.shift, backbone)
-    told = dataclasses.asdict(config) | {
-        "precision": resolve_precision(device_type, config.precision),
-        "prompts": prompts.prompts,
-        "text": backbone.text_fingerprint(),
-        "model": weights_fingerprint(backbone.path, "transformer"),
-        "shift": shift.factor if shift == schedule.Shift(shift.factor) else dataclasses.asdict(shift),
-        "shape": list(backbone.latent_shape),
-        "dtype": str(backbone.dtype),
-        **({"merged": merged} if (merged := getattr(backbone, "merged", None)) else {}),
-        **({"quantise": packed} if (packed := getattr(backbone, "quantise", None)) else {}),
-        **({"code": code} if (code := code_of(backbone)) else {}),
-    }
-    file = cache_folder() / "generations" / f"{hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]}.safetensors"
-    if (found := kept(file)) is not None:
-        return found["latents"].to(backbone.device), index, float(found["seconds"])
-    started = time.perf_counter()
-    grid, out, batch_size = schedule.sigmas(config.num_steps, shift, "plain"), [], config.batch_size
-    bar = progress(config.count, label, "picture")
-    for start in range(0, config.count, batch_size):
-        rows = index[start : start + batch_size]
-        guidance = config.guidance[start // batch_size % len(config.guidance)]
-        batch = prompts.batch(rows, torch.arange(start, start + len(rows)) + config.seed * 1_000_003)
-        z = noise_like(backbone.latent_shape, batch.seeds, device=backbone.device)
-        with autocast(device_type, config.precision):
-            out.append(sampling.sample(backbone.bind(batch.text, guidance), z, grid).z.float())
-        bar.update(len(rows))
+    """All finished latents [N, C, H, W] of encoded prompts at once, the prompt index of each, and the seconds it took."""
+    made, bar = Generated(backbone, prompts, config, label), progress(config.count, label, "picture")
+    found = [made.latents(rows, bar.update) for rows in made.parts(config.count)]
     bar.close()
-    latents, seconds = torch.cat(out), time.perf_counter() - started
-    try:
-        keep(file, {"latents": latents, "seconds": torch.tensor(seconds)})
-    except OSError as error:
-        say(f"{label} cannot be kept for the next time ({error}); set XDG_CACHE_HOME to a folder with room. This run goes on with them.")
-    return latents, index, seconds
+    return torch.cat([latents for latents, _ in found]), made.index, sum(seconds for _, seconds in found)
 
 
 @torch.no_grad()

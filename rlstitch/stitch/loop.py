@@ -17,7 +17,7 @@ from rlstitch.metrics import Clock, Log
 from rlstitch.stitch.distill import Distillation
 from rlstitch.telling import progress, say
 
-Figures = dict[str, dict[str, float]]  # by sigma
+Figures = dict[str, Any]  # by sigma, of several value models by name first
 
 
 class Loop:
@@ -43,34 +43,41 @@ class Loop:
 
     def begin(self) -> None:
         """Find where to go on, remove what an earlier start has left behind it, say so, and keep the recipe. The folder's lock must be held."""
-        checkpoint.tidy(self.folder)
-        if self.recipe.resume == "auto":
-            self.source = checkpoint.newest(self.folder, keep_aside=True)
-        elif self.recipe.resume != "never":
-            self.source = checkpoint.whole(Path(self.recipe.resume))
+        found = self.engine.by_main(self._tidied)
+        self.source = Path(found) if found else None
         if self.source is not None:
             told = checkpoint.told(self.source)
             self.found, self.before, self.begun = told["found"], told["hours"], told["begun"]
             self.figures = told["figures"]
             say(f"{self.folder}: resumed from {self.source.name}")
-        at = checkpoint.number(self.source) if self.source is not None else -1
+
+    def _tidied(self) -> str:
+        """What `begin` does to the folder; -> the checkpoint to go on from, '' for none."""
+        checkpoint.tidy(self.folder)
+        source: Path | None = None
+        if self.recipe.resume == "auto":
+            source = checkpoint.newest(self.folder, keep_aside=True)
+        elif self.recipe.resume != "never":
+            source = checkpoint.whole(Path(self.recipe.resume))
+        at = checkpoint.number(source) if source is not None else -1
         for later in (f for f in checkpoint.folders(self.folder) if checkpoint.number(f) > at):
             checkpoint.discard(later)
-        for stale in ("metrics.jsonl", tracker.ID) if self.source is None else ():
+        for stale in ("metrics.jsonl", tracker.ID) if source is None else ():
             (self.folder / stale).unlink(missing_ok=True)
         write_text(self.folder / "recipe.yaml", cfg.to_yaml(self.recipe))
+        return str(source or "")
 
     def train(self, training: Distillation, found: dict[str, Any], measured: Callable[[], Figures]) -> Figures:
         """Distil to the end, from the checkpoint where there is one; -> the last figures. found: what the search gave, which a resume does not do again; measured: figures on held-out
         pictures, asked every `measure_every` steps. Raises Interrupted, behind a checkpoint, after a signal."""
         recipe, steps = self.recipe, self.recipe.distill.steps
-        self.engine.prepare(training.model, training.optimiser, training.parameters)
+        self.engine.prepare(training.models, training.optimiser, training.parameters)
         if self.source is not None:
             checkpoint.load(self.source, self.engine, training, algorithm=training)
         self.begun = self.hours if self.begun is None else self.begun
         told = dataclasses.asdict(recipe.logging)
         log = Log(
-            self.folder, active=True, start_step=training.updates, wandb_mode=told["wandb"], project=told["project"],
+            self.folder, active=self.engine.is_main, start_step=training.updates, wandb_mode=told["wandb"], project=told["project"],
             x_axis=f"{self.unit}/total", config=dataclasses.asdict(recipe),
         )  # fmt: skip
 
@@ -95,28 +102,32 @@ class Loop:
                 log.write(row(**metrics))
                 last = training.updates == steps
                 if last or (recipe.measure_every and training.updates % recipe.measure_every == 0):
-                    training.model.eval()
-                    self.figures = measured()
-                    training.model.train()
+                    training.models.eval()
+                    self.figures = measured() if self.engine.is_main else {}  # the others wait for their next gradient
+                    training.models.train()
                     log.write(row(quality=self.figures))
                 due = last or training.updates % recipe.checkpoint.every == 0
-                if due or caught:
+                stopping = self.engine.any(bool(caught))
+                if due or stopping:
                     save(due)
-                if caught:
+                if stopping:
                     bar.close()
                     log.close()
                     raise Interrupted(caught)
         bar.close()
         log.close()
-        training.model.eval()
+        training.models.eval()
         return self.figures
 
     def end(self) -> None:
         """The value model is saved: what was kept for a resume has served."""
+        if not self.engine.is_main:
+            return
         for folder in checkpoint.folders(self.folder):
             checkpoint.discard(folder)
 
 
 def inputs_of(recipe: Any) -> dict[str, str]:
     """Hashes of the files that a job reads."""
-    return resume.hashes_of({"model": recipe.model, "reward": recipe.reward, "data.images": recipe.images})
+    nodes = {f"rewards.{name}": node for name, node in recipe.rewards.items()} or {"reward": recipe.reward}
+    return resume.hashes_of({"model": recipe.model, **nodes, "data.images": recipe.images})

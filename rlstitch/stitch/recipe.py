@@ -13,34 +13,38 @@ import torch
 from torch import Tensor
 
 from rlstitch import config as cfg
-from rlstitch import lock, resume, scheduler, telling
-from rlstitch.data import build_pictures
+from rlstitch import lock, resume, scheduler
+from rlstitch.data import build_pictures, read_rows
 from rlstitch.distributed import resolve_precision, world_size
 from rlstitch.fingerprints import vae_names
 from rlstitch.part_checks import model_faults, reward_faults
 from rlstitch.parts import Parts, at_hand, pinned
 from rlstitch.paths import ready
 from rlstitch.prompts import PromptSet, read_prompts
-from rlstitch.ranges import Count, CountOrNone, Name, NotNegative, Range, Seed, Share, Text, Threads
+from rlstitch.ranges import Count, CountOrNone, Name, NotNegative, Range, Seed, Share, Text, Threads, misfit
 from rlstitch.schema import CheckpointConfig, LoggingConfig
 from rlstitch.stitch import measure
 from rlstitch.stitch.baselines import noisy_clip, vae_stitch
-from rlstitch.stitch.distill import Distillation, DistillConfig, latents_of, outputs_of, targets_of
-from rlstitch.stitch.generate import GenerateConfig, generate, pictures_of
+from rlstitch.stitch.distill import Distillation, DistillConfig, latents_of, outputs_of
+from rlstitch.stitch.generate import GenerateConfig, Generated
 from rlstitch.stitch.generate import faults as generate_faults
 from rlstitch.stitch.loop import Loop, inputs_of
 from rlstitch.stitch.model import StitchedValueModel
 from rlstitch.stitch.search import SearchResult, search
+from rlstitch.stitch.store import Pictures, Store
+from rlstitch.telling import say, table
 from rlstitch.types import Conditioning, UserError
 
 TextOf = Callable[[Tensor], Conditioning]  # rows [B] -> the text of their prompts
+SEARCHED = ("blocks", "reward_block", "search", "search_seconds")  # of a card, what a search has found
 TURNS = 4  # prompts that a picture is scored under, its own first
 
 
 @dataclass
 class StitchRecipe:
-    """model, reward: parts to stitch. images, held_out: parts that give pictures ({_target_: ...}(n, seed) -> (uint8 [N, 3, H, W], prompts)).
-    generate: pictures of the model itself to distil on beside `images` (half of the paper's data, HPDv2, are generated ones, too).
+    """model, reward: parts to stitch; rewards: several, by name, in place of the one, stitched on the same draws in one job that runs what they share once: NAME/REWARD each.
+    images, held_out: parts that give pictures ({_target_: ...}(n, seed) -> (uint8 [N, 3, H, W], prompts)); files and plain shards are read a part at a time. Their latents and
+    what the rewards make of them lie in the cache; keep_tokens: the rewards' output tokens, too, which are most of it, or they are computed again at every step. generate: pictures of the model itself to distil on beside `images` (half of the paper's data, HPDv2, are generated ones, too).
 
     kind: `stitch` for StitchVM, or a baseline on the latent itself: `vae` (closed-form stitch, no denoiser) or `noisy_clip` (random projection).
     blocks: the denoiser block to cut after ("best", "cheapest" within `margin` among the first `max_fraction` of the blocks, or a number);
@@ -55,6 +59,8 @@ class StitchRecipe:
     out: Text = "values"
     model: dict[str, Any] = field(default_factory=dict)
     reward: dict[str, Any] = field(default_factory=dict)
+    rewards: dict[str, Any] = field(default_factory=dict)
+    keep_tokens: bool = True
     images: dict[str, Any] = field(default_factory=dict)
     held_out: dict[str, Any] = field(default_factory=dict)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
@@ -78,6 +84,11 @@ class StitchRecipe:
     checkpoint: CheckpointConfig = field(default_factory=lambda: CheckpointConfig(every=250, keep=1))
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
+    @property
+    def nodes(self) -> dict[str, dict[str, Any]]:
+        """The rewards' nodes by name; of a single one it is ''."""
+        return self.rewards or {"": self.reward}
+
 
 def checked(given: dict[str, Any], name: str) -> StitchRecipe:
     """The typed recipe, or one UserError that lists every fault."""
@@ -85,11 +96,22 @@ def checked(given: dict[str, Any], name: str) -> StitchRecipe:
     recipe, faults = cfg.fill(StitchRecipe, given)
     for part in ("model", "images", "held_out"):
         faults += cfg.check_part(part, getattr(recipe, part), kind="model" if part == "model" else "images")
-    wrong = reward_faults("reward", recipe.reward)
-    faults += model_faults(recipe.model) + wrong
-    if not wrong and not hasattr(cfg.load_class(recipe.reward["_target_"]), "tail"):
+    faults += model_faults(recipe.model)
+    if recipe.reward and recipe.rewards:
+        faults.append(f"'reward' and 'rewards' are both given: leave one out (rewards has {', '.join(recipe.rewards)})")
+    for key, node in recipe.nodes.items():
+        where = f"rewards.{key}" if key else "reward"
+        if key and (why := misfit(key, Name) or ("must hold no ." if "." in key else "")):
+            faults.append(f"'{where}': the name {why}")
+        wrong = reward_faults(where, node)
+        faults += wrong
+        if not wrong and not hasattr(cfg.load_class(node["_target_"]), "tail"):
+            faults.append(
+                f"'{where}' {node['_target_']} cannot be entered at a block (see rlstitch.types.StitchableReward): distil it into one that can with launch/surrogate.py, and stitch that"
+            )
+    if recipe.distill.batch_size % world_size():
         faults.append(
-            f"'reward' {recipe.reward['_target_']} cannot be entered at a block (see rlstitch.types.StitchableReward): distil it into one that can with launch/surrogate.py, and stitch that"
+            f"'distill.batch_size' is {recipe.distill.batch_size}, which {world_size()} ranks cannot share evenly: take a multiple"
         )
     if recipe.blocks not in ("best", "cheapest") and not (recipe.blocks.isascii() and recipe.blocks.isdigit() and int(recipe.blocks)):
         faults.append(f"'blocks' must be best, cheapest or a number, not {recipe.blocks!r}")
@@ -161,20 +183,21 @@ def assemble(
     recipe: StitchRecipe,
     backbone: Any,
     reward: Any,
-    images: Tensor,
-    latents: Tensor,
+    store: Store,
     norm: float,
     card: dict[str, Any],
     text_of: TextOf | None = None,
     found: dict[str, Any] | None = None,
+    ranks: tuple[int, int] = (0, 1),
 ) -> StitchedValueModel:
-    """The untrained value model of the recipe's kind. found: what a search before gave for its card, where the weights are loaded after this."""
+    """The untrained value model of the recipe's kind. found: what a search before gave for its card, where the weights are loaded after this. ranks: this one, and how many."""
+    first = torch.arange(min(len(store), 1000 if recipe.kind == "vae" else recipe.search_images))
     if recipe.kind == "vae":
         return vae_stitch(
             backbone,
             reward,
-            images[:1000].float() / 255,
-            latents[:1000],
+            store.pictures(first).float() / 255,
+            store.latents(first).to(backbone.device),
             norm=norm,
             normalise=recipe.normalise,
             seed=recipe.seed,
@@ -188,12 +211,14 @@ def assemble(
         cut = found["blocks"], found["reward_block"]
         return StitchedValueModel.from_search(backbone, reward, *cut, blank, blank[:, 0], cls_state=None, card=card | found, **told)
     started = time.perf_counter()
-    pictures = images[: recipe.search_images].float() / 255
-    how = dict(max_reward_block=recipe.max_reward_block, seed=recipe.seed, ridge=recipe.ridge, text_of=text_of)
+    pictures = store.pictures(first).float() / 255
+    how = dict(
+        max_reward_block=recipe.max_reward_block, seed=recipe.seed, ridge=recipe.ridge, text_of=text_of, rank=ranks[0], world=ranks[1]
+    )
     result = search(backbone, reward, pictures, **how)
     pair, seconds = choose(result, recipe), time.perf_counter() - started
-    telling.say(
-        f"{recipe.name}: search over {len(result.table)} pairs took {seconds:.1f} s; best {result.best.i, result.best.j} ({result.best.normalised:.4f} of the variance), taken {pair.i, pair.j} ({pair.normalised:.4f})"
+    say(
+        f"{card['name']}: search over {len(result.table)} pairs took {seconds:.1f} s; best {result.best.i, result.best.j} ({result.best.normalised:.4f} of the variance), taken {pair.i, pair.j} ({pair.normalised:.4f})"
     )
     return StitchedValueModel.from_search(
         backbone,
@@ -220,79 +245,95 @@ def texts(recipe: StitchRecipe, parts: Parts, prompts: list[str]) -> TextOf | No
     return lambda rows: known.batch(rows.tolist(), rows).text
 
 
-def run(recipe: StitchRecipe) -> StitchedValueModel:
-    """Search, distil, measure, save to <out>/<name>; or go on where that was stopped. Raises Interrupted after a signal, and UserError where another process works there."""
+def run(recipe: StitchRecipe) -> dict[str, StitchedValueModel]:
+    """Search, distil, measure, save to <out>/<name> (of several rewards to <out>/<name>/<reward>); or go on where that was stopped. -> The value models by the names of
+    their rewards, '' of a single one. Raises Interrupted after a signal, and UserError where another process works there."""
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    if world_size() > 1:
-        raise UserError(
-            f"launch/stitch.py runs as one process, and torchrun started {world_size()}: start it with python, or --nproc-per-node=1"
-        )
     folder, inputs = ready(Path(recipe.out) / recipe.name), inputs_of(recipe)
     resume.may_go_on(recipe, lambda: inputs)
     loop = Loop(folder, recipe, inputs)
-    with lock.held(folder, loop.engine.by_main):
-        loop.begin()
-        model = stitched(recipe, loop)
-        model.save_pretrained(folder)
-        loop.end()
-    rows = [[sigma, *(f"{v:.3f}" for v in figures.values())] for sigma, figures in model.card["quality"].items()]
-    hours = f"{model.card['device_hours']:.3g}"
-    telling.say(telling.table(["sigma", *next(iter(model.card["quality"].values()))], rows), f"device-hours {hours}; saved to {folder}")
-    return model
+    try:
+        with lock.held(folder, loop.engine.by_main):
+            loop.begin()
+            models = stitched(recipe, loop)
+            for name, model in models.items() if loop.engine.is_main else ():
+                model.save_pretrained(ready(folder / name))
+            loop.engine.barrier()
+            loop.end()
+    finally:
+        loop.engine.close()
+    for name, model in models.items() if loop.engine.is_main else ():
+        rows = [[sigma, *(f"{v:.3f}" for v in figures.values())] for sigma, figures in model.card["quality"].items()]
+        hours = f"{model.card['device_hours']:.3g}"
+        say(table(["sigma", *next(iter(model.card["quality"].values()))], rows), f"device-hours {hours}; saved to {folder / name}")
+    return models
 
 
-def stitched(recipe: StitchRecipe, loop: Loop) -> StitchedValueModel:
-    """The value model of a recipe, with its card."""
+def stitched(recipe: StitchRecipe, loop: Loop) -> dict[str, StitchedValueModel]:
+    """The value models of a recipe, with their cards."""
     torch.manual_seed(recipe.seed)
-    parts = Parts.of(recipe.model, {"reward": recipe.reward})
-    backbone, reward, device = parts.backbone, parts.rewards["reward"], parts.device
-    if recipe.kind == "stitch" and recipe.max_reward_block > reward.num_blocks:
-        raise UserError(f"'max_reward_block' is {recipe.max_reward_block}, but the reward has {reward.num_blocks} blocks")
-    images, captions = build_pictures("images", recipe.images)
-    held, prompts = build_pictures("held_out", recipe.held_out)
-    if recipe.text == "prompt" and (bare := [where for where, what in (("images", captions), ("held_out", prompts)) if not any(what)]):
+    engine = loop.engine
+    parts = Parts.of(recipe.model, recipe.nodes, engine=engine)
+    backbone = parts.backbone
+    for name, reward in parts.rewards.items() if recipe.kind == "stitch" else ():
+        if recipe.max_reward_block > reward.num_blocks:
+            which = f"the reward '{name}'" if name else "the reward"
+            raise UserError(f"'max_reward_block' is {recipe.max_reward_block}, but {which} has {reward.num_blocks} blocks")
+    source = engine.together(lambda: Pictures(read_rows("images", recipe.images)))
+    held, prompts = engine.together(lambda: build_pictures("held_out", recipe.held_out))
+    if recipe.text == "prompt" and (
+        bare := [where for where, what in (("images", source.prompts), ("held_out", prompts)) if not any(what)]
+    ):
         raise UserError(
             f"'text' is prompt, and the pictures of '{bare[0]}' have no prompts: give captions (metadata.jsonl, or a .txt beside each picture), or leave 'text' out"
         )
-    parts.probe(["reward"], measure.batch_of(["", ""]))
-    latents = latents_of(backbone, images)
-    made = {}
+    parts.probe(list(parts.rewards), measure.batch_of(["", ""]))
+    sets, made = [source], {}
     if recipe.generate.count:
-        asked = time.perf_counter()
         asked_for = encoded(parts, read_prompts(recipe.generate.prompts, recipe.generate.column), recipe)
-        own, index, seconds = generate(backbone, asked_for, recipe.generate, f"{recipe.name}: pictures")
-        captions = captions + [asked_for.prompts[k] for k in index]
-        if loop.source is None:
-            loop.add(max(0.0, seconds - (time.perf_counter() - asked)))  # pictures from the cache cost what they cost when they were made
-        latents, images = torch.cat([latents, own]), torch.cat([images, pictures_of(backbone, own)])
-        told = dataclasses.asdict(recipe.generate) | {"precision": resolve_precision(device, recipe.generate.precision)}
-        made = {"generate": told, "generate_seconds": round(seconds, 3)}
-    targets, tokens, norm = targets_of(reward, images)
-    card = {
-        "name": recipe.name,
-        "backbone": pinned(recipe.model),
-        "reward": pinned(recipe.reward),
-        **vae_names(recipe.model["path"]),
-        "distill": dataclasses.asdict(recipe.distill),
-        "size": list(backbone.size),
-        **({"text": recipe.text} if recipe.text == "prompt" else {}),
-        **made,
-    }
-    text_of, held_text_of = (texts(recipe, parts, what) for what in (captions, prompts))
-    model = assemble(recipe, backbone, reward, images, latents, norm, card, text_of, loop.found)
-    found = {k: model.card[k] for k in ("blocks", "reward_block", "search", "search_seconds") if k in model.card}
+        sets.append(Generated(backbone, asked_for, recipe.generate, f"{recipe.name}: pictures"))
+        made = {"generate": dataclasses.asdict(recipe.generate) | {"precision": resolve_precision(parts.device, recipe.generate.precision)}}
+    store = Store(backbone, parts.rewards, recipe.nodes, sets, engine, keep_tokens=recipe.keep_tokens, label=recipe.name)
+    store.fill()
+    if loop.source is None:
+        loop.add(store.saved)  # what lies in the cache costs what it cost when it was made
+    made |= {"generate_seconds": round(store.generating, 3)} if made else {}
+    store.text_of, held_text_of = (texts(recipe, parts, what) for what in (store.prompts, prompts))
+    store.prompts_of = (lambda rows: [store.prompts[k] for k in rows.tolist()]) if any(store.prompts) else None
+    models = {}
+    for name, reward in parts.rewards.items():
+        card = {
+            "name": f"{recipe.name}/{name}" if name else recipe.name,
+            "backbone": pinned(recipe.model),
+            "reward": pinned(recipe.nodes[name]),
+            **vae_names(recipe.model["path"]),
+            "distill": dataclasses.asdict(recipe.distill),
+            "size": list(backbone.size),
+            **({"text": recipe.text} if recipe.text == "prompt" else {}),
+            **made,
+        }
+        torch.manual_seed(recipe.seed)  # of what a stitch begins with: the same beside others as alone
+        found = loop.found.get(name)
+        models[name] = assemble(recipe, backbone, reward, store, store.norms[name], card, store.text_of, found, (engine.rank, engine.world))
+    found = {name: {k: model.card[k] for k in SEARCHED if k in model.card} for name, model in models.items()}
     with torch.no_grad():
-        held_latents, held_outputs = latents_of(backbone, held), outputs_of(reward, held)
-    prompts_of = (lambda rows: [captions[k] for k in rows.tolist()]) if any(captions) else None
-    training = Distillation(model, latents, targets, tokens, recipe.distill, text_of=text_of, prompts_of=prompts_of)
-    figures = loop.train(training, found, lambda: quality(model, held_latents, prompts, held_outputs, held_text_of))
-    model.card |= {
-        "quality": figures,
-        "distill_seconds": round((loop.hours - loop.begun) * 3600, 1),
-        "device_hours": round(loop.hours, 5),
-        "hardware": cfg.hardware(),
-    }
-    if measure.embeds_text(reward):
-        model.card["clean_recall_at_1"] = round(measure.recall(held_outputs, reward.embed_texts(prompts)), 4)
-    return model
+        held_latents = latents_of(backbone, held)
+        held_outputs = {name: outputs_of(reward, held) for name, reward in parts.rewards.items()}
+    training = Distillation(models, store, recipe.distill, extend=backbone.extend, rank=engine.rank, world=engine.world)
+
+    def measured() -> dict[str, Any]:
+        figures = {name: quality(m, held_latents, prompts, held_outputs[name], held_text_of) for name, m in models.items()}
+        return figures if recipe.rewards else figures[""]
+
+    figures = loop.train(training, found, measured)
+    for name, model in models.items() if engine.is_main else ():
+        model.card |= {
+            "quality": figures[name] if recipe.rewards else figures,
+            "distill_seconds": round((loop.hours - loop.begun) * 3600, 1),
+            "device_hours": round(loop.hours, 5),
+            "hardware": cfg.hardware(),
+        }
+        if measure.embeds_text(model.reward):
+            model.card["clean_recall_at_1"] = round(measure.recall(held_outputs[name], model.reward.embed_texts(prompts)), 4)
+    return models

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rlstitch import schedule
+from rlstitch.distributed import mean_over_ranks
 from rlstitch.stitch.layer import WHOLE, StitchLayer, View, resample, view_of
 from rlstitch.types import Conditioning, UserError
 
@@ -53,12 +54,11 @@ class SearchResult:
 
 @torch.no_grad()
 def features(
-    backbone: Any, reward: Any, images: Tensor, max_reward_block: int, generator: torch.Generator, text: Conditioning | None = None
+    backbone: Any, reward: Any, images: Tensor, max_reward_block: int, sigma: Tensor, noise: Tensor, text: Conditioning | None = None
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor | None]]:
     """One batch's denoiser features after every block and reward inputs of every early block, float64 [B N', W] on the reward's grid, and [CLS] states where there are."""
     z0 = backbone.encode(images.to(backbone.device))
-    sigma = torch.rand(len(z0), generator=generator).to(z0.device)
-    noise = torch.randn(z0.shape, generator=generator).to(z0.device)
+    sigma, noise = sigma.to(z0.device), noise.to(z0.device)
     denoiser, view = [], view_of(reward, backbone.size)
     backbone.walk(
         schedule.interpolate(z0, noise, sigma),
@@ -111,54 +111,78 @@ def search(
     seed: int = 0,
     ridge: float = 0.0,
     text_of: Callable[[Tensor], Conditioning] | None = None,
+    rank: int = 0,
+    world: int = 1,
 ) -> SearchResult:
     """Fit W_ij = argmin |W F_i + b - G_j|^2 (plus `ridge`, see `solve`) for all blocks i and j <= max_reward_block over images [N, 3, H, W] in [0, 1], one sigma ~ U[0, 1] each.
 
-    Losses are means over tokens of the squared error summed over channels. text_of: gives the text of rows [B] that the denoiser is run under (None: the null text). Raises ValueError where j exceeds the reward's blocks.
+    Losses are means over tokens of the squared error summed over channels. text_of: gives the text of rows [B] that the denoiser is run under (None: the null text).
+    rank, world: each rank takes every world-th batch, and the sums are added up. Raises ValueError where j exceeds the reward's blocks.
     """
     if not 1 <= max_reward_block <= reward.num_blocks:
         raise ValueError(f"max_reward_block must be within 1..{reward.num_blocks}, not {max_reward_block}")
     generator = torch.Generator().manual_seed(seed)
-    count, offsets, sums = 0, None, None
+    offsets: list[Tensor] = []
     for start in range(0, len(images), batch_size):
         part = images[start : start + batch_size]
+        sigma, noise = torch.rand(len(part), generator=generator), torch.randn(len(part), *backbone.latent_shape, generator=generator)
+        own = start // batch_size % world == rank
+        if start and not own:
+            continue
         text = None if text_of is None else text_of(torch.arange(start, start + len(part)))
-        denoiser, targets, states = features(backbone, reward, part, max_reward_block, generator, text)
-        if offsets is None:  # shifting by the first batch's means keeps the later subtraction of means exact
-            offsets = ([f.mean(0) for f in denoiser], [g.mean(0) for g in targets])
+        denoiser, targets, states = features(backbone, reward, part, max_reward_block, sigma, noise, text)
+        widths = [g.shape[1] for g in targets]
+        if not start:  # of every rank: shifting by the first batch's means keeps the later subtraction of means exact
+            offsets = mean_over_ranks([x.mean(0) for x in (*denoiser, *targets)], world)
+            f_offsets, g_offsets = offsets[: len(denoiser)], offsets[len(denoiser) :]
+            count = torch.zeros((), dtype=torch.float64, device=denoiser[0].device)
             sums = {
-                "f": [torch.zeros_like(o) for o in offsets[0]],
-                "g": [torch.zeros_like(o) for o in offsets[1]],
-                "ff": [torch.zeros(len(o), len(o), dtype=o.dtype, device=o.device) for o in offsets[0]],
-                "fg": [[torch.zeros(len(a), len(b), dtype=a.dtype, device=a.device) for b in offsets[1]] for a in offsets[0]],
-                "gg": [torch.zeros_like(o) for o in offsets[1]],
-                "cls": [None if s is None else torch.zeros_like(s[0]) for s in states],
+                "f": [torch.zeros_like(o) for o in f_offsets],
+                "g": [torch.zeros_like(o) for o in g_offsets],
+                "ff": [torch.zeros(len(o), len(o), dtype=o.dtype, device=o.device) for o in f_offsets],
+                "fg": [torch.zeros(len(o), sum(widths), dtype=o.dtype, device=o.device) for o in f_offsets],
+                "gg": [torch.zeros_like(o) for o in g_offsets],
+                "cls": [torch.zeros_like(g_offsets[0]) if s is None else torch.zeros_like(s[0]) for s in states],
             }
+            has_cls = [s is not None for s in states]
+            if not own:
+                continue
         count += len(targets[0])
-        targets = [g - o for g, o in zip(targets, offsets[1])]
+        targets = [g - o for g, o in zip(targets, g_offsets)]
         for j, (g, s) in enumerate(zip(targets, states)):
             sums["g"][j] += g.sum(0)
             sums["gg"][j] += g.square().sum(0)
             if s is not None:
                 sums["cls"][j] += s.sum(0)
         every = torch.cat(targets, 1)
-        widths = [g.shape[1] for g in targets]
         for i, f in enumerate(denoiser):
-            f = f - offsets[0][i]
+            f = f - f_offsets[i]
             sums["f"][i] += f.sum(0)
             sums["ff"][i] += f.T @ f
-            for total, part in zip(sums["fg"][i], (f.T @ every).split(widths, 1)):
-                total += part
+            sums["fg"][i] += f.T @ every
+    count, sums = _added_up(count, sums, world)
     table = []
     for i in range(backbone.num_blocks):
         f_mean = sums["f"][i] / count
         gram = sums["ff"][i] - count * torch.outer(f_mean, f_mean)
         g_means = [g / count for g in sums["g"]]
-        crosses = [fg - count * torch.outer(f_mean, g) for fg, g in zip(sums["fg"][i], g_means)]
+        crosses = [fg - count * torch.outer(f_mean, g) for fg, g in zip(sums["fg"][i].split(widths, 1), g_means)]
         solutions = solve(gram, torch.cat(crosses, 1), ridge).split([c.shape[1] for c in crosses], 1)
         for j, (cross, w, g_mean) in enumerate(zip(crosses, solutions, g_means)):
             variance = sums["gg"][j].sum() - count * g_mean.square().sum()
+            if not variance > 0:
+                raise UserError(
+                    "the pictures of the search are all alike, so that there is nothing to fit: give others, or more of them (search_images)"
+                )
             loss = float(variance - 2 * (w * cross).sum() + (w * (gram @ w)).sum()) / count
-            bias = g_mean + offsets[1][j] - w.T @ (f_mean + offsets[0][i])
+            bias = g_mean + g_offsets[j] - w.T @ (f_mean + f_offsets[i])
             table.append(Pair(i + 1, j + 1, loss, loss / (float(variance) / count), w.T.contiguous(), bias))
-    return SearchResult(table, backbone.num_blocks, {j: None if s is None else s / len(images) for j, s in enumerate(sums["cls"], 1)})
+    means = {j: s / len(images) if has else None for j, (s, has) in enumerate(zip(sums["cls"], has_cls), 1)}
+    return SearchResult(table, backbone.num_blocks, means)
+
+
+def _added_up(count: Tensor, sums: dict[str, list[Tensor]], world: int) -> tuple[int, dict[str, list[Tensor]]]:
+    """Tokens and sums of all ranks, in one all-reduce."""
+    flat = mean_over_ranks([count, *(t for listed in sums.values() for t in listed)], world)
+    total, rest = round(float(flat[0]) * world), iter(flat[1:])
+    return total, {name: [next(rest) * world for _ in listed] for name, listed in sums.items()}
