@@ -190,13 +190,16 @@ def bound(backbone: Backbone, batch: Batch, size: int) -> Velocity:
 
 
 class Stitched(_Mixed):
-    """V(z, sigma, prompt) of StitchVMs; those cut at the same block share one prefix."""
+    """V(z, sigma, prompt) of StitchVMs; those cut at the same block share one prefix. compile: their tails by torch.compile, block by block, also where the denoiser is not
+    (model.compile is for both)."""
 
     differentiable = True
 
-    def __init__(self, values: Mapping[str, StitchedValueModel], weights: Weights):
+    def __init__(self, values: Mapping[str, StitchedValueModel], weights: Weights, *, compile: bool = False):
         super().__init__(weights)
         self.models = [values[name] for name in weights]
+        for model in self.models if compile else ():
+            model.compile_tail()
         self.sigma_range = (max(m.sigma_range[0] for m in self.models), min(m.sigma_range[1] for m in self.models))
 
     def __call__(self, latent: Latent, batch: Batch, activations: Callable[[StitchedValueModel], Any] | None = None) -> Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from rlstitch import compiled, hub, protocols
 from rlstitch import config as cfg
-from rlstitch import hub, protocols
 from rlstitch.files import require
 from rlstitch.fingerprints import same_vae
 from rlstitch.hub import model_folder
@@ -33,6 +33,8 @@ def value_cards(config: Any, faults: list[str]) -> dict[str, dict[str, Any]]:
         used = values_used(config.oracle)
     except (UserError, KeyError, TypeError):
         return {}  # the broken oracle is reported already
+    if used and config.oracle.get("compile") is True and (why := compiled.lacking()):
+        faults.append(f"'oracle.compile': this machine lacks {why}, or leave it out")
     for name in used:
         if name not in config.values:
             faults.append(f"'oracle.weights' names '{name}', which is not under 'values'{cfg.nearest(name, config.values)}")

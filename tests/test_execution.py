@@ -9,6 +9,7 @@ import torch
 from diffusers.models import attention_dispatch as kernels
 
 from rlstitch.backbones import Diffusers, execution
+from rlstitch.compiled import blocks_within
 from rlstitch.part_checks import model_faults
 from rlstitch.policy import Policy
 from rlstitch.types import Batch, Conditioning, Latent, UserError, noise_like
@@ -144,6 +145,7 @@ def graphs():
 
 
 def test_a_compiled_values_tail_computes_the_same(tmp_path, monkeypatch):
+    from rlstitch.oracles import Stitched
     from rlstitch.rewards.clip import ClipReward
     from rlstitch.stitch.model import StitchedValueModel
 
@@ -164,3 +166,12 @@ def test_a_compiled_values_tail_computes_the_same(tmp_path, monkeypatch):
     assert torch.equal(values[1].value(latent, batch), values[0].value(latent, batch))
     assert graphs() >= before + 2, "a block of the prefix and one of the tail"
     assert values[1].state_dict().keys() == values[0].state_dict().keys()
+    ways = lambda value: [block._compiled_call_impl for part in (value.prefix, value.tail) for block in blocks_within(part)]  # noqa: E731
+    plain, before = values[0].value(latent, batch), ways(values[0])
+    found, after = [], []
+    for _ in range(2):  # the tail alone, which is compiled once
+        found.append(Stitched({"r": values[0]}, {"r": 1.0}, compile=True)(latent, batch)[:, 0])
+        after.append(ways(values[0]))
+    assert torch.equal(found[0], plain) and torch.equal(found[1], plain) and after[0] == after[1]
+    tail = len(blocks_within(values[0].tail))
+    assert not any(before) and not any(after[0][:-tail]) and all(after[0][-tail:])

@@ -250,9 +250,14 @@ def test_all_faults_at_once(tmp_path, sd3_dir, clip_dir):
             "needs the value's gradient",
         ),
         (dict(oracle={"_target_": "rlstitch.oracles.Stitched", "weights": {"r": 1.0}}), "not under 'values'"),
+        (
+            dict(oracle={"_target_": "rlstitch.oracles.Stitched", "weights": {"r": 1.0}, "compile": True}),
+            "'oracle.compile': this machine lacks g.., or leave it out",
+        ),
     ],
 )
-def test_method_and_oracle_must_fit(tmp_path, sd3_dir, clip_dir, change, message):
+def test_method_and_oracle_must_fit(tmp_path, sd3_dir, clip_dir, change, message, monkeypatch):
+    monkeypatch.setattr("rlstitch.compiled.lacking", lambda: "g++")
     with pytest.raises(UserError, match=message):
         steer.checked(given(tmp_path, sd3_dir, clip_dir, **change), "tiny")
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlstitch import schedule
 from rlstitch.backbones.sd3 import SD3Backbone
@@ -276,6 +277,47 @@ def test_a_value_by_hand(backbone, reward):
         torch.testing.assert_close(model.value(Latent(z, sigma), batch), reward.score_embedding(embedding, batch))
     late, _, result = stitched(backbone, reward, j=2)
     assert torch.equal(late.tail.cls, result.cls[2].float()) and late.tail.cls.any()
+
+
+class Casts(TorchDispatchMode):
+    """Counts what is cast to another dtype: of the weights of a module, and all in all."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.weights = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+        self.of_weights = self.all = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        found = function(*arguments, **(options or {}))
+        if function is torch.ops.aten._to_copy.default and found.dtype != arguments[0].dtype:
+            self.all += 1
+            self.of_weights += arguments[0].untyped_storage().data_ptr() in self.weights
+        return found
+
+
+def test_a_query_casts_no_weight_and_outside_autocast_nothing_more_than_inside(sd3_dir, clip_dir, tmp_path):
+    backbone, reward = SD3Backbone(str(sd3_dir), max_sequence_length=0, dtype="bfloat16"), ClipReward(str(clip_dir), dtype="bfloat16")
+    stitched(SD3Backbone(str(sd3_dir), max_sequence_length=0), ClipReward(str(clip_dir)))[0].save_pretrained(tmp_path, half=False)
+    model = StitchedValueModel.from_pretrained(tmp_path, backbone=backbone, reward=reward)
+    z, sigma, batch = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0.3, 0.8]), batch_of(["a", "b"])
+
+    def asked(autocast, gradient):
+        """(casts of weights, all casts, values, slopes)."""
+        leaf = z.clone().requires_grad_(gradient)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), Casts(model) as casts:
+            value = model.value(Latent(leaf, sigma), batch)
+            slope = torch.autograd.grad(value.sum(), leaf)[0] if gradient else torch.zeros_like(z)
+        return casts.of_weights, casts.all, value.detach(), slope
+
+    asked(False, False)  # the prompts' embeddings are kept from here on
+    for gradient in (False, True):
+        outside, inside = asked(False, gradient), asked(True, gradient)
+        assert outside[0] == inside[0] == 0 and 0 < outside[1] <= inside[1]
+        assert inside[2].dtype == outside[2].dtype == torch.float32
+        torch.testing.assert_close(outside[2], inside[2], atol=0.02, rtol=0)
+        assert F.cosine_similarity(outside[3].flatten(), inside[3].flatten(), 0) > 0.98 or not gradient
+    model.thaw()  # what trains is float32, and cast where bf16 computes
+    assert asked(True, False)[0] > 20
 
 
 def test_a_value_is_loaded_in_its_rewards_precision_and_distilled_in_float32(sd3_dir, clip_dir, tmp_path):

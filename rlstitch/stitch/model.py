@@ -103,8 +103,9 @@ class StitchedValueModel(nn.Module):
         for name, value in null.fields.items():
             self.register_buffer(f"null_{name}", value.clone(), persistent=False)
         self.reward, self.normalise, self.norm, self.sigma_range, self.card = reward, normalise, norm, sigma_range, card
+        self.compiled = False
         if getattr(prefix, "compiled", False):  # as the denoiser that it is of
-            compile_blocks(blocks_within(tail))
+            self.compile_tail()
 
     @classmethod
     def from_search(
@@ -287,6 +288,12 @@ class StitchedValueModel(nn.Module):
         for part in (self.stitch, self.tail):
             part.to(self.reward.dtype)
         return self.requires_grad_(False).eval()
+
+    def compile_tail(self) -> None:
+        """Have torch.compile make the tail's blocks faster, each by itself; once is enough."""
+        if not self.compiled:
+            compile_blocks(blocks_within(self.tail))
+        self.compiled = True
 
     def thaw(self) -> StitchedValueModel:
         """As it is distilled: stitch and tail train, in float32."""
