@@ -99,12 +99,13 @@ def stitching(config: Any) -> str:
     d, where = config.distill, {"best": "where it fits best", "cheapest": f"as early as fits within {config.margin:g} of the best"}
     cut = where.get(config.blocks, f"after block {config.blocks}") if config.kind == "stitch" else f"as a baseline ({config.kind})"
     goals = [
-        f"stitches {part(config.reward)} onto {part(config.model)}, {cut}, sigma {config.sigma_low:g} to {config.sigma_high:g}",
+        f"stitches {', '.join(map(part, config.nodes.values()))} onto {part(config.model)}, {cut}, sigma {config.sigma_low:g} to {config.sigma_high:g}",
         f"pictures: {part(config.images)}" + (f" and {config.generate.count} of the model's own" if config.generate.count else ""),
         f"search on {config.search_images} of them, then {d.steps} steps of distillation on {d.batch_size} at a time; measured on {part(config.held_out)}",
-        f"saved to {Path(config.out) / config.name}",
+        f"on {world_size()} ranks, each with {d.batch_size // world_size()} of them" * (world_size() > 1),
+        f"saved to {', '.join(str(Path(config.out) / config.name / name) for name in config.nodes)}",
     ]
-    return whole(goals, config, [])
+    return whole(list(filter(None, goals)), config, [])
 
 
 def surrogate(config: Any) -> str:
