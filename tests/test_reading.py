@@ -62,7 +62,7 @@ def test_every_mapping_from_names_is_replaced_and_every_group_merges(tmp_path):
 
 
 TRAINED = {  # what every shipped training recipe trains on
-    **dict.fromkeys(["draft", "draft_stitch", "draft_stitch_flux", "align_prop", "refl", "nft", "nft_stitch", "dpo_online", "dpo_online_stitch"], "clip x1 + hps x1"),
+    **dict.fromkeys(["draft", "draft_stitch", "draft_stitch_flux", "align_prop", "refl", "nft", "nft_stitch", "nft_released", "nft_released_stitch", "dpo_online", "dpo_online_stitch"], "clip x1 + hps x1"),
     **dict.fromkeys(["flow_grpo", "flow_grpo_fast", "flow_grpo_fast_stitch"], "clip x1 + hps x1"),
     **dict.fromkeys(["marble", "marble_stitch"], "clip x1 + hps x1 + aesthetic x1"),
     **dict.fromkeys(["soar", "sft", "dpo"], "3000 pictures"),
