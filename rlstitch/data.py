@@ -6,6 +6,7 @@ import hashlib
 import random
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -115,13 +116,25 @@ def _as_said(said: str, made: Any, pictures: Any, prompts: Any, kind: str) -> tu
     return pictures, prompts
 
 
-def encode(backbone: Any, prompts: PromptSet, *, truncate: bool = False, engine: Any = None, allow: str = "data.truncate") -> PromptSet:
-    """Encode a prompt set and its pictures once. Prompts that the encoders would cut are refused by name unless `truncate`, the recipe's key `allow`, allows it.
+def encode(backbone: Any, *sets: PromptSet, truncate: bool = False, engine: Any = None, allow: str = "data.truncate") -> list[PromptSet]:
+    """Encode prompt sets and their pictures once, the text of all of them by one loading of the encoders. Prompts that these would cut are refused by name unless
+    `truncate`, the recipe's key `allow`, allows it.
 
-    The ranks of `engine` share the pictures and, with a cache on disk, the text; the set then holds nothing but the prompts. How either is cut does not depend on them.
+    The ranks of `engine` share the pictures and, with a cache on disk, the text; a set then holds nothing but the prompts. How either is cut does not depend on them.
     """
-    if not truncate and (cut := backbone.too_long(prompts.prompts)):
-        raise UserError(message(cut, len(prompts), allow))
+    for prompts in () if truncate else sets:
+        if cut := backbone.too_long(prompts.prompts):
+            raise UserError(message(cut, len(prompts), allow))
+    with getattr(backbone, "texts_together", nullcontext)():
+        for prompts in sets:
+            _encode_text(backbone, prompts, engine)
+    for prompts in sets:
+        if prompts.pictures is not None:
+            prompts.clean, prompts.pictures = encode_pictures(backbone, prompts.pictures, engine=engine), None
+    return list(sets)
+
+
+def _encode_text(backbone: Any, prompts: PromptSet, engine: Any) -> None:
     if getattr(backbone, "cache", None) is None:
         prompts.text = backbone.encode_prompts(prompts.prompts)
     else:
@@ -132,9 +145,6 @@ def encode(backbone: Any, prompts: PromptSet, *, truncate: bool = False, engine:
         if engine is not None:
             engine.barrier()
         prompts.lookup = backbone.encode_prompts
-    if prompts.pictures is not None:
-        prompts.clean, prompts.pictures = encode_pictures(backbone, prompts.pictures, engine=engine), None
-    return prompts
 
 
 @torch.no_grad()

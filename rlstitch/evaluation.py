@@ -165,7 +165,7 @@ class Job:
         count = min(config.max_prompts or len(prompts), len(prompts))
         rows = [i for i in range(count) for _ in range(config.images_per_prompt)]
         asked = PromptSet([prompts.prompts[i] for i in rows], [prompts.rows[i] for i in rows])
-        self.prompts = parts.encoded(asked, truncate=config.truncate, allow="truncate")
+        [self.prompts] = parts.encoded(asked, truncate=config.truncate, allow="truncate")
         self.shift = scheduler.resolve("sampler.shift", config.sampler.shift, self.backbone)
 
     def settings(self) -> dict[str, Any]:

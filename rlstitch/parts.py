@@ -82,9 +82,10 @@ class Parts:
     def oracle(self, node: Mapping[str, Any]) -> Oracle:
         return build_part(node, kind="oracle", backbone=self.backbone, rewards=self.rewards, values=self.values)
 
-    def encoded(self, prompts: PromptSet, *, truncate: bool = False, allow: str = "data.truncate") -> PromptSet:
-        """Prompts (and their pictures) as the denoiser takes them, see `data.encode`."""
-        return encode(self.backbone, prompts, truncate=truncate, engine=self.engine, allow=allow)
+    def encoded(self, *sets: PromptSet, truncate: bool = False, allow: str = "data.truncate") -> list[PromptSet]:
+        """Prompts (and their pictures) as the denoiser takes them, see `data.encode`; before the value models, which ask for the empty one's text, by one loading of
+        the encoders for all."""
+        return encode(self.backbone, *sets, truncate=truncate, engine=self.engine, allow=allow)
 
 
 def _agree(engine: Engine, ids: list[str]) -> None:

@@ -202,15 +202,15 @@ class Job:
         prompts = read_prompts(config.prompts, config.column)
         say(*lengths.unread({name: config.rewards[name] for name in names}, prompts.prompts[: config.max_prompts or None]))
         parts.probe(names, prompts.two())
+        count = min(config.max_prompts or len(prompts), len(prompts))
+        rows = [i for i in range(count) for _ in range(config.images_per_prompt)]
+        asked = PromptSet([prompts.prompts[i] for i in rows], [prompts.rows[i] for i in rows])
+        [self.prompts] = parts.encoded(asked, truncate=config.truncate, allow="truncate")
         parts.load_values(config.oracle, config.values)
         if config.lora:
             self.backbone.load_lora(config.lora)  # after the values, whose prefixes are the base's
         self.oracle = parts.oracle(config.oracle)
         self.terminal = Terminal(self.backbone, self.rewards, config.oracle["weights"])
-        count = min(config.max_prompts or len(prompts), len(prompts))
-        rows = [i for i in range(count) for _ in range(config.images_per_prompt)]
-        asked = PromptSet([prompts.prompts[i] for i in rows], [prompts.rows[i] for i in rows])
-        self.prompts = parts.encoded(asked, truncate=config.truncate, allow="truncate")
         shift = scheduler.resolve("sampler.shift", config.sampler.shift, self.backbone)
         self.grid = schedule.sigmas(config.sampler.num_steps, shift, config.sampler.spacing)
 

@@ -69,11 +69,10 @@ class Trainer:
         ]
         for names, rows in asked:
             built.probe(names, rows.two())
+        *_, self.held_out = built.encoded(*prompts.values(), held_out, truncate=config.data.truncate)
         for part in parts:
             built.load_values(part.oracle, config.values, share=config.distributed.zero_stage < 3)
         self.clock.stitching = sum(model.card.get("device_hours", 0.0) for model in self.values.values())
-        cut = config.data.truncate
-        *_, self.held_out = (built.encoded(rows, truncate=cut) for rows in (*prompts.values(), held_out))
         lora = config.lora
         targets = self.backbone.targets(lora.targets) if lora.targets else self.backbone.lora_targets
         self.policy = Policy(

@@ -28,7 +28,7 @@ def test_scores_are_those_of_the_pictures_and_the_same_on_two_ranks(tmp_path):
     job = evaluation.Job(config)
     told = job.run()
     row = job.prompts.rows[2]
-    prompts = encode(job.backbone, PromptSet([row["prompt"]], [row]))
+    prompts = encode(job.backbone, PromptSet([row["prompt"]], [row]))[0]
     z = noise_like(job.backbone.latent_shape, torch.tensor([3 + 1234 * 1_000_003]))  # the second picture of the second prompt
     with torch.no_grad():
         batch = prompts.batch([0], torch.zeros(1))

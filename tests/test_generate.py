@@ -27,7 +27,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def prompts_of(backbone):
-    return encode(backbone, PromptSet(PROMPTS, [{"prompt": p} for p in PROMPTS]))
+    return encode(backbone, PromptSet(PROMPTS, [{"prompt": p} for p in PROMPTS]))[0]
 
 
 def test_every_row_is_its_own_prompt_guidance_and_seed(backbone, cache):

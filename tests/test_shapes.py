@@ -220,7 +220,7 @@ def test_the_flux_miniature_draws_what_it_is_told_and_more_so_under_guidance():
     found = []
     for told in (1.0, 5.0):
         backbone = Diffusers("shapes:shapes-flux", image_size=64, max_sequence_length=24, embedded_guidance=told)
-        prompts = encode(backbone, PromptSet([r["prompt"] for r in rows], rows))
+        prompts = encode(backbone, PromptSet([r["prompt"] for r in rows], rows))[0]
         batch = prompts.batch(list(range(16)), torch.arange(16))
         grid = schedule.sigmas(8, scheduler.resolve("shift", "auto", backbone), "plain")
         with torch.no_grad():

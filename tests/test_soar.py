@@ -17,7 +17,7 @@ from tests.test_train import refusal, rows, start, weights, world  # noqa: F401 
 @pytest.fixture
 def batch(backbone):
     shown, prompts = pictures.tiny(3)
-    return encode(backbone, PromptSet(prompts, [{}] * 3, pictures=shown)).batch([0, 1, 2], torch.tensor([5, 6, 7]))
+    return encode(backbone, PromptSet(prompts, [{}] * 3, pictures=shown))[0].batch([0, 1, 2], torch.tensor([5, 6, 7]))
 
 
 def soar(backbone, **options):
@@ -41,7 +41,7 @@ def test_the_training_table_is_shifted_once():
 
 def test_pictures_are_encoded_once_and_follow_their_prompts(backbone):
     shown, prompts = pictures.tiny_pairs(5)
-    known = encode(backbone, PromptSet(prompts, [{}] * 5, pictures=shown))
+    known = encode(backbone, PromptSet(prompts, [{}] * 5, pictures=shown))[0]
     assert known.pictures is None and known.clean.shape == (5, 2, *backbone.latent_shape)
     batch = known.batch([3, 1], torch.tensor([0, 1]))
     torch.testing.assert_close(batch.clean[0, 1], backbone.encode(shown[3, 1:].float() / 255)[0])

@@ -9,8 +9,11 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
+from rlstitch import config as cfg
 from rlstitch.backbones import Diffusers, texts
+from rlstitch.checks import checked
 from rlstitch.part_checks import model_faults
+from rlstitch.trainer import Trainer
 from rlstitch.types import UserError
 from tests.conftest import write_sd3
 from tests.pipelines import WRITERS
@@ -64,6 +67,27 @@ def test_encoders_are_loaded_once_for_prompts_and_guidances_other_branch(t5_dir,
         loads.clear()
         alone = Diffusers(str(t5_dir), max_sequence_length=4).encode_prompts([""])
         assert torch.equal(null.tokens, alone.tokens)
+
+
+def test_a_first_guided_start_loads_them_once(tmp_path, monkeypatch):
+    """For the prompts, those of the evaluation, and the empty one, which value models and guidance ask for; with a cache and without."""
+    loads, load = [], texts.Texts.pipeline
+    monkeypatch.setattr(texts.Texts, "pipeline", lambda self: loads.append(1) or load(self))
+    for name, rows in (("train", PROMPTS), ("held", ["three rings", *PROMPTS])):
+        (tmp_path / f"{name}.txt").write_text("\n".join(rows))
+    given = cfg.merge(
+        cfg.compose("draft_stitch"),
+        {
+            "out": str(tmp_path / "run"), "updates": 1, "batch": {"prompts_per_update": 2}, "sampler": {"guidance": 4.5}, "logging": {"wandb": "off"},
+            "data": {"prompts": str(tmp_path / "train.txt")}, "evaluation": {"prompts": str(tmp_path / "held.txt"), "rewards": ["clip"]},
+        },
+    )  # fmt: skip
+    for cache in (None, str(tmp_path / "cache")):
+        loads.clear()
+        trainer = Trainer(checked(cfg.merge(given, {"model": {"cache": cache}}), "draft_stitch"))
+        rollout = trainer.algorithm.rollout(next(iter(trainer.stages[0].stream.batches(0, 0))), 6)
+        assert trainer.algorithm.score(rollout).isfinite().all() and len(trainer.held_out.batch([0], torch.tensor([1])).text) == 1
+        assert len(loads) == 1
 
 
 @pytest.mark.parametrize("trains", [False, True])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -250,6 +251,10 @@ class Diffusers:
 
     def remember(self, prompts: list[str]) -> None:
         self.texts.remember(prompts)
+
+    def texts_together(self) -> AbstractContextManager[None]:
+        """Within it the text encoders are loaded once at most."""
+        return self.texts.together()
 
     def text_fingerprint(self) -> str:
         return self.texts.fingerprint()

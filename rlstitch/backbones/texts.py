@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -47,6 +47,8 @@ class Texts:
         self.dtype, self.variant, self.device, self.length, self.without, self.cache = dtype, variant, device, length, without, cache
         self._folder: Path | None = None
         self._null: dict[str, Tensor] | None = None  # text of the prompt of guidance's other branch, once it is known
+        self._stay: ExitStack | None = None  # until when encoders that are loaded now stay
+        self._pipeline: Any = None
 
     def fingerprint(self) -> str:
         """Of everything that a prompt's text depends on, and of nothing that lies beside that."""
@@ -66,6 +68,18 @@ class Texts:
         tokens = max(1, length + window * self.arch.WINDOW), config.get("joint_attention_dim") or config.get("cap_feat_dim")
         shapes = {"tokens": tokens, "pooled": (config.get("pooled_projection_dim"),)}
         return Conditioning(**{name: torch.empty(1, *shapes[name], device=self.device, dtype=self.dtype) for name in self.arch.TEXT})
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is encoded within it, by however many calls, is encoded by one loading of the encoders, at the first prompt that no cache has; then they leave."""
+        if self._stay is not None:
+            yield
+            return
+        with ExitStack() as self._stay:
+            try:
+                yield
+            finally:
+                self._stay = self._pipeline = None
 
     def encode(self, prompts: Sequence[str], *, batch_size: int = 64) -> Conditioning:
         """Text of N prompts, from the cache where it is there. The encoders are loaded once for all that are missing and freed again; guidance's other branch, which
@@ -100,19 +114,21 @@ class Texts:
         null, prompts = self.arch.NEGATIVE, [p for p in files if p != self.arch.NEGATIVE]
         parts = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)] + [[null]] * (null in files)
         bar = progress(len(files), "encoding prompts", "prompt", shown=len(files) > 8 * batch_size)
-        with aside(self.transformer):
-            pipeline = self.pipeline()
+        with self.together():
+            if self._pipeline is None:
+                self._stay.enter_context(aside(self.transformer))
+                self._pipeline = self.pipeline()
             for part in parts:
                 # text is the same whatever it is asked in the midst of
                 with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-                    rows = self.arch.text(pipeline, part, self.length, self.device)
+                    rows = self.arch.text(self._pipeline, part, self.length, self.device)
                 for prompt, row in zip(part, rows):
                     row = {name: value.cpu() for name, value in row.items()}
                     if files[prompt] is not None:
                         keep(files[prompt], row)
                     yield prompt, row
                 bar.update(len(part))
-            del pipeline, rows
+            del rows
         bar.close()
 
     def pipeline(self) -> Any:
@@ -136,7 +152,10 @@ class Texts:
 def aside(model: Any) -> Iterator[None]:
     """A frozen model on the CPU while others need its place on an accelerator. One that trains stays: its optimiser holds parts of it."""
     home = model.device
-    if home.type == "cpu" or any(p.requires_grad for p in model.parameters()):
+    if home.type == "cpu":  # where the encoders need no place; they hold no circle of references, and go with their last one
+        yield
+        return
+    if any(p.requires_grad for p in model.parameters()):
         yield
         gc.collect()
         return

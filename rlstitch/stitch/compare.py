@@ -129,7 +129,8 @@ class Comparison:
         prompts = read_prompts(c.prompts, c.column)
         step = max(1, len(prompts) // c.count)  # spread over the file, whose classes stand together
         index = list(range(0, len(prompts), step))[: c.count]
-        self.prompts = self.parts.encoded(prompts, allow="").batch(index, torch.tensor(index))
+        [known] = self.parts.encoded(prompts, allow="")
+        self.prompts = known.batch(index, torch.tensor(index))
         self.parts.probe(self.rewards, self.prompts[:1].interleave(2))
 
     def _latents(self, images: Tensor) -> Tensor:

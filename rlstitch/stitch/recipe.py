@@ -234,7 +234,7 @@ def assemble(
 
 
 def encoded(parts: Parts, prompts: PromptSet, recipe: StitchRecipe) -> PromptSet:
-    return parts.encoded(prompts, truncate=recipe.generate.truncate, allow="generate.truncate")
+    return parts.encoded(prompts, truncate=recipe.generate.truncate, allow="generate.truncate")[0]
 
 
 def texts(recipe: StitchRecipe, parts: Parts, prompts: list[str]) -> TextOf | None:

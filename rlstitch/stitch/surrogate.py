@@ -171,10 +171,8 @@ def run(config: SurrogateConfig) -> dict[str, Any]:
     name, node = next(iter(config.rewards.items()))
     parts = Parts.of(config.model, {name: node, START: config.start})
     backbone, black_box, start, device = parts.backbone, parts.rewards[name], parts.rewards[START], parts.device
-    seen, held_out = (
-        parts.encoded(read_prompts(path, column), truncate=config.generate.truncate, allow="generate.truncate")
-        for path, column in ((config.generate.prompts, config.generate.column), (config.held_out, ""))
-    )
+    sets = [read_prompts(path, column) for path, column in ((config.generate.prompts, config.generate.column), (config.held_out, ""))]
+    seen, held_out = parts.encoded(*sets, truncate=config.generate.truncate, allow="generate.truncate")
     for rows in (seen, held_out):
         parts.probe([name], rows.two())
     latents, rows, seconds = generate(backbone, seen, config.generate, "pictures")
