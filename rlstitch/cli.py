@@ -84,7 +84,8 @@ def run_and_overrides(arguments: list[str]) -> tuple[Path, dict[str, Any], str]:
 def keep_freed_memory() -> None:
     """Have glibc keep what large tensors free: a CPU run otherwise asks the system for zeroed pages at every operation.
 
-    Of a small denoiser's forward and backward that is a tenth in float32 and a thirtieth in bf16 where pages are dear, and next to nothing where they are not.
+    Forward and backward of the miniature on 32 pictures then meet no page fault where they met 8,000 to 19,000, which took 2 to 7 % of their CPU time on a virtual
+    machine, and 0 to 2 % of an update's elsewhere.
     """
     libc = ctypes.util.find_library("c")
     if sys.platform != "linux" or not libc or not hasattr(library := ctypes.CDLL(libc), "mallopt"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers.models import attention_dispatch as kernels
 
-from rlstitch.backbones import Diffusers, execution
+from rlstitch.backbones import Diffusers, attention, execution
 from rlstitch.compiled import blocks_within
 from rlstitch.part_checks import model_faults
 from rlstitch.policy import Policy
@@ -175,3 +175,21 @@ def test_a_compiled_values_tail_computes_the_same(tmp_path, monkeypatch):
     assert torch.equal(found[0], plain) and torch.equal(found[1], plain) and after[0] == after[1]
     tail = len(blocks_within(values[0].tail))
     assert not any(before) and not any(after[0][:-tail]) and all(after[0][-tail:])
+
+
+@pytest.mark.parametrize("native, length, fused", [(True, 40, False), (True, 600, True), (False, 40, True)])
+def test_a_cpu_takes_the_fused_kernel_but_for_short_rows_in_bf16_of_its_own(native, length, fused, monkeypatch, generator):
+    """In float32 always; either way it is softmax(q k' / sqrt(d)) v, with its gradient."""
+    ran, kernel = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(attention, "NATIVE", native)
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", lambda *a: ran.append(1) or kernel(*a))
+    q, k, v = (torch.randn(1, 2, length, 8, generator=generator).requires_grad_() for _ in range(3))
+    exact = ((q.double() @ k.double().mT) / 8**0.5).softmax(-1) @ v.double()
+    wanted = [exact, *torch.autograd.grad(exact.square().mean(), (q, k, v))]
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
+        ran.clear()
+        out = attention.attention(*(x.to(dtype) for x in (q, k, v)))
+        assert bool(ran) is (fused or dtype == torch.float32) and out.dtype == dtype
+        found = [out, *torch.autograd.grad(out.float().square().mean(), (q, k, v))]
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert (ours - theirs).norm() <= tolerance * theirs.norm()

@@ -163,6 +163,10 @@ class FlowGRPO:
         velocity = self.backbone.bind(rollout.batch.text, self.guidance)
         for t in rollout.transitions:
             sigma = torch.full((len(t.z),), t.sigma, device=t.z.device)
+            reference = None
+            if self.kl:  # before the policy's forward, whose graph would lie beside this one's working memory
+                with torch.no_grad(), self.policy.use(REFERENCE):
+                    reference, _ = self.step(t.z, velocity(t.z, sigma), t.sigma, t.sigma_next)
             mean, std = self.step(t.z, velocity(t.z, sigma), t.sigma, t.sigma_next)
             log_prob, old = self.log_prob(t.z_next, mean, std), t.log_prob
             guard = None
@@ -172,9 +176,7 @@ class FlowGRPO:
             policy, ratio = losses.clipped_surrogate(log_prob, old, a, self.clip_range, guard=guard)
             loss = policy.mean()
             metrics = {"policy_loss": loss.detach(), "ratio": ratio.detach().mean()}
-            if self.kl:
-                with torch.no_grad(), self.policy.use(REFERENCE):
-                    reference, _ = self.step(t.z, velocity(t.z, sigma), t.sigma, t.sigma_next)
+            if reference is not None:
                 length = 1.0 if self.sde_type == "cps" else t.sigma - t.sigma_next  # sde's sqrt(h) is left out of the released KL
                 apart = (mean - reference).square().flatten(1).mean(1) / (2 * std**2 / length)
                 kl = torch.where(known.to(apart.device), apart, 0.0).mean()

@@ -121,7 +121,7 @@ class ClipReward:
         if not bare:
             checkpoints.check(found)
         self.tokenizer = None if bare or (head is not None and not found.file) else checkpoints.tokenizer(found)  # a head reads no prompt
-        # On a CPU the fused kernel's backward is several times slower than plain attention at these lengths.
+        # On a CPU in bf16 the fused kernel's backward is the slower one; in float32 both are alike backward, and forward it takes .8 of the time.
         kernel = "eager" if self.device.type == "cpu" else "sdpa"
         model = (checkpoints.empty if bare else partial(checkpoints.load, tokens=self.tokenizer))(found, attn_implementation=kernel)
         temperature, bias = (1.0, 0.0) if bare else logit(model)  # before the cast: in bf16 100 would become 99

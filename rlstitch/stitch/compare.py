@@ -143,7 +143,7 @@ class Comparison:
 
     def _text(self, prompts: list[str]) -> Conditioning:
         """Text of all prompts, cut where they are too long."""
-        encoded = self.parts.encoded(PromptSet(prompts, [{}] * len(prompts)), truncate=True)
+        [encoded] = self.parts.encoded(PromptSet(prompts, [{}] * len(prompts)), truncate=True)
         return encoded.batch(list(range(len(prompts))), torch.arange(len(prompts))).text
 
     def _tell_cut(self, where: str, prompts: list[str]) -> None:
