@@ -11,7 +11,7 @@ from benchmarks.common import arguments, save
 from rlstitch.backbones import Diffusers
 from rlstitch.rewards.clip import ClipReward
 from rlstitch.shapes.images import scenes
-from rlstitch.stitch.search import features, search
+from rlstitch.stitch.search import drawn, features, search
 
 
 def main() -> None:
@@ -22,7 +22,7 @@ def main() -> None:
     result = search(backbone, reward, images, batch_size=25, seed=3)
     ours = time.perf_counter() - started
     generator, worst, naive = torch.Generator().manual_seed(3), 0.0, 0.0
-    parts = [features(backbone, reward, images[s : s + 25], 4, generator) for s in range(0, len(images), 25)]
+    parts = [features(backbone, reward, part, 4, *drawn(backbone, len(part), generator)) for part in images.split(25)]
     for pair in result.table:
         started = time.perf_counter()
         f, g = torch.cat([p[0][pair.i - 1] for p in parts]), torch.cat([p[1][pair.j - 1] for p in parts])

@@ -25,7 +25,7 @@ from rlstitch.rewards.clip import ClipReward, VisionTail
 from rlstitch.rewards.preprocessing import Preprocessing
 from rlstitch.stitch.distill import DistillConfig, distillation_loss
 from rlstitch.stitch.model import StitchedValueModel
-from rlstitch.stitch.search import features
+from rlstitch.stitch.search import drawn, features
 from rlstitch.types import Conditioning
 
 KL = SIZES["sd35_medium"]["vae"]
@@ -135,7 +135,7 @@ def cost(model: str, pixels: int) -> dict[str, Any]:
     for name, vision in REWARDS.items():
         with torch.device("meta"):
             reward = reward_of(vision)
-        once = count(lambda: features(backbone, reward, image, LAST, torch.Generator("cpu")))
+        once = count(lambda: features(backbone, reward, image, LAST, *drawn(backbone, 1, torch.Generator())))
         with torch.no_grad():
             target = count(lambda: reward.encode(image))
         fits = least_squares(backbone.width, reward, n)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import common, paper_tables, real_size, steering, step_floor, stitch_cost
+from benchmarks import common, paper_tables, real_size, search_speed, steering, step_floor, stitch_cost
 
 
 @pytest.mark.parametrize("pixels, wanted", [(512, (2.44, 0.46, 2.51, 1.01)), (1024, (11.25, 2.21, 10.47, 1.01))])
@@ -31,6 +31,14 @@ def test_the_cost_of_stitching_is_that_of_its_parts(monkeypatch):
     assert row["first"]["tail"] == pytest.approx(3 * layers * block, rel=0.1)
     assert row["fits_tflop_float64"] == pytest.approx(3 * (2 * 200 * 256 * 16 * (16 + 64) + 16**3 / 3 + 4 * 16**2 * 64) / 1e12)
     assert row["first"]["finetune_hours"] == pytest.approx(row["first"]["finetune_tflop"] / 395.6 / 3600)
+
+
+def test_the_search_is_the_naive_least_squares_of_every_pair(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["search_speed", "images=50"])
+    monkeypatch.setattr(search_speed, "save", lambda name, found: told.update(found))
+    told = {}
+    search_speed.main()
+    assert told["images"] == 50 and told["pairs"] == len(told["table"]) and told["largest_difference_of_losses"] < 1e-8
 
 
 def test_real_size_runs_on_a_tiny_configuration():

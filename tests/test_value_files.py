@@ -16,7 +16,7 @@ from rlstitch.part_checks import value_cards
 from rlstitch.rewards.clip import ClipReward
 from rlstitch.stitch.baselines import noisy_clip
 from rlstitch.stitch.model import OtherDenoiser, StitchedValueModel, misused, read_card, values
-from rlstitch.stitch.search import features
+from rlstitch.stitch.search import drawn, features
 from rlstitch.types import Latent, UserError
 from tests.conftest import write_clip, write_sd3
 from tests.test_stitch import IMAGES, batch_of, stitched
@@ -156,7 +156,7 @@ def test_a_value_under_the_prompts_own_text(backbone, reward, tmp_path):
         value_cards(asked, faults := [])
         assert len(faults) == count and all("at max_sequence_length 5, and the model encodes them at 7" in f for f in faults), faults
     told = [
-        features(backbone, reward, IMAGES[:2], 1, torch.Generator().manual_seed(0), text)[0][1]
+        features(backbone, reward, IMAGES[:2], 1, *drawn(backbone, 2, torch.Generator().manual_seed(0)), text)[0][1]
         for text in (None, backbone.null.expand(2), batch.text)
     ]
     assert torch.equal(told[0], told[1]) and not torch.allclose(told[0], told[2])

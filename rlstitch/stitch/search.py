@@ -52,6 +52,11 @@ class SearchResult:
         return [{"i": p.i, "j": p.j, "loss": p.loss, "normalised": p.normalised} for p in self.table]
 
 
+def drawn(backbone: Any, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """What a batch of the search is looked at with: sigma [count] ~ U[0, 1] and noise [count, *latent_shape]."""
+    return torch.rand(count, generator=generator), torch.randn(count, *backbone.latent_shape, generator=generator)
+
+
 @torch.no_grad()
 def features(
     backbone: Any, reward: Any, images: Tensor, max_reward_block: int, sigma: Tensor, noise: Tensor, text: Conditioning | None = None
@@ -125,7 +130,7 @@ def search(
     offsets: list[Tensor] = []
     for start in range(0, len(images), batch_size):
         part = images[start : start + batch_size]
-        sigma, noise = torch.rand(len(part), generator=generator), torch.randn(len(part), *backbone.latent_shape, generator=generator)
+        sigma, noise = drawn(backbone, len(part), generator)
         own = start // batch_size % world == rank
         if start and not own:
             continue
