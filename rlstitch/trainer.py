@@ -102,6 +102,7 @@ class Trainer:
             config.algorithm, kind="algorithm", backbone=self.backbone, policy=self.policy, oracle=self.stages[0].oracle, grid=self.grid,
             guidance=config.sampler.guidance, shift=shift, images_per_prompt=config.batch.images_per_prompt,
         )  # fmt: skip
+        self.algorithm.state()  # of a wrong kind it is told now, not at the first checkpoint
         refresh, told = config.refresh, {"guidance": config.sampler.guidance, "prompts": list(prompts.values())}
         self.refresher = Refresher(refresh, self.values, self.backbone, self.rewards, self.engine, **told) if refresh.fraction else None
         blind = [s.oracle for s in self.stages if s.oracle and not getattr(s.oracle, "differentiable", False)]

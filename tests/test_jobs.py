@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from rlstitch import cli, metrics
+from rlstitch.algorithms.draft import Draft
+from rlstitch.asking import PartError
 from rlstitch.checks import checked
 from rlstitch.trainer import Trainer
 from rlstitch.types import UserError
@@ -250,3 +252,13 @@ def test_the_options_of_draft_resume_bit_for_bit(world, option):  # noqa: F811
     same(world, option, f"{option}-halves", 4)
     start = load_file(world / "runs" / f"{option}-halves" / "checkpoints" / "step-000002" / "policy.safetensors")
     assert any(not torch.equal(v, start[k]) for k, v in weights(world, option).items())
+
+
+class Listed(Draft):
+    def state(self):
+        return [torch.zeros(1)]
+
+
+def test_a_state_that_no_checkpoint_can_hold_is_told_at_the_start(world):  # noqa: F811
+    with pytest.raises(PartError, match=r"Listed\.state gave .*a dict of tensors by name"):
+        train(world, "listed", f"algorithm._target_={__name__}.Listed", "resume=never")
