@@ -33,12 +33,13 @@ def arguments(defaults: dict[str, str]) -> dict[str, str]:
 def row(name: str, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The row `key` of results/<name>.json, made where it is not there and kept at once, with its machine: seeds may be run on different days."""
     file = RESULTS / f"{name}.json"
-    held = json.loads(file.read_text()) if file.exists() else {}
-    if key not in held.get("rows", {}):
-        made = make() | {"hardware": hardware()}
-        held["rows"] = held.get("rows", {}) | {key: made}
-        write_json(file, held)
-    return held["rows"][key]
+    kept = lambda: json.loads(file.read_text()) if file.exists() else {"rows": {}}  # noqa: E731
+    if (known := kept()["rows"].get(key)) is not None:
+        return known
+    made = make() | {"hardware": hardware()}
+    held = kept()  # once more: other seeds may have been kept meanwhile
+    write_json(file, held | {"rows": held["rows"] | {key: made}})
+    return made
 
 
 def train(recipe: str, name: str, out: Path, *overrides: str) -> dict:

@@ -1,11 +1,11 @@
 """A judge behind HTTP that has no gradient: the rule-based detector (soft) plays a vision-language model. Through the client it trains NFT and Flow-GRPO-Fast; its surrogate,
 distilled and stitched, gives DRaFT the gradient that it has not (the paper's stated limit).
 
-    python -m benchmarks.judge_over_http [methods=nft,flow_grpo_fast,draft_stitch] [seeds=0,1,2] [updates=0: 40 of NFT and Flow-GRPO-Fast, DRaFT's recipe's] [steps=0: the surrogate recipe's]
+    python -m benchmarks.judge_over_http [methods=nft,flow_grpo_fast,draft_stitch] [seeds=0,1,2] [updates=0: SETTINGS', else the recipe's] [steps=0: the surrogate recipe's]
                                          [max_prompts=172] [threads=1] [port=8901] [out=runs/judge_over_http]
 
 The judge is asked whether the picture shows the prompt, and answers yes with the share of the prompt's requirements that the picture meets, in OpenAI's protocol with logprobs. The
-table: detector and preference_b on held-out prompts (EMA weights), device-hours of training, questions to the judge; of draft_stitch, both also with what its surrogate and value
+table: detector and preference_b on held-out prompts (EMA weights), device-hours of training (of a core for itself: with threads=1 a run may share it), questions to the judge; of draft_stitch, both also with what its surrogate and value
 model took, once a seed. Finished runs are kept under `out` and their rows in results/, so that the script goes on where it stopped; of a run
 that was killed and gone on with, only the questions since are counted. The table has the seeds that are there.
 """
@@ -17,6 +17,7 @@ import io
 import json
 import math
 import re
+import resource
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -36,10 +37,11 @@ from rlstitch.shapes.prompts import Prompt
 
 QUESTION = 'Does the picture show "{prompt}"? Answer yes or no.'
 NAME, JUDGES = "judge_over_http", ("detector", "preference_b")
-UPDATES = {
-    "nft": 40,
-    "flow_grpo_fast": 40,
-}  # half of their recipes' 80: NFT has raised the detector by then, and every picture is a question
+SETTINGS: dict[str, dict[str, str]] = {  # what differs from the recipes, and why
+    "nft": {"updates": "40"},  # half of its 80: NFT has raised the detector by then, and every picture is a question
+    "draft_stitch": {"algorithm.regulariser": "1.0"},  # with .1 the policy learns the surrogate's errors: detector .331 +- .052
+    "flow_grpo_fast": {"batch.images_per_prompt": "16", "optimiser.lr": "8e-4"},  # with 8 and 4e-4 the detector has not risen: .344 +- .026
+}
 
 
 class Judge:
@@ -105,22 +107,24 @@ def node(url: str) -> dict[str, Any]:
     }
 
 
+def processor_seconds() -> float:
+    """Of this process and of those that it has run and that have ended."""
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
 def counted(file: Path, judge: Judge, action) -> dict[str, Any]:
-    """What `action` gives, with the questions and seconds that it took, kept in a file beside it."""
-    calls, began = judge.calls, time.perf_counter()
+    """What `action` gives, with the questions and hours that it took, kept in a file beside it; `share` of the time it had its core, by which hours are made those of a whole core."""
+    calls, began, worked = judge.calls, time.perf_counter(), processor_seconds()
     found = action()
     if not file.exists():
-        write_json(file, {"calls": judge.calls - calls, "hours": (time.perf_counter() - began) / 3600})
+        hours, share = (time.perf_counter() - began) / 3600, (processor_seconds() - worked) / (time.perf_counter() - began)
+        write_json(file, {"calls": judge.calls - calls, "hours": hours * share, "share": share})
     return {"summary": found, **json.loads(file.read_text())}
 
 
 def one(method: str, seed: int, options: dict[str, str], judge: Judge) -> dict[str, float]:
     """Figures of one run."""
-    out, client, updates = (
-        Path(options["out"]),
-        node(f"http://127.0.0.1:{judge.server.server_port}/v1"),
-        int(options["updates"]) or UPDATES.get(method, 0),
-    )
+    out, client = Path(options["out"]), node(f"http://127.0.0.1:{judge.server.server_port}/v1")
     told = [
         f"seed={seed}",
         f"threads={options['threads']}",
@@ -128,7 +132,8 @@ def one(method: str, seed: int, options: dict[str, str], judge: Judge) -> dict[s
         "evaluation.final=[base, ema]",
         "guard.patience=0",
     ]
-    told += [f"updates={updates}"] if updates else []
+    changed = SETTINGS.get(method, {}) | ({"updates": options["updates"]} if options["updates"] != "0" else {})
+    told += [f"{key}={value}" for key, value in changed.items()]
     once = {"hours": 0.0, "calls": 0}
     if method == "draft_stitch":
         held: list[Any] = []
@@ -143,7 +148,7 @@ def one(method: str, seed: int, options: dict[str, str], judge: Judge) -> dict[s
     eval_ = run["summary"]["eval"]
     return {
         **{f"base {j}": eval_["base"][j] for j in JUDGES}, **{j: eval_["ema"][j] for j in JUDGES},
-        "hours": training_hours(run["summary"]["device_hours"]), "calls": run["calls"], "once hours": once["hours"], "once calls": once["calls"],
+        "hours": training_hours(run["summary"]["device_hours"]) * run["share"], "calls": run["calls"], "once hours": once["hours"], "once calls": once["calls"],
     }  # fmt: skip
 
 

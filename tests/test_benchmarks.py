@@ -108,6 +108,15 @@ def test_tables_are_markdown_with_a_note(tmp_path, monkeypatch):
     assert (tmp_path / "t.md").read_text() == "|  | a |\n|---|---|\n| row | 2.0 ± 1.4 |\n\nTwo seeds.\n"
 
 
+def test_rows_of_seeds_that_run_at_once_are_all_kept(tmp_path, monkeypatch):
+    """The second is kept while the first is made, and what is there is not made again."""
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    made = common.row("t", "seed 0", lambda: {"a": common.row("t", "seed 1", lambda: {"a": 1})["a"] + 1})
+    held = json.loads((tmp_path / "t.json").read_text())["rows"]
+    assert set(held) == {"seed 0", "seed 1"} and held["seed 0"] == made and made["a"] == 2
+    assert common.row("t", "seed 1", lambda: pytest.fail("made again")) == held["seed 1"]
+
+
 def test_steering_jobs_scale_the_schedule_and_are_kept(tmp_path, monkeypatch):
     """A quarter of the 40 steps of FK: resampling at 6 and 8 for 24 and 32. The second time a result comes from disk."""
     options = {"reward": "clip", "prompts": "1", "out": str(tmp_path), "steps": "10", "threads": "0", "seeds": "0"}
