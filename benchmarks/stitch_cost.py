@@ -19,7 +19,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from benchmarks import hunyuan_image
 from benchmarks.common import arguments, save, table
-from benchmarks.real_size import SIZES, build_vae, count
+from benchmarks.real_parts import SIZES, build_vae, count
 from rlstitch.backbones import Diffusers, cut, flux, qwen, sd3
 from rlstitch.rewards.clip import ClipReward, VisionTail
 from rlstitch.rewards.preprocessing import Preprocessing

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -179,22 +179,33 @@ def peak_memory_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def interleaved(cases: dict[Any, Callable[[], Any]], repeats: int) -> dict[Any, float]:
-    """Median seconds of each case, the cases taken in turn so that a busy moment hits them alike; one warm-up round."""
+def interleaved(
+    cases: dict[Any, Callable[[], Any]],
+    repeats: int,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+    warm: bool = True,
+    most: float = math.inf,
+) -> dict[Any, float]:
+    """Median seconds of each case, the cases taken in turn so that a busy moment hits them alike; one warm-up round where it is wanted, and no further round once
+    `most` seconds have gone. clock: by default the wall's; a process' own time says more of one thread on a shared core."""
     seconds: dict[Any, list[float]] = {name: [] for name in cases}
-    for round_ in range(repeats + 1):
+    began = time.perf_counter()
+    for round_ in range(repeats + warm):
         for name, case in cases.items():
-            started = time.perf_counter()
+            started = clock()
             case()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            if round_:
-                seconds[name].append(time.perf_counter() - started)
+            if round_ >= warm:
+                seconds[name].append(clock() - started)
+        if round_ >= warm and time.perf_counter() - began > most:
+            break
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def peak_megabytes(case: Callable[[], Any]) -> float:
-    """Most memory that one call holds at once, beyond what was held before: CUDA's own count, or the profiler's on a CPU."""
+    """Most memory that one call holds at once, beyond what was held before: CUDA's own count, or the CPU allocator's by the profiler's events."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -203,12 +214,11 @@ def peak_megabytes(case: Callable[[], Any]) -> float:
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         case()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        events = [e for e in json.loads(path.read_text())["traceEvents"] if e.get("name") == "[memory]"]
+    events = [
+        e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"
+    ]  # a trace file of a large case takes gigabytes
     held = peak = 0
-    for event in sorted(events, key=lambda e: e["ts"]):
-        held += event["args"]["Bytes"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
         peak = max(peak, held)
     return peak / 2**20

@@ -4,24 +4,24 @@ import json
 
 import pytest
 
-from benchmarks import common, paper_tables, real_size, search_speed, steering, step_floor, stitch_cost
+from benchmarks import common, paper_tables, real_parts, real_size, search_speed, steering, step_floor, stitch_cost
 
 
 @pytest.mark.parametrize("pixels, wanted", [(512, (2.44, 0.46, 2.51, 1.01)), (1024, (11.25, 2.21, 10.47, 1.01))])
 def test_floors_of_sd35_medium_are_the_counted_ones(pixels, wanted):
-    found = real_size.floors("sd35_medium", pixels, 4)
+    found = real_parts.floors("sd35_medium", pixels, 4)
     assert tuple(round(found[k], 2) for k in ("denoiser", "prefix", "decode", "reward")) == wanted
 
 
 def test_the_cost_of_stitching_is_that_of_its_parts(monkeypatch):
     """By hand on a tiny configuration: what is run in the search, once a picture, and for every picture that is seen."""
-    tiny, width, inner, layers = real_size.SIZES["tiny"], 16, 32, 5
+    tiny, width, inner, layers = real_parts.SIZES["tiny"], 16, 32, 5
     monkeypatch.setattr(stitch_cost, "KL", tiny["vae"])
     monkeypatch.setitem(stitch_cost.MODELS, "tiny", (stitch_cost.sd3, tiny["transformer"], None, tiny["tokens"]))
     vision = dict(hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=2, projection_dim=8)
     monkeypatch.setattr(stitch_cost, "REWARDS", {"clip": vision})
     found = stitch_cost.cost("tiny", 16)
-    row, parts = found["rewards"]["clip"], [real_size.floors("tiny", 16, k)["prefix"] for k in (1, 3)]
+    row, parts = found["rewards"]["clip"], [real_parts.floors("tiny", 16, k)["prefix"] for k in (1, 3)]
     assert row["first"]["blocks"] == row["sixth"]["blocks"] == row["half"]["blocks"] == 1 and found["blocks"] == 3
     assert row["first"]["prefix"] == pytest.approx(parts[0], rel=1e-6)
     tokens, patches = 257, 2 * 256 * width * 3 * 14**2 / 1e12
@@ -41,12 +41,52 @@ def test_the_search_is_the_naive_least_squares_of_every_pair(monkeypatch):
     assert told["images"] == 50 and told["pairs"] == len(told["table"]) and told["largest_difference_of_losses"] < 1e-8
 
 
-def test_real_size_runs_on_a_tiny_configuration():
-    rows, kept = {}, []
-    real_size.measure("tiny", 16, 1, 1, "", rows, lambda: kept.append({what: len(row) for what, row in rows.items()}))
-    assert kept[0] == {"query forward": 3} and kept[1] == {"query forward": 6} and len(kept) == 12, "every case as it comes, its time first"
-    assert set(rows) == {"query forward", "query gradient", "DPS step", "FK, two steps", "DRaFT-1 update", "NFT update"}
-    assert all(row["stitched_seconds"] > 0 and row["pixel_megabytes"] > 0 for row in rows.values())
+def test_real_size_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    """Every case is kept as it comes, its time first; the second run measures what the first was stopped at, and a third nothing. TFLOP are those of the parts."""
+    path, rows, kept = real_parts.write(tmp_path, "tiny", "cpu", real_size.precision()), {}, []
+
+    def keep():
+        kept.append({what: "memory_ratio" in row for what, row in rows.items()})
+        if len(kept) == 9:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        real_size.measure("tiny", 16, 1, 1, "", rows, keep, folder=path)
+    assert kept[:3] == [{"query forward": False}, {"query forward": True}, {"query forward": True, "query gradient": False}]
+    assert [*kept[-1].items()][-1] == ("DRaFT-1 update", False)
+    first = {what: row["pixel_seconds"] for what, row in rows.items()}
+    real_size.measure("tiny", 16, 1, 1, "", rows, lambda: kept.append(0), folder=path)
+    assert list(rows) == [*real_size.STEERING, *real_size.UPDATES] and len(kept) == 9 + 3
+    assert first.items() <= {what: row["pixel_seconds"] for what, row in rows.items()}.items()
+    monkeypatch.setattr(real_size, "load", lambda *_: pytest.fail("built again"))
+    real_size.measure("tiny", 16, 1, 1, "", rows, folder=path)
+    parts = real_parts.floors("tiny", 16, 1)
+    query, draft, nft = (rows[what] for what in ("query forward", "DRaFT-1 update", "NFT update"))
+    assert query["pixel_tflop"] == pytest.approx(parts["denoiser"] + parts["decode"] + parts["reward"], abs=2e-6)
+    assert query["stitched_tflop"] == pytest.approx(parts["prefix"] + parts["reward"], rel=0.1, abs=2e-6)
+    for row, images in ((draft, 1), (nft, 2)):  # five steps of the rollout more, a decoder and a reward for a prefix and a tail
+        assert row["pixel_tflop"] - row["stitched_tflop"] > images * (5 * parts["denoiser"] + parts["decode"] - parts["prefix"]) * 0.9
+        assert row["of_the_tflop_ratio"] == pytest.approx(row["times_faster"] / row["tflop_ratio"], abs=2e-3)
+
+
+def test_real_sizes_table_has_what_is_known(tmp_path, monkeypatch):
+    """Two pictures of a row: by hand 8 TFLOP in 4 s, 2 in 2, of a roof of 4 TFLOP/s; the memory of the second is not there yet."""
+    row = dict(
+        pixel_seconds=4.0,
+        stitched_seconds=2.0,
+        pixel_tflop=8.0,
+        stitched_tflop=2.0,
+        times_faster=2.0,
+        tflop_ratio=4.0,
+        of_the_tflop_ratio=0.5,
+    )
+    weighed = row | dict(pixel_megabytes=1000.0, stitched_megabytes=250.0, memory_ratio=0.25)
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    told = {"hardware": "here", "precision": "bfloat16", "blocks": 4, "roof_tflops": 4.0}
+    real_size.tell("t", told | {"by_pixels": {"512": {"DPS step": weighed, "NFT update": row, "query": {"hardware": "here"}}}})
+    lines = (tmp_path / "t.md").read_text().splitlines()
+    assert lines[2] == "| 512 px, DPS step | 4 | 2 | 2.00 | 4.00 | 0.50 | 0.50 / 0.25 | 1,000 / 250 | 0.25 |"
+    assert lines[3].endswith("| 0.50 / 0.25 |  |  |") and len(lines) == 6
 
 
 def test_step_floor_counts_the_passes_of_an_update(tmp_path):
